@@ -1,0 +1,5 @@
+//! What machines have: GPUs, cores and memory.
+
+pub mod gpu;
+
+pub use gpu::{Capacity, Gpu, GpuUuid};
