@@ -8,6 +8,8 @@ mod id;
 mod key;
 mod signed;
 
-pub use id::{BlobId, BootId, HoldId, JobId, ParseIdError, PeerId, PoolId, StatementId, StoreId, UserId};
+pub use id::{
+    BlobId, BootId, HoldId, JobId, ParseIdError, PeerId, PoolId, StatementId, StoreId, UserId,
+};
 pub use key::{KeyPair, PublicKey, Signature};
 pub use signed::{Domain, SignatureError, SignedBytes};

@@ -7,11 +7,23 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod bidder;
+pub mod door;
 pub mod identity;
 pub mod inventory;
+pub mod job;
+pub mod message;
+pub mod peer;
+pub mod reconcile;
+pub mod record;
 pub mod request;
+pub mod roster;
+pub mod sabotage;
+pub mod steward;
 pub mod time;
+pub mod timer;
 pub mod wire;
 
 pub use identity::{BlobId, BootId, HoldId, JobId, PeerId, PoolId, StatementId, StoreId, UserId};
+pub use peer::Peer;
 pub use time::Now;

@@ -78,10 +78,7 @@ mod tests {
         let mut longer = bytes.clone();
         longer.push(0);
         assert_eq!(decode::<(u32, String)>(&longer), Err(DecodeError::Trailing(1)));
-        assert!(matches!(
-            decode::<(u32, String)>(&bytes[..3]),
-            Err(DecodeError::Malformed(_))
-        ));
+        assert!(matches!(decode::<(u32, String)>(&bytes[..3]), Err(DecodeError::Malformed(_))));
         assert!(matches!(
             decode_limited::<(u32, String), 2>(&bytes),
             Err(DecodeError::TooLong { .. })

@@ -49,7 +49,9 @@ pub struct PublicKey(pub [u8; 32]);
 impl PublicKey {
     pub(super) fn verify_raw(&self, message: &[u8], signature: &Signature) -> bool {
         let Ok(key) = VerifyingKey::from_bytes(&self.0) else { return false };
-        let Ok(signature) = ed25519_dalek::Signature::from_slice(&signature.0) else { return false };
+        let Ok(signature) = ed25519_dalek::Signature::from_slice(&signature.0) else {
+            return false;
+        };
         key.verify_strict(message, &signature).is_ok()
     }
 }

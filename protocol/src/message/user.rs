@@ -1,0 +1,214 @@
+//! What users ask of nodes, and what they are answered.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Decline, GpuState, Key};
+use crate::{
+    BlobId, JobId, PeerId, UserId,
+    inventory::Gpu,
+    job::{
+        Attempt, Change, Command as JobCommand, Outcome, Rank, RankEnd, RankState, Source, State,
+    },
+    request::{Grant, Request},
+};
+
+/// The command inside a signed user request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// Describe the jobs whose records you keep.
+    Jobs(JobFilter),
+    /// Describe one job.
+    Job(JobId),
+    /// Say why a job waits.
+    Why(JobId),
+    /// Stop a job.
+    Stop(JobId),
+    /// Describe yourself: your book and what computes on your GPUs.
+    Node,
+    /// Read the log lines you hold of this job.
+    Log(JobId),
+    /// Read files of this job.
+    Files(JobId),
+}
+
+/// Which jobs are listed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobFilter {
+    /// Only this user's.
+    pub owner: Option<UserId>,
+    /// Finished ones, too: at most this many, the newest.
+    pub done_max: u32,
+}
+
+/// The answer to a command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// To [`Command::Jobs`] and [`Command::Job`].
+    Jobs(Vec<JobView>),
+    /// To [`Command::Why`].
+    Why(Box<WaitView>),
+    /// To [`Command::Stop`]: it is being stopped, or was over.
+    Stopping {
+        /// The state it is in now.
+        state: State,
+    },
+    /// To [`Command::Node`].
+    Node(Box<NodeView>),
+    /// To [`Command::Log`] and [`Command::Files`]: allowed.
+    Granted(Box<JobView>),
+    /// Not carried out.
+    Denied {
+        /// Why, with the next step.
+        reason: String,
+    },
+    /// This node knows no such job.
+    UnknownJob,
+}
+
+/// A job as its keeper describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobView {
+    /// Its id.
+    pub job: JobId,
+    /// The title; empty where the reader may not see it.
+    pub title: String,
+    /// Its owner.
+    pub owner: UserId,
+    /// Only the owner and admins see more than that it exists.
+    pub private: bool,
+    /// What it asks for.
+    pub request: Request,
+    /// What it runs; `None` where the reader may not see it.
+    pub command: Option<JobCommand>,
+    /// Where its code came from.
+    pub source: Source,
+    /// Its code, as a tree.
+    pub code: BlobId,
+    /// The job it continues.
+    pub continues: Option<JobId>,
+    /// Submission time.
+    pub submitted_at_ms: u64,
+    /// Every state so far, the current one last.
+    pub history: Vec<Change>,
+    /// The record's sequence number.
+    pub seq: u64,
+    /// Who keeps the record.
+    pub keepers: Vec<PeerId>,
+    /// Who drives it.
+    pub steward: PeerId,
+    /// How it ended.
+    pub outcome: Option<Outcome>,
+    /// The current attempt.
+    pub attempt: AttemptView,
+}
+
+impl JobView {
+    /// The current state.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.history.last().map_or(State::New, |change| change.state)
+    }
+}
+
+/// The current attempt of a job.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttemptView {
+    /// Its number.
+    pub number: Attempt,
+    /// Its ranks; empty while unassigned.
+    pub ranks: Vec<RankView>,
+}
+
+/// One rank of the current attempt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankView {
+    /// The rank.
+    pub rank: Rank,
+    /// Its process group.
+    pub group: u32,
+    /// Its place in the group.
+    pub process: u32,
+    /// Its node.
+    pub node: PeerId,
+    /// What it was given.
+    pub grant: Grant,
+    /// How far it is.
+    pub state: RankState,
+    /// How it ended.
+    pub end: Option<RankEnd>,
+}
+
+/// Why a job waits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitView {
+    /// The job.
+    pub job: JobId,
+    /// Its state.
+    pub state: State,
+    /// In a sentence.
+    pub summary: String,
+    /// Processes it needs.
+    pub need: u32,
+    /// Processes held for it now.
+    pub held: u32,
+    /// Every node asked or considered, by id.
+    pub nodes: Vec<(PeerId, Verdict)>,
+}
+
+/// What a node said to the last call, or why it was not called.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// It holds this many processes for the job.
+    Holds(u32),
+    /// The call stands there, for this reason.
+    Standing(Option<Decline>),
+    /// It declined.
+    Declined(Decline),
+    /// It was called and has not answered.
+    NoAnswer,
+    /// It cannot be reached.
+    Unreachable,
+    /// It was not called: enough others were.
+    NotCalled,
+}
+
+/// A node as it describes itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeView {
+    /// The node.
+    pub node: PeerId,
+    /// Its GPUs and what holds them.
+    pub gpus: Vec<GpuView>,
+    /// Cores offered and free.
+    pub cpu_cores: (u32, u32),
+    /// MiB offered and free.
+    pub ram_mib: (u64, u64),
+    /// Why it runs only its owner's jobs.
+    pub owner_only: Option<String>,
+    /// Holds, by id.
+    pub holds: Vec<HoldView>,
+    /// Standing calls, highest first.
+    pub standing: Vec<Key>,
+}
+
+/// A GPU and its use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuView {
+    /// The GPU.
+    pub gpu: Gpu,
+    /// Its use.
+    pub state: GpuState,
+    /// The job that has it.
+    pub job: Option<JobId>,
+}
+
+/// A hold in a bidder's book.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldView {
+    /// The job.
+    pub job: JobId,
+    /// What is held.
+    pub grant: Grant,
+    /// Being assigned.
+    pub pinned: bool,
+}

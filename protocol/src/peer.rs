@@ -1,0 +1,798 @@
+//! One node's whole behaviour: the machines of this crate, composed.
+//!
+//! A driver owns the [`Peer`] and runs this loop:
+//!
+//! 1. hand over what happened: [`Peer::handle_message`], [`Peer::handle_timeout`], or one
+//!    of the verbs (`submit`, `prepared`, `ended`, …), each with the time;
+//! 2. drain [`Peer::poll_write`] and make all of it durable;
+//! 3. only then drain [`Peer::poll_transmit`] and [`Peer::poll_event`], and carry out what
+//!    they say;
+//! 4. call [`Peer::handle_timeout`] no later than [`Peer::poll_timeout`] says.
+//!
+//! After a restart the driver builds a new peer, hands it every journal entry with
+//! [`Peer::restore`], and then calls [`Peer::resume`] with the processes that still live.
+
+mod outbox;
+mod random;
+mod soft;
+mod user;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use tracing::{debug, warn};
+
+pub(crate) use outbox::Outbox;
+pub use outbox::{Slot, Transmit, Write};
+pub(crate) use random::Random;
+pub use soft::{
+    ADVERT_GAP_MS, ADVERT_MEAN_MS, ADVERT_REFRESH_MS, HEAD_MS, HEADS_MAX, RECONCILE_MS,
+};
+pub use user::JOBS_MAX;
+
+use self::soft::SoftState;
+use crate::{
+    BlobId, BootId, JobId, Now, PeerId, PoolId, StoreId,
+    bidder::{Bidder, Terms, WorkId},
+    door::{self, DoorBook},
+    identity::{Domain, KeyPair, SignedBytes},
+    inventory::{Board, Capacity, GpuUuid},
+    job::{RankAssignment, RankEnd, VerifiedSpec},
+    message::{Commit, Message, Soft},
+    record::{Kept, ReceiptBody, Registers},
+    request::{Request, Unsatisfiable, satisfiable},
+    roster::{self, DeviceId, RequestGuard, Roster},
+    sabotage::{Rule, Sabotage},
+    steward::{self, Stewards},
+    timer::Timers,
+    wire,
+};
+
+/// How long a submission may take before its fate is called unknown.
+pub const SUBMIT_MS: u64 = 15_000;
+/// How often an unanswered submission is repeated.
+pub const SUBMIT_RESEND_MS: u64 = 1_000;
+/// How far a submitter's clock may be from its keeper's.
+pub const SUBMIT_TOLERANCE_MS: u64 = 120_000;
+/// Most submissions in flight at once.
+pub const SUBMISSIONS_MAX: usize = 4_096;
+/// Most trees a node remembers to have whole.
+pub const TREES_MAX: usize = 65_536;
+
+/// What a peer is made of.
+#[derive(Debug)]
+pub struct Config {
+    /// The node's key.
+    pub key: KeyPair,
+    /// The journal's store.
+    pub store: StoreId,
+    /// This boot of the daemon.
+    pub boot: BootId,
+    /// Boots of this journal so far.
+    pub boot_count: u64,
+    /// The pool's genesis, as its founders made it.
+    pub genesis: Vec<u8>,
+    /// Offers nothing and keeps nothing.
+    pub client: bool,
+    /// For nonces and back-off.
+    pub seed: [u8; 32],
+    /// Test only: a rule to leave out.
+    pub sabotage: Sabotage,
+}
+
+/// What the driver is to do, or to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Fetch code and data of a rank and set up its directories; then say
+    /// [`Peer::prepared`].
+    Prepare {
+        /// The rank.
+        id: WorkId,
+        /// The job.
+        spec: Option<Box<VerifiedSpec>>,
+        /// What it is given.
+        assignment: RankAssignment,
+    },
+    /// Start the process of a rank; then say [`Peer::started`], and in the end
+    /// [`Peer::draining`] and [`Peer::ended`].
+    Execute {
+        /// The rank.
+        id: WorkId,
+        /// The job.
+        spec: Option<Box<VerifiedSpec>>,
+        /// What it is given.
+        assignment: RankAssignment,
+        /// The address of each rank's node, in rank order.
+        hosts: Vec<String>,
+        /// A port of the job's own on rank 0's node.
+        port: u16,
+    },
+    /// Stop the process of a rank: SIGTERM, the job's grace, SIGKILL.
+    StopProcess {
+        /// The rank.
+        id: WorkId,
+        /// Why, for people.
+        reason: String,
+    },
+    /// Remove what was prepared for a rank that will not start.
+    Discard {
+        /// The rank.
+        id: WorkId,
+    },
+    /// The ending of a rank is in the record.
+    EndRecorded {
+        /// The rank.
+        id: WorkId,
+    },
+    /// A record kept here has a new value.
+    RecordChanged {
+        /// The job.
+        job: JobId,
+    },
+    /// A submission was settled.
+    Submitted {
+        /// The job.
+        job: JobId,
+        /// Kept; or why not.
+        result: Result<(), SubmitError>,
+    },
+    /// A hold was taken by a higher job.
+    Wounded {
+        /// Whose hold.
+        job: JobId,
+        /// Which job took it.
+        by: JobId,
+        /// Whether it was pinned: never, while the rules hold.
+        pinned: bool,
+    },
+    /// Members came or went.
+    RosterChanged,
+    /// A node's addresses or inventory are news.
+    BoardChanged {
+        /// The node.
+        node: PeerId,
+    },
+}
+
+/// Why a job was not submitted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// The keeper refused it.
+    #[error("{0}")]
+    Refused(String),
+    /// Neither yes nor no could be had: it may exist.
+    #[error("no answer from the job's keeper: whether it was submitted is unknown")]
+    Unknown,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    Submit(JobId),
+    Soft,
+}
+
+#[derive(Debug)]
+struct Submission {
+    spec: Arc<VerifiedSpec>,
+    until_ms: u64,
+}
+
+/// One node.
+#[derive(Debug)]
+pub struct Peer {
+    me: PeerId,
+    key: KeyPair,
+    store: StoreId,
+    boot: BootId,
+    client: bool,
+    device: DeviceId,
+    random: Random,
+    roster: Roster,
+    guard: RequestGuard,
+    doors: DoorBook,
+    board: Board,
+    registers: Registers,
+    stewards: Stewards,
+    bidder: Bidder,
+    soft: SoftState,
+    submissions: BTreeMap<JobId, Submission>,
+    timers: Timers<Timer>,
+    out: Outbox,
+}
+
+impl Peer {
+    /// A peer that knows its pool's genesis and nothing else yet.
+    ///
+    /// # Errors
+    /// The genesis cannot be read.
+    pub fn new(config: Config) -> Result<Self, roster::GenesisError> {
+        let me = PeerId(config.key.public());
+        let mut seed = config.seed;
+        if !config.sabotage.holds(Rule::OnlySeededRandomness) {
+            // Where this stack frame lies differs from run to run.
+            let address = core::ptr::from_ref(&seed).addr();
+            seed[..8].copy_from_slice(&(address as u64).to_be_bytes());
+        }
+        let mut random = Random::new(seed);
+        let roster = Roster::new(config.genesis)?;
+        let guard = RequestGuard::new();
+        let hold_prefix = random.bytes();
+        let soft = SoftState::new(config.boot, config.boot_count);
+        Ok(Self {
+            me,
+            store: config.store,
+            boot: config.boot,
+            client: config.client,
+            // An emptied home counts its statements anew, and so is another device.
+            device: DeviceId(config.store.0),
+            roster,
+            guard,
+            doors: DoorBook::new(),
+            board: Board::default(),
+            registers: Registers::new(config.key.clone(), config.store),
+            stewards: Stewards::new(me, config.sabotage),
+            bidder: Bidder::new(me, hold_prefix, config.sabotage),
+            soft,
+            submissions: BTreeMap::new(),
+            timers: Timers::default(),
+            out: Outbox::default(),
+            key: config.key,
+            random,
+        })
+    }
+
+    // ---- the journal ------------------------------------------------------------------
+
+    /// Take back one journal entry.
+    ///
+    /// # Errors
+    /// The entry is not one this version can have written.
+    pub fn restore(&mut self, key: &[u8], value: &[u8], now: Now) -> Result<(), String> {
+        let slot: Slot = wire::decode(key).map_err(|e| format!("journal key: {e}"))?;
+        let context = |e: String| format!("journal entry {slot:?}: {e}");
+        match &slot {
+            Slot::Genesis => Ok(()),
+            Slot::Statement(_) => {
+                let signed: SignedBytes =
+                    wire::decode(value).map_err(|e| context(e.to_string()))?;
+                // Entries come in key order; one whose parents follow waits for them.
+                self.roster.insert(signed).map(|_| ()).map_err(|e| context(e.to_string()))
+            }
+            Slot::Record(_) => self.registers.restore(value).map(|_| ()).map_err(context),
+            Slot::Hold(_) => self.bidder.restore_hold(value, now).map_err(context),
+            Slot::Work(..) => self.bidder.restore_work(value, now).map_err(context),
+            Slot::Tombstone(job, attempt) => {
+                self.bidder.restore_tombstone(*job, *attempt, value);
+                Ok(())
+            }
+            Slot::End(job, attempt, rank) => {
+                let id = WorkId { job: *job, attempt: *attempt, rank: *rank };
+                self.bidder.restore_end(id, value).map_err(context)
+            }
+        }
+    }
+
+    /// Go on after a restart, with the ranks whose processes the executor still knows.
+    pub fn resume(&mut self, alive: &[WorkId], now: Now) {
+        self.bidder.adopt(alive, now, &mut self.out);
+        for signed in self.roster.statements().into_iter().cloned().collect::<Vec<_>>() {
+            self.soft.insert(Soft::Statement(signed));
+        }
+        let jobs: Vec<JobId> = self.registers.iter().map(|(job, _)| *job).collect();
+        for job in jobs {
+            self.announce_head(job);
+            self.with_stewards(now, |stewards, cx| stewards.drive(job, cx));
+        }
+        self.timers.set(Timer::Soft, now.boot_ms);
+        self.finish(now);
+    }
+
+    // ---- verbs: the node around it ----------------------------------------------------
+
+    /// What this machine offers. `owner_only` says why only its owner's jobs may run.
+    pub fn set_offer(&mut self, capacity: Capacity, owner_only: Option<String>, now: Now) {
+        let owner = self.roster.state().nodes.get(&self.me).map(|node| node.owner);
+        let closed = self.client || capacity == Capacity::default();
+        let owner_only = owner_only.and_then(|reason| owner.map(|owner| (owner, reason)));
+        self.bidder.set_terms(Terms { owner_only, closed });
+        self.bidder.set_capacity(capacity, now, &mut self.out);
+        self.soft.changed = true;
+        self.finish(now);
+    }
+
+    /// Processes that are not the pool's compute on these GPUs.
+    pub fn set_foreign(&mut self, gpus: Vec<GpuUuid>, now: Now) {
+        self.bidder.set_foreign(gpus, now, &mut self.out);
+        self.finish(now);
+    }
+
+    /// Where this node can be reached.
+    pub fn set_addresses(
+        &mut self,
+        control: Vec<core::net::SocketAddr>,
+        data: Vec<core::net::SocketAddr>,
+        now: Now,
+    ) {
+        self.soft.set_addresses(control, data);
+        self.finish(now);
+    }
+
+    /// This tree, with every blob of it, is here and durable.
+    pub fn tree_stored(&mut self, tree: BlobId) {
+        let trees = self.bidder.local_trees_mut();
+        if trees.len() < TREES_MAX {
+            trees.insert(tree);
+        }
+    }
+
+    /// Code and data of a rank are in place, with a free port and this node's address; or
+    /// why they cannot be.
+    pub fn prepared(&mut self, id: WorkId, result: Result<(u16, String), String>, now: Now) {
+        self.bidder.prepared(id, result, now, &mut self.out);
+        self.finish(now);
+    }
+
+    /// The process of a rank runs.
+    pub fn started(&mut self, id: WorkId, now: Now) {
+        self.bidder.started(id, &mut self.out);
+        self.finish(now);
+    }
+
+    /// The process of a rank ended; its results are being gathered.
+    pub fn draining(&mut self, id: WorkId, now: Now) {
+        self.bidder.draining(id, &mut self.out);
+        self.finish(now);
+    }
+
+    /// A rank is over here, its results are kept and nothing else of it is left.
+    pub fn ended(&mut self, id: WorkId, end: RankEnd, now: Now) {
+        self.bidder.end(id, end, now, &mut self.out);
+        self.finish(now);
+    }
+
+    /// A connection to a member stands.
+    pub fn peer_connected(&mut self, peer: PeerId, now: Now) {
+        self.board.set_connected(peer, true);
+        self.reconcile_with(peer);
+        self.finish(now);
+    }
+
+    /// The last connection to a member fell.
+    pub fn peer_disconnected(&mut self, peer: PeerId, now: Now) {
+        self.board.set_connected(peer, false);
+        self.finish(now);
+    }
+
+    /// A message to this member could not be delivered.
+    pub fn peer_unreachable(&mut self, peer: PeerId, now: Now) {
+        self.board.set_unreachable(peer, now);
+    }
+
+    // ---- verbs: people ----------------------------------------------------------------
+
+    /// Submit a job whose inputs its keeper already has. [`Event::Submitted`] follows.
+    ///
+    /// # Errors
+    /// The spec is not in order, or too many submissions are in flight.
+    pub fn submit(&mut self, spec: SignedBytes, now: Now) -> Result<JobId, String> {
+        let spec = Arc::new(VerifiedSpec::verify(spec).map_err(|e| e.to_string())?);
+        if self.submissions.len() >= SUBMISSIONS_MAX {
+            return Err(format!("{SUBMISSIONS_MAX} submissions are in flight already"));
+        }
+        let job = spec.job;
+        let until_ms = now.after(SUBMIT_MS);
+        self.submissions.insert(job, Submission { spec, until_ms });
+        self.send_init(job, now);
+        self.finish(now);
+        Ok(job)
+    }
+
+    /// Take a statement made here, by a user's CLI or by this node.
+    ///
+    /// # Errors
+    /// It is not in order.
+    pub fn say(&mut self, signed: SignedBytes, now: Now) -> Result<(), roster::Rejected> {
+        if self.roster.insert_drafted(signed.clone())?.new {
+            self.keep_statement(&signed);
+            self.out.transmits.push_back(Transmit::Gossip(Soft::Statement(signed)));
+        }
+        self.finish(now);
+        Ok(())
+    }
+
+    /// Judge a newcomer, or a member that calls at the door.
+    pub fn handle_door(&mut self, from: PeerId, hello: door::Hello, now: Now) -> door::Reply {
+        let (reply, added) =
+            self.doors.judge(&mut self.roster, &self.key, self.device, from, hello, now);
+        for signed in added {
+            self.keep_statement(&signed);
+            self.out.transmits.push_back(Transmit::Gossip(Soft::Statement(signed)));
+        }
+        self.finish(now);
+        reply
+    }
+
+    /// Answer a user's signed request.
+    pub fn handle_user_request(&mut self, signed: &SignedBytes, now: Now) -> crate::message::Reply {
+        let reply = self.answer_user(signed, now);
+        self.finish(now);
+        reply
+    }
+
+    // ---- messages and time ------------------------------------------------------------
+
+    /// A message arrived from a peer whose identity the transport proved.
+    pub fn handle_message(&mut self, from: PeerId, message: Message, now: Now) {
+        if !self.roster.state().is_member_node(from) {
+            debug!(%from, "message from a stranger dropped");
+            return;
+        }
+        self.dispatch(from, message, now);
+        self.finish(now);
+    }
+
+    /// The time that [`Peer::poll_timeout`] named has come.
+    pub fn handle_timeout(&mut self, now: Now) {
+        self.bidder.handle_timeout(now, &mut self.out);
+        self.with_stewards(now, Stewards::handle_timeout);
+        while let Some(timer) = self.timers.pop_due(now.boot_ms) {
+            match timer {
+                Timer::Submit(job) => self.send_init(job, now),
+                Timer::Soft => self.tend_soft_state(now),
+            }
+        }
+        self.finish(now);
+    }
+
+    /// What must be durable before anything polled after it leaves the node.
+    pub fn poll_write(&mut self) -> Option<Write> {
+        self.out.writes.pop_front()
+    }
+
+    /// What to send.
+    pub fn poll_transmit(&mut self) -> Option<Transmit> {
+        self.out.transmits.pop_front()
+    }
+
+    /// What to do.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.out.events.pop_front()
+    }
+
+    /// When to call [`Peer::handle_timeout`] (boot clock), with the reason.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<(u64, &'static str)> {
+        let own = self.timers.next().map(|(at_ms, timer)| {
+            let reason = match timer {
+                Timer::Submit(_) => "a submission is unanswered",
+                Timer::Soft => "soft state wants tending",
+            };
+            (at_ms, reason)
+        });
+        [own, self.bidder.poll_timeout(), self.stewards.poll_timeout()].into_iter().flatten().min()
+    }
+
+    // ---- getters ----------------------------------------------------------------------
+
+    /// This node.
+    #[must_use]
+    pub fn id(&self) -> PeerId {
+        self.me
+    }
+
+    /// The pool.
+    #[must_use]
+    pub fn pool(&self) -> PoolId {
+        self.roster.pool()
+    }
+
+    /// The store its records are kept in.
+    #[must_use]
+    pub fn store(&self) -> StoreId {
+        self.store
+    }
+
+    /// This boot of the daemon.
+    #[must_use]
+    pub fn boot(&self) -> BootId {
+        self.boot
+    }
+
+    /// Who is a member.
+    #[must_use]
+    pub fn roster(&self) -> &Roster {
+        &self.roster
+    }
+
+    /// What was last heard of every node.
+    #[must_use]
+    pub fn board(&self) -> &Board {
+        &self.board
+    }
+
+    /// A record kept here.
+    #[must_use]
+    pub fn record(&self, job: JobId) -> Option<&Kept> {
+        self.registers.get(job)
+    }
+
+    /// Every record kept here.
+    pub fn records(&self) -> impl Iterator<Item = (&JobId, &Kept)> {
+        self.registers.iter()
+    }
+
+    /// Jobs this node drives.
+    #[must_use]
+    pub fn driven(&self) -> usize {
+        self.stewards.len()
+    }
+
+    /// Announced jobs: id, keeper, owner, submission time, and whether it is done.
+    pub fn heads(&self) -> impl Iterator<Item = &crate::message::Head> {
+        self.soft.heads()
+    }
+
+    /// What this node holds, runs and has to itself, as its book says.
+    #[must_use]
+    pub fn node_view(&self) -> crate::message::NodeView {
+        self.bidder.view()
+    }
+
+    /// Holds, and ranks this node is committed to, for checkers.
+    pub fn book(
+        &self,
+    ) -> (impl Iterator<Item = &crate::bidder::Hold>, impl Iterator<Item = &crate::bidder::Work>)
+    {
+        let book = self.bidder.book();
+        (book.holds.values(), book.work.values())
+    }
+
+    /// The spec of a job this node has a rank of.
+    #[must_use]
+    pub fn work_spec(&self, job: JobId) -> Option<&Arc<VerifiedSpec>> {
+        self.bidder.spec_of(job)
+    }
+
+    /// Whether the pool as advertised could ever satisfy `request`.
+    ///
+    /// # Errors
+    /// Why not, with the nearest request that it could.
+    pub fn feasible(&self, request: &Request) -> Result<(), Unsatisfiable> {
+        satisfiable(request, &self.board.capacities())
+    }
+
+    /// Who would be called first for `request`, with the processes each has room for.
+    #[must_use]
+    pub fn dry_run(&self, request: &Request, now: Now) -> Vec<(PeerId, u32)> {
+        steward::dry_run(self.me, request, &self.board, now)
+    }
+
+    /// The keeper a job submitted here should name: this node, unless it is a client;
+    /// else the connected node that most recently said so. `None` where there is none.
+    #[must_use]
+    pub fn propose_keeper(&self) -> Option<(PeerId, StoreId)> {
+        if !self.client {
+            return Some((self.me, self.store));
+        }
+        let offering = self.board.iter().filter(|(_, posted)| !posted.advert.client);
+        let reachable = offering.filter(|(node, _)| self.board.is_connected(**node));
+        // Spread over the pool: each client has an order of its own.
+        let order =
+            |node: &PeerId| *blake3::hash(&[&self.me.0.0[..], &node.0.0[..]].concat()).as_bytes();
+        reachable
+            .min_by_key(|(node, _)| order(node))
+            .map(|(node, posted)| (*node, posted.advert.store))
+    }
+
+    // ---- inside -----------------------------------------------------------------------
+
+    fn dispatch(&mut self, from: PeerId, message: Message, now: Now) {
+        match message {
+            Message::Init { spec } => self.handle_init(from, spec, now),
+            Message::Inited { job, receipt } => self.handle_inited(from, job, &receipt),
+            Message::InitRefused { job, reason, retry } => {
+                self.handle_init_refused(from, job, reason, retry);
+            }
+            Message::Call(call) => self.bidder.handle_call(from, call, now, &mut self.out),
+            Message::Pin { job, holds } => {
+                self.bidder.handle_pin(from, job, &holds, now, &mut self.out);
+            }
+            Message::Release { job, holds, call } => {
+                self.bidder.handle_release(from, job, &holds, call, now, &mut self.out);
+            }
+            Message::Commit(commit) => self.handle_commit(from, *commit, now),
+            Message::Withdraw { job, attempt, reason } => {
+                self.bidder.handle_withdraw(from, job, attempt, &reason, now, &mut self.out);
+            }
+            Message::Start(start) => self.bidder.handle_start(from, start, now, &mut self.out),
+            Message::Stop { job, attempt, reason } => {
+                self.bidder.handle_stop(from, job, attempt, &reason, now, &mut self.out);
+            }
+            Message::Ask { job, attempt } => {
+                self.bidder.handle_ask(from, job, attempt, now, &mut self.out);
+            }
+            Message::EndRecorded { job, attempt, rank } => {
+                let id = WorkId { job, attempt, rank };
+                self.bidder.handle_end_recorded(from, id, &mut self.out);
+            }
+            Message::Bid(bid) => self.with_stewards(now, |s, cx| s.handle_bid(from, bid, cx)),
+            Message::Pinned { job, holds } => {
+                self.with_stewards(now, |s, cx| s.handle_pinned(from, job, &holds, cx));
+            }
+            Message::PinRefused(refusal) => {
+                self.with_stewards(now, |s, cx| s.handle_pin_refused(&refusal, cx));
+            }
+            Message::HoldsLost { job, holds, higher } => {
+                self.with_stewards(now, |s, cx| s.handle_holds_lost(from, job, &holds, higher, cx));
+            }
+            Message::Committed { job, attempt } => {
+                self.with_stewards(now, |s, cx| s.handle_committed(from, job, attempt, cx));
+            }
+            Message::CommitRefused { job, attempt, reason } => self.with_stewards(now, |s, cx| {
+                s.handle_commit_refused(from, job, attempt, reason, cx);
+            }),
+            Message::Report(report) => {
+                self.with_stewards(now, |s, cx| s.handle_report(from, *report, cx));
+            }
+            Message::Soft(item) => self.handle_soft(item, now),
+            Message::Reconcile { query } => self.handle_reconcile(from, &query),
+            Message::Reconciled { answer } => self.handle_reconciled(from, &answer),
+            Message::Want { ids } => self.handle_want(from, &ids),
+        }
+    }
+
+    /// Deliver what the machines said to each other, and settle what was proposed.
+    fn finish(&mut self, now: Now) {
+        loop {
+            self.with_stewards(now, Stewards::settle);
+            let Some(message) = self.out.local.pop_front() else { break };
+            self.dispatch(self.me, message, now);
+        }
+        self.after_changes(now);
+    }
+
+    fn with_stewards(
+        &mut self,
+        now: Now,
+        act: impl FnOnce(&mut Stewards, &mut steward::Context<'_>),
+    ) {
+        let mut cx = steward::Context {
+            registers: &mut self.registers,
+            board: &self.board,
+            random: &mut self.random,
+            out: &mut self.out,
+            now,
+        };
+        act(&mut self.stewards, &mut cx);
+    }
+
+    fn handle_commit(&mut self, from: PeerId, commit: Commit, now: Now) {
+        let attempt = commit.attempt;
+        let job = JobId::of(&commit.spec.bytes);
+        let checked = VerifiedSpec::verify(commit.spec.clone())
+            .map_err(|e| e.to_string())
+            .and_then(|spec| self.check_owner(&spec).map(|()| spec));
+        match checked {
+            Ok(spec) => self.bidder.handle_commit(from, commit, spec, now, &mut self.out),
+            Err(reason) => {
+                let refused = Message::CommitRefused { job, attempt, reason };
+                self.out.send(self.me, from, refused);
+            }
+        }
+    }
+
+    fn check_owner(&self, spec: &VerifiedSpec) -> Result<(), String> {
+        if spec.spec.pool != self.pool() {
+            return Err("the job is of another pool".to_owned());
+        }
+        if !self.roster.state().users.contains_key(&spec.spec.owner) {
+            return Err("the job's owner is not a user of this pool".to_owned());
+        }
+        Ok(())
+    }
+
+    // ---- submission -------------------------------------------------------------------
+
+    fn send_init(&mut self, job: JobId, now: Now) {
+        let Some(submission) = self.submissions.get(&job) else { return };
+        if submission.until_ms <= now.boot_ms {
+            self.settle_submission(job, Err(SubmitError::Unknown));
+            return;
+        }
+        let keeper = submission.spec.spec.keepers[0].0;
+        let spec = submission.spec.signed.clone();
+        self.out.send(self.me, keeper, Message::Init { spec });
+        self.timers.set(Timer::Submit(job), now.after(SUBMIT_RESEND_MS));
+    }
+
+    fn handle_init(&mut self, from: PeerId, spec: SignedBytes, now: Now) {
+        let job = JobId::of(&spec.bytes);
+        match self.accept_init(spec, now) {
+            Ok(receipt) => {
+                self.out.send(self.me, from, Message::Inited { job, receipt });
+                self.announce_head(job);
+                self.with_stewards(now, |stewards, cx| stewards.drive(job, cx));
+            }
+            Err((reason, retry)) => {
+                let refused = Message::InitRefused { job, reason, retry };
+                self.out.send(self.me, from, refused);
+            }
+        }
+    }
+
+    fn accept_init(&mut self, spec: SignedBytes, now: Now) -> Result<SignedBytes, (String, bool)> {
+        let spec = VerifiedSpec::verify(spec).map_err(|e| (e.to_string(), false))?;
+        if self.registers.get(spec.job).is_none() {
+            self.check_owner(&spec).map_err(|reason| (reason, false))?;
+            if self.client || spec.spec.keepers[0] != (self.me, self.store) {
+                return Err(("this node is not the job's keeper".to_owned(), false));
+            }
+            let off_ms = spec.spec.submitted_at_ms.abs_diff(now.wall_ms);
+            if off_ms > SUBMIT_TOLERANCE_MS {
+                let seconds = off_ms / 1000;
+                return Err((
+                    format!(
+                        "the submitter's clock is {seconds} s off its keeper's; at most {} s are \
+                         allowed: set the clock and submit again",
+                        SUBMIT_TOLERANCE_MS / 1000
+                    ),
+                    false,
+                ));
+            }
+            self.feasible(&spec.spec.request).map_err(|e| (e.to_string(), false))?;
+            let trees = self.bidder.local_trees();
+            if let Some(missing) = spec.inputs().find(|tree| !trees.contains(tree)) {
+                return Err((format!("input {missing} is not on the keeper yet"), true));
+            }
+        }
+        self.registers.init(Arc::new(spec)).map_err(|e| (e.to_string(), true))
+    }
+
+    fn handle_inited(&mut self, from: PeerId, job: JobId, receipt: &SignedBytes) {
+        let Some(submission) = self.submissions.get(&job) else { return };
+        let (keeper, store) = submission.spec.spec.keepers[0];
+        let body = receipt
+            .verify(Domain::Receipt)
+            .ok()
+            .and_then(|bytes| wire::decode::<ReceiptBody>(bytes).ok());
+        let in_order = from == keeper
+            && receipt.signer == keeper.0
+            && body.is_some_and(|body| body.job == job && body.store == store && body.seq == 1);
+        if in_order {
+            self.settle_submission(job, Ok(()));
+        } else {
+            warn!(%job, %from, "receipt not in order");
+        }
+    }
+
+    fn handle_init_refused(&mut self, from: PeerId, job: JobId, reason: String, retry: bool) {
+        let Some(submission) = self.submissions.get(&job) else { return };
+        if from == submission.spec.spec.keepers[0].0 && !retry {
+            self.settle_submission(job, Err(SubmitError::Refused(reason)));
+        }
+    }
+
+    fn settle_submission(&mut self, job: JobId, result: Result<(), SubmitError>) {
+        self.submissions.remove(&job);
+        self.timers.cancel(&Timer::Submit(job));
+        self.out.events.push_back(Event::Submitted { job, result });
+    }
+
+    // ---- roster -----------------------------------------------------------------------
+
+    fn take_statement(&mut self, signed: SignedBytes) -> Result<bool, roster::Rejected> {
+        let inserted = self.roster.insert(signed)?;
+        for id in &inserted.added {
+            if let Some(signed) = self.roster.get(*id).cloned() {
+                self.keep_statement(&signed);
+            }
+        }
+        Ok(inserted.new)
+    }
+
+    fn keep_statement(&mut self, signed: &SignedBytes) {
+        let id = roster::Statement::id(signed);
+        self.out.put(&Slot::Statement(id), signed);
+        self.soft.insert(Soft::Statement(signed.clone()));
+        self.out.events.push_back(Event::RosterChanged);
+    }
+}

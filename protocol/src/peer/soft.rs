@@ -1,0 +1,344 @@
+//! Soft state: this node's advert, everyone's adverts and heads, and their repair.
+
+use std::collections::BTreeMap;
+
+use tracing::debug;
+
+use super::{Peer, Timer, Transmit};
+use crate::{
+    BootId, JobId, Now, PeerId,
+    identity::{Domain, SignedBytes},
+    inventory::GpuUuid,
+    job::State,
+    message::{Advert, GpuState, Head, Message, Soft, WANT_MAX},
+    peer::Event,
+    reconcile::{self, ItemId},
+    steward::Stewards,
+    wire,
+};
+
+/// How long between two adverts of one node at the least.
+pub const ADVERT_GAP_MS: u64 = 5_000;
+/// How long between two adverts of one node on average.
+pub const ADVERT_MEAN_MS: u64 = 30_000;
+/// How often an unchanged advert is renewed: thrice in its life.
+pub const ADVERT_REFRESH_MS: u64 = 10 * 60_000;
+/// How often soft state is reconciled with a random peer.
+pub const RECONCILE_MS: u64 = 30_000;
+/// Most job heads kept.
+pub const HEADS_MAX: usize = 65_536;
+/// How long a head is kept after its job was submitted.
+pub const HEAD_MS: u64 = 30 * 24 * 3_600_000;
+/// Adverts that may follow each other at [`ADVERT_GAP_MS`] after a quiet time.
+const ADVERT_BURST: u64 = 6;
+
+type Usage = (Vec<(GpuUuid, GpuState)>, u32, u64);
+
+#[derive(Debug)]
+pub(super) struct SoftState {
+    boot: BootId,
+    boot_count: u64,
+    seq: u64,
+    /// Something but use changed since the last advert.
+    pub(super) changed: bool,
+    advertised: Option<Usage>,
+    last_advert_ms: Option<u64>,
+    /// Milliseconds of [`ADVERT_MEAN_MS`] saved up.
+    credit_ms: u64,
+    next_reconcile_ms: u64,
+    control: Vec<core::net::SocketAddr>,
+    data: Vec<core::net::SocketAddr>,
+    items: BTreeMap<ItemId, Soft>,
+    adverts: BTreeMap<PeerId, ItemId>,
+    heads: BTreeMap<JobId, (Head, ItemId)>,
+}
+
+impl SoftState {
+    pub(super) fn new(boot: BootId, boot_count: u64) -> Self {
+        Self {
+            boot,
+            boot_count,
+            seq: 0,
+            changed: true,
+            advertised: None,
+            last_advert_ms: None,
+            credit_ms: ADVERT_BURST * ADVERT_MEAN_MS,
+            next_reconcile_ms: 0,
+            control: Vec::new(),
+            data: Vec::new(),
+            items: BTreeMap::new(),
+            adverts: BTreeMap::new(),
+            heads: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn set_addresses(
+        &mut self,
+        control: Vec<core::net::SocketAddr>,
+        data: Vec<core::net::SocketAddr>,
+    ) {
+        if self.control != control || self.data != data {
+            (self.control, self.data) = (control, data);
+            self.changed = true;
+        }
+    }
+
+    pub(super) fn heads(&self) -> impl Iterator<Item = &Head> {
+        self.heads.values().map(|(head, _)| head)
+    }
+
+    pub(super) fn insert(&mut self, item: Soft) -> ItemId {
+        let id = reconcile::item_id(&item);
+        self.items.insert(id, item);
+        id
+    }
+
+    fn insert_head(&mut self, head: Head, signed: SignedBytes) {
+        let id = self.insert(Soft::Head(signed));
+        if let Some((_, old)) = self.heads.insert(head.job, (head, id))
+            && old != id
+        {
+            self.items.remove(&old);
+        }
+        if self.heads.len() > HEADS_MAX {
+            let oldest = self.heads.values().map(|(h, _)| (h.submitted_at_ms, h.job)).min();
+            if let Some((_, (_, id))) = oldest.and_then(|(_, job)| self.heads.remove_entry(&job)) {
+                self.items.remove(&id);
+            }
+        }
+    }
+
+    fn insert_advert(&mut self, node: PeerId, signed: SignedBytes) {
+        let id = self.insert(Soft::Advert(signed));
+        if let Some(old) = self.adverts.insert(node, id)
+            && old != id
+        {
+            self.items.remove(&old);
+        }
+    }
+
+    /// When the next advert may be made.
+    fn advert_allowed_ms(&self, now: Now) -> u64 {
+        let Some(last) = self.last_advert_ms else { return now.boot_ms };
+        let gap = last.saturating_add(ADVERT_GAP_MS);
+        let short = ADVERT_MEAN_MS.saturating_sub(self.credit_at(now));
+        gap.max(now.after(short))
+    }
+
+    fn credit_at(&self, now: Now) -> u64 {
+        let passed = now.boot_ms.saturating_sub(self.last_advert_ms.unwrap_or(now.boot_ms));
+        (self.credit_ms + passed).min(ADVERT_BURST * ADVERT_MEAN_MS)
+    }
+}
+
+impl Peer {
+    pub(super) fn handle_soft(&mut self, item: Soft, now: Now) {
+        match item {
+            Soft::Statement(signed) => {
+                if let Err(reason) = self.take_statement(signed) {
+                    debug!(%reason, "statement refused");
+                }
+            }
+            Soft::Advert(signed) => self.handle_advert(signed, now),
+            Soft::Head(signed) => self.handle_head(signed, now),
+        }
+    }
+
+    /// Soft state that gossip brought. The driver has checked nothing; whether it should
+    /// be passed on to others.
+    pub fn handle_gossip(&mut self, item: Soft, now: Now) -> bool {
+        let fresh = !self.soft.items.contains_key(&reconcile::item_id(&item));
+        self.handle_soft(item, now);
+        self.finish(now);
+        fresh
+    }
+
+    fn handle_advert(&mut self, signed: SignedBytes, now: Now) {
+        let node = PeerId(signed.signer);
+        if node == self.me || !self.roster.state().is_member_node(node) {
+            return;
+        }
+        if self.board.post(signed.clone(), now) == Some(true) {
+            self.soft.insert_advert(node, signed);
+            self.out.events.push_back(Event::BoardChanged { node });
+            self.with_stewards(now, |stewards, cx| stewards.room_seen(node, cx));
+        }
+    }
+
+    fn handle_head(&mut self, signed: SignedBytes, now: Now) {
+        let Some(head) = signed
+            .verify(Domain::Head)
+            .ok()
+            .and_then(|bytes| wire::decode::<Head>(bytes).ok())
+            .filter(|head| head.keeper.0 == signed.signer)
+        else {
+            return;
+        };
+        let member = self.roster.state().is_member_node(head.keeper);
+        let old = head.submitted_at_ms.saturating_add(HEAD_MS) < now.wall_ms;
+        let known = self.soft.heads.get(&head.job).is_some_and(|(known, _)| known.seq >= head.seq);
+        if member && !old && !known && head.keeper != self.me {
+            self.soft.insert_head(head, signed);
+        }
+    }
+
+    /// Tell the pool of a job kept here: at its birth and at its end.
+    pub(super) fn announce_head(&mut self, job: JobId) {
+        let Some(kept) = self.registers.get(job) else { return };
+        let head = Head {
+            job,
+            keeper: self.me,
+            seq: kept.value.seq,
+            owner: kept.spec.spec.owner,
+            submitted_at_ms: kept.spec.spec.submitted_at_ms,
+            state: kept.value.body.state(),
+        };
+        if self.soft.heads.get(&job).is_some_and(|(known, _)| known.seq >= head.seq) {
+            return;
+        }
+        let signed = SignedBytes::sign(&self.key, Domain::Head, wire::encode(&head));
+        self.soft.insert_head(head, signed.clone());
+        self.out.transmits.push_back(Transmit::Gossip(Soft::Head(signed)));
+    }
+
+    /// Follow from what a call changed: heads of jobs that ended, use to be advertised.
+    pub(super) fn after_changes(&mut self, now: Now) {
+        let changed: Vec<JobId> = self
+            .out
+            .events
+            .iter()
+            .filter_map(|event| match event {
+                Event::RecordChanged { job } => Some(*job),
+                _ => None,
+            })
+            .collect();
+        for job in changed {
+            let over = |kept: &crate::record::Kept| kept.value.body.state() == State::Done;
+            if self.registers.get(job).is_some_and(over) {
+                self.announce_head(job);
+            }
+        }
+        let used = !self.client && self.soft.advertised.as_ref() != Some(&self.bidder.usage());
+        if self.soft.changed || used {
+            let at_ms = self.soft.advert_allowed_ms(now);
+            let sooner = self.timers.due(&Timer::Soft).is_none_or(|due_ms| at_ms < due_ms);
+            if sooner {
+                self.timers.set(Timer::Soft, at_ms);
+            }
+        }
+    }
+
+    pub(super) fn tend_soft_state(&mut self, now: Now) {
+        let roster = self.roster.state();
+        self.board.expire(now, |node| roster.is_member_node(node));
+        let board = &self.board;
+        let gone: Vec<PeerId> = self
+            .soft
+            .adverts
+            .keys()
+            .filter(|node| **node != self.me && board.get(**node).is_none())
+            .copied()
+            .collect();
+        for node in gone {
+            if let Some(id) = self.soft.adverts.remove(&node) {
+                self.soft.items.remove(&id);
+            }
+        }
+        self.advertise(now);
+        if self.soft.next_reconcile_ms <= now.boot_ms {
+            let peers: Vec<PeerId> = self.board.connected().collect();
+            let pick = self.random.below(peers.len() as u64);
+            if let Some(peer) = usize::try_from(pick).ok().and_then(|pick| peers.get(pick)) {
+                self.reconcile_with(*peer);
+            }
+            let jitter = self.random.below(RECONCILE_MS / 4);
+            self.soft.next_reconcile_ms = now.after(RECONCILE_MS - RECONCILE_MS / 8 + jitter);
+        }
+        let refresh = self.soft.last_advert_ms.map_or(now.boot_ms, |at| at + ADVERT_REFRESH_MS);
+        self.timers.set(Timer::Soft, self.soft.next_reconcile_ms.min(refresh).max(now.after(1)));
+    }
+
+    fn advertise(&mut self, now: Now) {
+        let usage = self.bidder.usage();
+        let stale = self
+            .soft
+            .last_advert_ms
+            .is_none_or(|at_ms| at_ms.saturating_add(ADVERT_REFRESH_MS) <= now.boot_ms);
+        let news = self.soft.changed || self.soft.advertised.as_ref() != Some(&usage);
+        let allowed = self.soft.advert_allowed_ms(now) <= now.boot_ms;
+        if !(allowed && (news || stale)) || !self.roster.state().is_member_node(self.me) {
+            return;
+        }
+        self.soft.credit_ms = self.soft.credit_at(now).saturating_sub(ADVERT_MEAN_MS);
+        self.soft.last_advert_ms = Some(now.boot_ms);
+        self.soft.changed = false;
+        self.soft.seq += 1;
+        let book = self.bidder.book();
+        let advert = Advert {
+            node: self.me,
+            boot: self.soft.boot,
+            boot_count: self.soft.boot_count,
+            seq: self.soft.seq,
+            issued_at_ms: now.wall_ms,
+            store: self.store,
+            client: self.client,
+            owner_only: self.bidder.terms().owner_only.as_ref().map(|(_, reason)| reason.clone()),
+            capacity: book.total.clone(),
+            not_free: usage.0.clone(),
+            free_cpu_cores: usage.1,
+            free_ram_mib: usage.2,
+            control: self.soft.control.clone(),
+            data: self.soft.data.clone(),
+        };
+        self.soft.advertised = Some(usage);
+        let signed = SignedBytes::sign(&self.key, Domain::Advert, wire::encode(&advert));
+        self.board.post(signed.clone(), now);
+        self.soft.insert_advert(self.me, signed.clone());
+        self.out.transmits.push_back(Transmit::Gossip(Soft::Advert(signed)));
+        let me = self.me;
+        self.with_stewards(now, |stewards: &mut Stewards, cx| stewards.room_seen(me, cx));
+    }
+
+    // ---- reconciliation ---------------------------------------------------------------
+
+    pub(super) fn reconcile_with(&mut self, peer: PeerId) {
+        if let Some(query) = reconcile::ask(&self.soft.items) {
+            self.out.send(self.me, peer, Message::Reconcile { query });
+        }
+    }
+
+    pub(super) fn handle_reconcile(&mut self, from: PeerId, query: &[u8]) {
+        match reconcile::answer(&self.soft.items, query) {
+            Some(answer) => self.out.send(self.me, from, Message::Reconciled { answer }),
+            None => debug!(%from, "question of a reconciliation not understood"),
+        }
+    }
+
+    pub(super) fn handle_reconciled(&mut self, from: PeerId, answer: &[u8]) {
+        let Some(difference) = reconcile::compare(&self.soft.items, answer) else {
+            debug!(%from, "answer of a reconciliation not understood");
+            return;
+        };
+        self.send_items(from, &difference.have);
+        for ids in difference.need.chunks(WANT_MAX) {
+            self.out.send(self.me, from, Message::Want { ids: ids.to_vec() });
+        }
+        if let Some(query) = difference.next_query {
+            self.out.send(self.me, from, Message::Reconcile { query });
+        }
+    }
+
+    pub(super) fn handle_want(&mut self, from: PeerId, ids: &[ItemId]) {
+        self.send_items(from, &ids[..ids.len().min(WANT_MAX)]);
+    }
+
+    /// Statements go first: what they admit is what lets the rest be believed.
+    fn send_items(&mut self, to: PeerId, ids: &[ItemId]) {
+        let mut items: Vec<Soft> =
+            ids.iter().filter_map(|id| self.soft.items.get(id)).cloned().collect();
+        items.sort_by_key(|item| !matches!(item, Soft::Statement(_)));
+        for item in items {
+            self.out.send(self.me, to, Message::Soft(item));
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! What users ask, and whether they may.
+
+use super::Peer;
+use crate::{
+    JobId, Now, UserId,
+    identity::SignedBytes,
+    job::State,
+    message::{AttemptView, Command, JobFilter, JobView, RankView, Reply},
+    record::Kept,
+    wire,
+};
+
+/// Most jobs in one answer.
+pub const JOBS_MAX: usize = 1_000;
+
+impl Peer {
+    pub(super) fn answer_user(&mut self, signed: &SignedBytes, now: Now) -> Reply {
+        let admitted = match self.guard.check(signed, &self.roster, self.me, now) {
+            Ok(admitted) => admitted,
+            Err(reason) => return Reply::Denied { reason: reason.to_string() },
+        };
+        let command: Command = match wire::decode(&admitted.request.command) {
+            Ok(command) => command,
+            Err(reason) => {
+                let reason = format!("the request cannot be read ({reason}): is one side older?");
+                return Reply::Denied { reason };
+            }
+        };
+        let user = admitted.user;
+        match command {
+            Command::Jobs(filter) => Reply::Jobs(self.jobs(user, &filter)),
+            Command::Job(job) => {
+                self.with_record(job, |peer, kept| Reply::Jobs(vec![peer.job_view(user, kept)]))
+            }
+            Command::Why(job) => self.with_record(job, |peer, kept| {
+                if !peer.may_read(user, kept.spec.spec.owner) {
+                    return denied("read", job);
+                }
+                let state = kept.value.body.state();
+                Reply::Why(Box::new(peer.stewards.why(job, &peer.board, state, now)))
+            }),
+            Command::Stop(job) => self.stop_job(user, job, now),
+            Command::Node => Reply::Node(Box::new(self.bidder.view())),
+            Command::Log(job) | Command::Files(job) => self.grant_read(user, job),
+        }
+    }
+
+    fn jobs(&self, user: UserId, filter: &JobFilter) -> Vec<JobView> {
+        let wanted = |kept: &&Kept| filter.owner.is_none_or(|owner| kept.spec.spec.owner == owner);
+        let (done, live): (Vec<&Kept>, Vec<&Kept>) = self
+            .registers
+            .iter()
+            .map(|(_, kept)| kept)
+            .filter(wanted)
+            .partition(|kept| kept.value.body.state() == State::Done);
+        let mut done = done;
+        let since = |kept: &Kept| kept.value.body.history.last().map_or(0, |change| change.at_ms);
+        done.sort_by_key(|kept| (core::cmp::Reverse(since(kept)), kept.spec.job));
+        done.truncate(filter.done_max as usize);
+        live.into_iter().chain(done).take(JOBS_MAX).map(|kept| self.job_view(user, kept)).collect()
+    }
+
+    fn stop_job(&mut self, user: UserId, job: JobId, now: Now) -> Reply {
+        let Some(kept) = self.registers.get(job) else { return Reply::UnknownJob };
+        if !self.roster.state().may_control_job(user, kept.spec.spec.owner) {
+            return denied("stop", job);
+        }
+        self.with_stewards(now, |stewards, cx| stewards.stop(job, user, cx));
+        self.with_stewards(now, crate::steward::Stewards::settle);
+        let state = self.registers.get(job).map_or(State::Done, |kept| kept.value.body.state());
+        Reply::Stopping { state }
+    }
+
+    /// Whether `user` may read log and files of a job this node keeps or runs a rank of.
+    fn grant_read(&self, user: UserId, job: JobId) -> Reply {
+        if let Some(kept) = self.registers.get(job) {
+            if !self.may_read(user, kept.spec.spec.owner) {
+                return denied("read", job);
+            }
+            return Reply::Granted(Box::new(self.job_view(user, kept)));
+        }
+        Reply::UnknownJob
+    }
+
+    /// Whether `user` may read what a job of `owner` left on this node.
+    #[must_use]
+    pub fn may_read(&self, user: UserId, owner: UserId) -> bool {
+        self.roster.state().may_read_job(user, owner)
+    }
+
+    /// Check a user's signed request for a command that the driver carries out itself.
+    ///
+    /// # Errors
+    /// Why it is refused, with the next step.
+    pub fn check_user(
+        &mut self,
+        signed: &SignedBytes,
+        now: Now,
+    ) -> Result<(UserId, Command), String> {
+        let admitted = self
+            .guard
+            .check(signed, &self.roster, self.me, now)
+            .map_err(|reason| reason.to_string())?;
+        let command = wire::decode(&admitted.request.command)
+            .map_err(|e| format!("the request cannot be read ({e}): is one side older?"))?;
+        Ok((admitted.user, command))
+    }
+
+    fn with_record(&self, job: JobId, answer: impl FnOnce(&Self, &Kept) -> Reply) -> Reply {
+        match self.registers.get(job) {
+            Some(kept) => answer(self, kept),
+            None => Reply::UnknownJob,
+        }
+    }
+
+    /// A job as `user` may see it: others see that it exists, whose it is, what it asks
+    /// for and where it runs, since it occupies what they wait for.
+    fn job_view(&self, user: UserId, kept: &Kept) -> JobView {
+        let (spec, body) = (&kept.spec.spec, &kept.value.body);
+        let may_read = self.may_read(user, spec.owner);
+        let open = may_read || !spec.private;
+        let ranks = body.ranks.iter().map(|rank| RankView {
+            rank: rank.assignment.rank,
+            group: rank.assignment.group,
+            process: rank.assignment.process,
+            node: rank.assignment.node,
+            grant: rank.assignment.grant.clone(),
+            state: rank.state,
+            end: if may_read { rank.end.clone() } else { None },
+        });
+        JobView {
+            job: kept.spec.job,
+            title: if open { spec.title.clone() } else { String::new() },
+            owner: spec.owner,
+            private: spec.private,
+            request: spec.request.clone(),
+            command: may_read.then(|| spec.command.clone()),
+            source: if may_read { spec.source.clone() } else { crate::job::Source::default() },
+            code: spec.code,
+            continues: spec.continues.as_ref().map(|continued| continued.job),
+            submitted_at_ms: spec.submitted_at_ms,
+            history: body.history.clone(),
+            seq: kept.value.seq,
+            keepers: spec.keepers.iter().map(|(keeper, _)| *keeper).collect(),
+            steward: body.steward,
+            outcome: body.outcome.clone(),
+            attempt: AttemptView { number: body.attempt, ranks: ranks.collect() },
+        }
+    }
+}
+
+fn denied(verb: &str, job: JobId) -> Reply {
+    let id = &job.to_string()[..8];
+    let reason = format!("only the owner of job {id} and admins of the pool may {verb} it");
+    Reply::Denied { reason }
+}

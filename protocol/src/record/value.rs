@@ -1,0 +1,143 @@
+//! The value of a record.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    JobId, PeerId,
+    job::{
+        Attempt, Change, Outcome, RankAssignment, RankRecord, RankState, State, StopCause,
+        VerifiedSpec,
+    },
+    wire,
+};
+
+/// Most entries of a history; later changes replace the last but one.
+pub const HISTORY_MAX: usize = 64;
+
+/// What is chosen: a body with its place in the chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Value {
+    /// The job.
+    pub job: JobId,
+    /// The configuration's number; 0 while the first keepers keep it.
+    pub epoch: u32,
+    /// Counts values from 1.
+    pub seq: u64,
+    /// BLAKE3 hash of the value before; zeros for the first.
+    pub prev: [u8; 32],
+    /// The content.
+    pub body: Body,
+}
+
+/// What processes need to find each other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartInfo {
+    /// The address of each rank's node, in rank order.
+    pub hosts: Vec<String>,
+    /// A port free on rank 0's node.
+    pub port: u16,
+}
+
+/// Everything about a job that changes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Body {
+    /// The keeper that drives the job.
+    pub steward: PeerId,
+    /// Counts stewardships from 1.
+    pub term: u64,
+    /// States so far; the last is the current one. Never empty.
+    pub history: Vec<Change>,
+    /// The last attempt's number; 0 before the first.
+    pub attempt: Attempt,
+    /// The ranks of the current attempt; empty while unassigned.
+    pub ranks: Vec<RankRecord>,
+    /// What every rank is told at its start; set with [`State::Starting`].
+    pub start: Option<StartInfo>,
+    /// Why it is being ended, if it is.
+    pub stop: Option<StopCause>,
+    /// Attempts that were assigned and could not be started.
+    pub failed_starts: u32,
+    /// How it ended.
+    pub outcome: Option<Outcome>,
+}
+
+impl Value {
+    /// The first value of a job: a pure function of its spec, so that every keeper
+    /// makes the same.
+    #[must_use]
+    pub fn birth(spec: &VerifiedSpec) -> Self {
+        let at_ms = spec.spec.submitted_at_ms;
+        let change = |state, reason: &str| Change { state, at_ms, reason: reason.to_owned() };
+        Self {
+            job: spec.job,
+            epoch: 0,
+            seq: 1,
+            prev: [0; 32],
+            body: Body {
+                steward: spec.spec.keepers[0].0,
+                term: 1,
+                history: vec![
+                    change(State::New, "submitted"),
+                    change(State::Waiting, "being auctioned"),
+                ],
+                attempt: Attempt(0),
+                ranks: Vec::new(),
+                start: None,
+                stop: None,
+                failed_starts: 0,
+                outcome: None,
+            },
+        }
+    }
+
+    /// The next value, with `body`.
+    #[must_use]
+    pub fn successor(&self, body: Body) -> Self {
+        Self { job: self.job, epoch: self.epoch, seq: self.seq + 1, prev: self.hash(), body }
+    }
+
+    /// The BLAKE3 hash of this value's bytes, as its receipts name it.
+    #[must_use]
+    pub fn hash(&self) -> [u8; 32] {
+        *blake3::hash(&wire::encode(self)).as_bytes()
+    }
+}
+
+impl Body {
+    /// The current state.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.history.last().map_or(State::New, |change| change.state)
+    }
+
+    /// Enter `state`. Entering the current state again changes nothing.
+    pub fn enter(&mut self, state: State, at_ms: u64, reason: impl Into<String>) {
+        if self.state() == state {
+            return;
+        }
+        if self.history.len() >= HISTORY_MAX {
+            self.history.remove(HISTORY_MAX - 2);
+        }
+        self.history.push(Change { state, at_ms, reason: reason.into() });
+    }
+
+    /// The nodes of the current attempt, each once, by id.
+    #[must_use]
+    pub fn nodes(&self) -> Vec<PeerId> {
+        let mut nodes: Vec<PeerId> = self.ranks.iter().map(|rank| rank.assignment.node).collect();
+        nodes.sort_unstable();
+        nodes.dedup();
+        nodes
+    }
+
+    /// What the current attempt gives to `node`.
+    pub fn assigned_to(&self, node: PeerId) -> impl Iterator<Item = &RankAssignment> {
+        self.ranks.iter().map(|rank| &rank.assignment).filter(move |a| a.node == node)
+    }
+
+    /// Whether every rank is at least at `state`.
+    #[must_use]
+    pub fn all_at_least(&self, state: RankState) -> bool {
+        self.ranks.iter().all(|rank| rank.state >= state)
+    }
+}

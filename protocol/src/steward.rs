@@ -1,0 +1,898 @@
+//! Drives one job each: auction, assignment, gang start, outcome.
+//!
+//! A drive is level-triggered. Messages only update what was observed; then
+//! [`Stewards::advance`] compares that with the chosen record value and proposes the
+//! next value, one at a time. What a bidder may act on is sent after the value that
+//! names it is chosen, never before. Whatever is unanswered is sent again, so that a
+//! lost message costs time and nothing else.
+//!
+//! | state     | leaves when                                                             |
+//! |-----------|-------------------------------------------------------------------------|
+//! | WAITING   | every rank is held and pinned: Assign is chosen → PREPARING             |
+//! | PREPARING | every rank is prepared → STARTING; one refused or silent → WAITING      |
+//! | STARTING  | every rank runs or ended → RUNNING; one never will → STOPPING           |
+//! | RUNNING   | every process ended → CLEANING; one failed, or a stop → STOPPING        |
+//! | STOPPING  | every rank ended → DONE, or WAITING where the gang never started whole  |
+//! | CLEANING  | every rank's results are kept → DONE                                    |
+
+mod auction;
+mod drive;
+mod outcome;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use tracing::{debug, info};
+
+pub use auction::{FINISH_MS, ROUND_MS, ROUNDS_MAX, SETTLE_MS};
+pub(crate) use drive::Drive;
+
+use self::{
+    auction::{Auction, Step},
+    drive::{Observed, Stage},
+};
+use crate::{
+    HoldId, JobId, Now, PeerId, UserId,
+    inventory::Board,
+    job::{
+        Attempt, Ending, Outcome, Rank, RankAssignment, RankEnd, RankRecord, RankState, State,
+        StopCause, VerifiedSpec,
+    },
+    message::{Bid, CallFate, Commit, Message, PinRefusal, RankReport, Report, Start, WaitView},
+    peer::{Event, Outbox, Random},
+    record::{self, Body, Registers, StartInfo},
+    request::Request,
+    sabotage::{Rule, Sabotage},
+    timer::Timers,
+};
+
+/// How often what is unanswered is sent again.
+pub const RESEND_MS: u64 = 2_000;
+/// How often a commitment is renewed while its node prepares.
+pub const RENEW_MS: u64 = 20_000;
+/// How often a node is asked how its running ranks stand.
+pub const ASK_MS: u64 = 60_000;
+/// How long a node may be silent before an assignment is taken back.
+pub const SILENT_MS: u64 = 45_000;
+/// How long the pins of one assignment may take.
+pub const PINNING_MS: u64 = 3_000;
+/// Starts that may fail before the job does.
+pub const FAILED_STARTS_MAX: u32 = 3;
+/// Farewells to a node that does not answer, before it is left to its own clock.
+const WITHDRAWALS_MAX: u32 = 6;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum TimerKind {
+    Auction,
+    Pinning,
+    Resend,
+}
+
+type Timer = (JobId, TimerKind);
+
+/// What a steward works with at each call.
+pub(crate) struct Context<'a> {
+    pub(crate) registers: &'a mut Registers,
+    pub(crate) board: &'a Board,
+    pub(crate) random: &'a mut Random,
+    pub(crate) out: &'a mut Outbox,
+    pub(crate) now: Now,
+}
+
+/// The drives of every job this node is steward of.
+#[derive(Debug)]
+pub(crate) struct Stewards {
+    me: PeerId,
+    sabotage: Sabotage,
+    drives: BTreeMap<JobId, Drive>,
+    timers: Timers<Timer>,
+    ops: u64,
+}
+
+impl Stewards {
+    pub(crate) fn new(me: PeerId, sabotage: Sabotage) -> Self {
+        Self { me, sabotage, drives: BTreeMap::new(), timers: Timers::default(), ops: 0 }
+    }
+
+    pub(crate) fn poll_timeout(&self) -> Option<(u64, &'static str)> {
+        self.timers.next().map(|(at_ms, (_, kind))| {
+            let reason = match kind {
+                TimerKind::Auction => "an auction's turn ends",
+                TimerKind::Pinning => "pins are missing",
+                TimerKind::Resend => "something is unanswered",
+            };
+            (at_ms, reason)
+        })
+    }
+
+    /// Jobs driven now.
+    pub(crate) fn len(&self) -> usize {
+        self.drives.len()
+    }
+
+    /// Take up a job from its record: a new one, or after a restart.
+    pub(crate) fn drive(&mut self, job: JobId, cx: &mut Context<'_>) {
+        let Some(kept) = cx.registers.get(job) else { return };
+        if self.drives.contains_key(&job) || kept.value.body.steward != self.me {
+            return;
+        }
+        if kept.value.body.state() == State::Done {
+            return;
+        }
+        self.drives.insert(job, Drive::new(Arc::clone(&kept.spec)));
+        self.take_stage(job, cx);
+        self.advance(job, cx);
+    }
+
+    /// A person asks for the job to end.
+    pub(crate) fn stop(&mut self, job: JobId, by: UserId, cx: &mut Context<'_>) {
+        if let Some(drive) = self.drives.get_mut(&job) {
+            drive.observed.stop_asked.get_or_insert(by);
+            self.advance(job, cx);
+        }
+    }
+
+    /// Why a job waits.
+    pub(crate) fn why(&self, job: JobId, board: &Board, state: State, now: Now) -> WaitView {
+        let mut view =
+            WaitView { job, state, summary: String::new(), need: 0, held: 0, nodes: Vec::new() };
+        if let Some(drive) = self.drives.get(&job) {
+            view.need = drive.spec.spec.rank_count();
+            match &drive.stage {
+                Stage::Auction(auction) => auction.describe(&mut view, board, now),
+                Stage::Pinning(_) | Stage::Assigned => {
+                    view.held = view.need;
+                    view.summary = drive.describe_assigned(state);
+                }
+            }
+        }
+        if view.summary.is_empty() {
+            view.summary = format!("the job is {state}");
+        }
+        view
+    }
+
+    // ---- messages from bidders --------------------------------------------------------
+
+    pub(crate) fn handle_bid(&mut self, from: PeerId, bid: Bid, cx: &mut Context<'_>) {
+        let job = bid.job;
+        let ids: Vec<HoldId> = bid.offers.iter().map(|offer| offer.hold).collect();
+        let Some(drive) = self.drives.get_mut(&job) else {
+            self.give_back(job, from, ids, cx);
+            return;
+        };
+        match &mut drive.stage {
+            Stage::Auction(auction) => {
+                auction.hear(from, bid, cx.now);
+                self.turn(job, cx);
+            }
+            Stage::Pinning(pinning) => {
+                let surplus: Vec<_> = ids.into_iter().filter(|id| !pinning.names(*id)).collect();
+                if !surplus.is_empty() {
+                    self.give_back(job, from, surplus, cx);
+                }
+            }
+            Stage::Assigned => {
+                let body = cx.registers.get(job).map(|kept| &kept.value.body);
+                let surplus: Vec<_> = ids
+                    .into_iter()
+                    .filter(|id| !body.is_some_and(|b| b.assigned_to(from).any(|a| a.hold == *id)))
+                    .collect();
+                if !surplus.is_empty() {
+                    self.give_back(job, from, surplus, cx);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn handle_holds_lost(
+        &mut self,
+        from: PeerId,
+        job: JobId,
+        holds: &[HoldId],
+        higher: Option<JobId>,
+        cx: &mut Context<'_>,
+    ) {
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        match &mut drive.stage {
+            Stage::Auction(auction) => {
+                auction.lose(from, holds, higher);
+                self.turn(job, cx);
+            }
+            Stage::Pinning(pinning) => {
+                if holds.iter().any(|id| pinning.names(*id)) {
+                    self.pinning_failed(job, cx);
+                }
+            }
+            Stage::Assigned => {}
+        }
+    }
+
+    pub(crate) fn handle_pinned(
+        &mut self,
+        from: PeerId,
+        job: JobId,
+        holds: &[HoldId],
+        cx: &mut Context<'_>,
+    ) {
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        if let Stage::Pinning(pinning) = &mut drive.stage {
+            pinning.pinned(from, holds);
+            self.advance(job, cx);
+        }
+    }
+
+    pub(crate) fn handle_pin_refused(&mut self, refusal: &PinRefusal, cx: &mut Context<'_>) {
+        let Some(drive) = self.drives.get_mut(&refusal.job) else { return };
+        if let Stage::Pinning(pinning) = &mut drive.stage
+            && refusal.missing.iter().any(|id| pinning.names(*id))
+        {
+            self.pinning_failed(refusal.job, cx);
+        }
+    }
+
+    pub(crate) fn handle_committed(
+        &mut self,
+        from: PeerId,
+        job: JobId,
+        attempt: Attempt,
+        cx: &mut Context<'_>,
+    ) {
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        if drive.is_at(attempt, cx.registers) {
+            drive.observed.committed.insert(from);
+            drive.observed.heard.insert(from, cx.now.boot_ms);
+        } else if drive.withdrawals.contains_key(&(from, attempt)) {
+            // A commit overtook our farewell: say it again.
+            self.send_withdrawals(job, cx);
+        }
+    }
+
+    pub(crate) fn handle_commit_refused(
+        &mut self,
+        from: PeerId,
+        job: JobId,
+        attempt: Attempt,
+        reason: String,
+        cx: &mut Context<'_>,
+    ) {
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        drive.withdrawals.remove(&(from, attempt));
+        if !drive.is_at(attempt, cx.registers) {
+            self.retire_if_over(job, cx);
+            return;
+        }
+        drive.observed.heard.insert(from, cx.now.boot_ms);
+        drive.observed.refused.entry(from).or_insert(reason);
+        self.advance(job, cx);
+    }
+
+    pub(crate) fn handle_report(&mut self, from: PeerId, report: Report, cx: &mut Context<'_>) {
+        let Report { job, attempt, rank, node, report } = report;
+        let is_end = matches!(report, RankReport::Ended(_));
+        let done = |out: &mut Outbox, me| {
+            if is_end {
+                out.send(me, from, Message::EndRecorded { job, attempt, rank });
+            }
+        };
+        if node != from {
+            return;
+        }
+        let Some(drive) = self.drives.get_mut(&job) else {
+            // The job is over: nobody waits for this ending any more.
+            if cx.registers.get(job).is_some_and(|k| k.value.body.state() == State::Done) {
+                done(cx.out, self.me);
+            }
+            return;
+        };
+        if !drive.is_at(attempt, cx.registers) {
+            drive.withdrawals.remove(&(from, attempt));
+            done(cx.out, self.me);
+            self.retire_if_over(job, cx);
+            return;
+        }
+        let Some(kept) = cx.registers.get(job) else { return };
+        let Some(record) = kept.value.body.ranks.iter().find(|r| r.assignment.rank == rank) else {
+            return;
+        };
+        if record.assignment.node != from {
+            return;
+        }
+        if record.state == RankState::Ended {
+            done(cx.out, self.me);
+            return;
+        }
+        drive.observed.heard.insert(from, cx.now.boot_ms);
+        drive.observed.hear(rank, report);
+        self.advance(job, cx);
+    }
+
+    /// A node has room it did not have: jobs that have no call standing there ask again.
+    pub(crate) fn room_seen(&mut self, node: PeerId, cx: &mut Context<'_>) {
+        for (job, drive) in &mut self.drives {
+            if let Stage::Auction(auction) = &mut drive.stage
+                && auction.would_ask(node)
+            {
+                let soon = cx.now.after(cx.random.below(200));
+                let timer = (*job, TimerKind::Auction);
+                let next = auction.wake_ms.map_or(soon, |at_ms| at_ms.min(soon));
+                auction.wake_ms = Some(next);
+                self.timers.set(timer, next);
+            }
+        }
+    }
+
+    pub(crate) fn handle_timeout(&mut self, cx: &mut Context<'_>) {
+        while let Some((job, kind)) = self.timers.pop_due(cx.now.boot_ms) {
+            match kind {
+                TimerKind::Auction => {
+                    if let Some(Drive { stage: Stage::Auction(auction), .. }) =
+                        self.drives.get_mut(&job)
+                    {
+                        auction.wake_ms = None;
+                        auction.time_is_up(cx.now);
+                        self.turn(job, cx);
+                    }
+                }
+                TimerKind::Pinning => {
+                    if let Some(Drive { stage: Stage::Pinning(_), .. }) = self.drives.get(&job) {
+                        self.pinning_failed(job, cx);
+                    }
+                }
+                TimerKind::Resend => self.resend(job, cx),
+            }
+        }
+    }
+
+    // ---- the record -------------------------------------------------------------------
+
+    /// Take the outcomes of proposals, and go on from the values chosen.
+    pub(crate) fn settle(&mut self, cx: &mut Context<'_>) {
+        while let Some(event) = cx.registers.poll_event() {
+            let (record::Event::Chosen { job, op } | record::Event::Conflict { job, op }) = event;
+            cx.out.events.push_back(Event::RecordChanged { job });
+            let Some(drive) = self.drives.get_mut(&job) else { continue };
+            if drive.proposal != Some(op) {
+                continue;
+            }
+            drive.proposal = None;
+            self.take_stage(job, cx);
+            self.advance(job, cx);
+        }
+        while let Some(write) = cx.registers.poll_write() {
+            cx.out.writes.push_back(write);
+        }
+    }
+
+    /// After a value was chosen: what it lets us say, and which stage follows from it.
+    fn take_stage(&mut self, job: JobId, cx: &mut Context<'_>) {
+        let Some(kept) = cx.registers.get(job) else { return };
+        let body = kept.value.body.clone();
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        for rank in body.ranks.iter().filter(|rank| rank.state == RankState::Ended) {
+            let acknowledged = drive.acknowledged.insert((body.attempt, rank.assignment.rank));
+            if acknowledged {
+                let rank_id = rank.assignment.rank;
+                let recorded = Message::EndRecorded { job, attempt: body.attempt, rank: rank_id };
+                cx.out.send(self.me, rank.assignment.node, recorded);
+            }
+        }
+        let in_auction = matches!(drive.stage, Stage::Auction(_));
+        if body.ranks.is_empty() && body.state() != State::Done {
+            if !in_auction {
+                drive.stage = Stage::Auction(Auction::new(drive.spec.as_ref()));
+                drive.observed = Observed::keeping_stop(&drive.observed);
+            }
+        } else if !matches!(drive.stage, Stage::Assigned) && body.state() != State::Done {
+            drive.stage = Stage::Assigned;
+            drive.observed = Observed::keeping_stop(&drive.observed);
+            for node in body.nodes() {
+                drive.observed.heard.insert(node, cx.now.boot_ms);
+            }
+            self.timers.cancel(&(job, TimerKind::Auction));
+            self.timers.cancel(&(job, TimerKind::Pinning));
+        }
+        match body.state() {
+            State::Done => {
+                info!(%job, outcome = body.outcome.as_ref().map(ToString::to_string), "job done");
+                self.forget_calls(job, cx);
+                self.send_withdrawals(job, cx);
+                self.retire_if_over(job, cx);
+            }
+            State::New | State::Waiting => {
+                self.send_withdrawals(job, cx);
+                self.turn(job, cx);
+            }
+            State::Preparing
+            | State::Starting
+            | State::Running
+            | State::Stopping
+            | State::Cleaning => {
+                self.send_outstanding(job, cx);
+            }
+        }
+    }
+
+    /// Propose what follows from the record and what was observed, if anything does.
+    fn advance(&mut self, job: JobId, cx: &mut Context<'_>) {
+        let Some(drive) = self.drives.get(&job) else { return };
+        if drive.proposal.is_some() {
+            return;
+        }
+        let Some(kept) = cx.registers.get(job) else { return };
+        let (seq, before) = (kept.value.seq, &kept.value.body);
+        let Some((body, farewell)) = self.next_body(drive, before, cx.now) else { return };
+        let old_nodes = before.nodes();
+        let old_attempt = before.attempt;
+        debug!(%job, state = %body.state(), "proposing");
+        self.ops += 1;
+        let op = self.ops;
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        drive.proposal = Some(op);
+        if farewell {
+            for node in old_nodes {
+                drive.withdrawals.insert((node, old_attempt), 0);
+            }
+        }
+        if !self.sabotage.holds(Rule::CommitNeedsCertificate)
+            && body.state() == State::Preparing
+            && before.state() != State::Preparing
+        {
+            self.commit_unchosen(job, seq, &body, cx);
+            return;
+        }
+        cx.registers.compare_and_set(job, seq, op, body);
+    }
+
+    /// The next value, and whether the nodes of the one before are to be told that their
+    /// attempt is off.
+    fn next_body(&self, drive: &Drive, before: &Body, now: Now) -> Option<(Body, bool)> {
+        let at_ms = now.wall_ms;
+        let mut body = before.clone();
+        let observed = &drive.observed;
+        match before.state() {
+            State::New | State::Waiting => {
+                if let Some(by) = observed.stop_asked {
+                    body.outcome = Some(Outcome::Stopped { by });
+                    body.enter(State::Done, at_ms, "stopped before it started");
+                    return Some((body, false));
+                }
+                let Stage::Pinning(pinning) = &drive.stage else { return None };
+                let assignments = pinning.complete()?;
+                body.attempt = Attempt(before.attempt.0 + 1);
+                body.ranks = assignments
+                    .into_iter()
+                    .map(|assignment| RankRecord {
+                        assignment,
+                        state: RankState::Assigned,
+                        end: None,
+                    })
+                    .collect();
+                body.start = None;
+                let reason = format!("attempt {} assigned", body.attempt);
+                body.enter(State::Preparing, at_ms, reason);
+                Some((body, false))
+            }
+            State::Preparing => self.next_of_preparing(drive, body, at_ms, now),
+            State::Starting => {
+                apply_reports(&mut body, observed, now);
+                apply_refusals(&mut body, observed, at_ms);
+                if let Some(reason) = self.cannot_start(drive, &body, now) {
+                    body.stop = Some(StopCause::StartFailed(reason.clone()));
+                    body.enter(State::Stopping, at_ms, reason);
+                    return Some((finish_if_over(body, drive, at_ms), false));
+                }
+                if let Some(by) = observed.stop_asked {
+                    body.stop = Some(StopCause::By(by));
+                    body.enter(State::Stopping, at_ms, "stopped");
+                    return Some((finish_if_over(body, drive, at_ms), false));
+                }
+                if body.all_at_least(RankState::Running) {
+                    body.failed_starts = 0;
+                    body.enter(State::Running, at_ms, "every process started");
+                    return Some((running(body, observed, drive, at_ms), false));
+                }
+                None
+            }
+            State::Running => {
+                apply_reports(&mut body, observed, now);
+                apply_refusals(&mut body, observed, at_ms);
+                let body = running(body, observed, drive, at_ms);
+                (body != *before).then_some((body, false))
+            }
+            State::Stopping | State::Cleaning => {
+                apply_reports(&mut body, observed, now);
+                apply_refusals(&mut body, observed, at_ms);
+                if body.state() == State::Cleaning
+                    && let Some(by) = observed.stop_asked
+                    && !body.all_at_least(RankState::Ended)
+                {
+                    body.stop.get_or_insert(StopCause::By(by));
+                }
+                let body = finish_if_over(body, drive, at_ms);
+                (body != *before).then_some((body, false))
+            }
+            State::Done => None,
+        }
+    }
+
+    fn next_of_preparing(
+        &self,
+        drive: &Drive,
+        mut body: Body,
+        at_ms: u64,
+        now: Now,
+    ) -> Option<(Body, bool)> {
+        let observed = &drive.observed;
+        let off = |mut body: Body, reason: String| {
+            body.ranks.clear();
+            body.enter(State::Waiting, at_ms, reason);
+            (body, true)
+        };
+        if let Some(by) = observed.stop_asked {
+            let (mut body, farewell) = off(body, "stopped".to_owned());
+            body.outcome = Some(Outcome::Stopped { by });
+            body.enter(State::Done, at_ms, "stopped before it started");
+            return Some((body, farewell));
+        }
+        if let Some((node, reason)) = observed.refused.first_key_value() {
+            return Some(off(body, format!("node {node} refused: {reason}")));
+        }
+        if let Some((rank, end)) = observed.ends.first_key_value() {
+            let reason = format!("rank {rank} {}", end.ending);
+            body.failed_starts += 1;
+            if body.failed_starts >= FAILED_STARTS_MAX {
+                let (mut body, farewell) = off(body, reason.clone());
+                body.outcome = Some(Outcome::Failed { code: end.ending.code() });
+                body.enter(State::Done, at_ms, reason);
+                return Some((body, farewell));
+            }
+            return Some(off(body, reason));
+        }
+        if let Some(node) = drive.silent(&body, now) {
+            return Some(off(body, format!("node {node} fell silent")));
+        }
+        let all = body.ranks.iter().all(|r| observed.prepared.contains_key(&r.assignment.rank));
+        let gang = self.sabotage.holds(Rule::GangStartsWhole);
+        if all || (!gang && !observed.prepared.is_empty()) {
+            let host = |r: &RankRecord| {
+                observed.prepared.get(&r.assignment.rank).map_or_else(String::new, |p| p.1.clone())
+            };
+            body.start = Some(StartInfo {
+                hosts: body.ranks.iter().map(host).collect(),
+                port: observed.prepared.get(&Rank(0)).map_or(0, |prepared| prepared.0),
+            });
+            for rank in &mut body.ranks {
+                rank.state = RankState::Prepared;
+            }
+            body.enter(State::Starting, at_ms, "every process is prepared");
+            return Some((body, false));
+        }
+        None
+    }
+
+    /// Why this start cannot become a whole gang any more.
+    fn cannot_start(&self, drive: &Drive, body: &Body, now: Now) -> Option<String> {
+        if !self.sabotage.holds(Rule::GangStartsWhole) {
+            return None;
+        }
+        let never = body.ranks.iter().find_map(|rank| match &rank.end {
+            Some(RankEnd {
+                ending: ending @ (Ending::NeverStarted | Ending::FailedToStart { .. }),
+                ..
+            }) => Some(format!("rank {}: {ending}", rank.assignment.rank)),
+            _ => None,
+        });
+        never.or_else(|| drive.silent(body, now).map(|node| format!("node {node} fell silent")))
+    }
+
+    // ---- what is sent -----------------------------------------------------------------
+
+    /// Say what the record lets us say to every node that has not shown it knows.
+    fn send_outstanding(&mut self, job: JobId, cx: &mut Context<'_>) {
+        let Some(kept) = cx.registers.get(job) else { return };
+        let Some(drive) = self.drives.get(&job) else { return };
+        let body = &kept.value.body;
+        let attempt = body.attempt;
+        let mut next_ms = RESEND_MS;
+        for node in body.nodes() {
+            let ended = body
+                .ranks
+                .iter()
+                .filter(|rank| rank.assignment.node == node)
+                .all(|rank| rank.state == RankState::Ended);
+            if ended {
+                continue;
+            }
+            let message = match body.state() {
+                State::Preparing => {
+                    if drive.observed.committed.contains(&node) {
+                        next_ms = next_ms.max(RESEND_MS);
+                    }
+                    Message::Commit(Box::new(Commit {
+                        spec: drive.spec.signed.clone(),
+                        attempt,
+                        certificate: kept.certificate.clone(),
+                    }))
+                }
+                State::Starting => {
+                    let Some(start) = &body.start else { continue };
+                    let (hosts, port) = (start.hosts.clone(), start.port);
+                    Message::Start(Start { job, attempt, hosts, port })
+                }
+                State::Running | State::Cleaning => {
+                    next_ms = ASK_MS;
+                    if drive.just_entered {
+                        continue;
+                    }
+                    Message::Ask { job, attempt }
+                }
+                State::Stopping => {
+                    let reason = body.history.last().map_or("", |change| &change.reason);
+                    Message::Stop { job, attempt, reason: reason.to_owned() }
+                }
+                State::New | State::Waiting | State::Done => continue,
+            };
+            cx.out.send(self.me, node, message);
+        }
+        let everybody_committed = body.state() == State::Preparing
+            && body.nodes().iter().all(|node| drive.observed.committed.contains(node));
+        if everybody_committed {
+            next_ms = RENEW_MS;
+        }
+        self.timers.set((job, TimerKind::Resend), cx.now.after(next_ms));
+    }
+
+    fn resend(&mut self, job: JobId, cx: &mut Context<'_>) {
+        self.advance(job, cx);
+        self.settle(cx);
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        drive.just_entered = false;
+        if matches!(drive.stage, Stage::Assigned) {
+            self.send_outstanding(job, cx);
+        }
+        self.send_withdrawals(job, cx);
+        self.retire_if_over(job, cx);
+    }
+
+    fn send_withdrawals(&mut self, job: JobId, cx: &mut Context<'_>) {
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        drive.withdrawals.retain(|_, tries| *tries < WITHDRAWALS_MAX);
+        for ((node, attempt), tries) in &mut drive.withdrawals {
+            *tries += 1;
+            let reason = "the attempt is off".to_owned();
+            let message = Message::Withdraw { job, attempt: *attempt, reason };
+            cx.out.send(self.me, *node, message);
+        }
+        if !drive.withdrawals.is_empty() {
+            self.timers.set((job, TimerKind::Resend), cx.now.after(RESEND_MS));
+        }
+    }
+
+    /// A job that is over needs its drive only while farewells are unanswered.
+    fn retire_if_over(&mut self, job: JobId, cx: &mut Context<'_>) {
+        let over = cx.registers.get(job).is_none_or(|kept| kept.value.body.state() == State::Done);
+        let quiet = self.drives.get(&job).is_some_and(|drive| drive.withdrawals.is_empty());
+        if over && quiet {
+            self.drives.remove(&job);
+            for kind in [TimerKind::Auction, TimerKind::Pinning, TimerKind::Resend] {
+                self.timers.cancel(&(job, kind));
+            }
+        }
+    }
+
+    fn give_back(&self, job: JobId, to: PeerId, holds: Vec<HoldId>, cx: &mut Context<'_>) {
+        let message = Message::Release { job, holds, call: CallFate::Forget };
+        cx.out.send(self.me, to, message);
+    }
+
+    fn forget_calls(&mut self, job: JobId, cx: &mut Context<'_>) {
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        let (called, picked) = match &mut drive.stage {
+            Stage::Auction(auction) => (auction.withdraw(), Vec::new()),
+            Stage::Pinning(pinning) => (Vec::new(), pinning.by_node()),
+            Stage::Assigned => return,
+        };
+        for (node, holds) in called.into_iter().chain(picked) {
+            let message = Message::Release { job, holds, call: CallFate::Forget };
+            cx.out.send(self.me, node, message);
+        }
+    }
+
+    // ---- the auction ------------------------------------------------------------------
+
+    /// Let the auction take its next step.
+    fn turn(&mut self, job: JobId, cx: &mut Context<'_>) {
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        if drive.proposal.is_some() || drive.observed.stop_asked.is_some() {
+            return;
+        }
+        let Stage::Auction(auction) = &mut drive.stage else { return };
+        let (spec, me) = (Arc::clone(&drive.spec), self.me);
+        match auction.step(&spec, cx.board, cx.random, cx.now) {
+            Step::Wait => {}
+            Step::Call(calls) => {
+                for (node, call) in calls {
+                    cx.out.send(me, node, Message::Call(call));
+                }
+            }
+            Step::GiveUp { releases } => {
+                for (node, holds, call) in releases {
+                    cx.out.send(me, node, Message::Release { job, holds, call });
+                }
+            }
+            Step::Pin { pinning, releases } => {
+                for (node, holds) in releases {
+                    let call = CallFate::Forget;
+                    cx.out.send(me, node, Message::Release { job, holds, call });
+                }
+                for (node, holds) in pinning.by_node() {
+                    cx.out.send(me, node, Message::Pin { job, holds });
+                }
+                drive.stage = Stage::Pinning(pinning);
+                self.timers.cancel(&(job, TimerKind::Auction));
+                self.timers.set((job, TimerKind::Pinning), cx.now.after(PINNING_MS));
+                return;
+            }
+        }
+        match auction.wake_ms {
+            Some(at_ms) => self.timers.set((job, TimerKind::Auction), at_ms),
+            None => self.timers.cancel(&(job, TimerKind::Auction)),
+        }
+    }
+
+    /// Give everything back and ask again after a moment.
+    fn pinning_failed(&mut self, job: JobId, cx: &mut Context<'_>) {
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        if drive.proposal.is_some() {
+            return;
+        }
+        let Stage::Pinning(pinning) = &drive.stage else { return };
+        for (node, holds) in pinning.by_node() {
+            let message = Message::Release { job, holds, call: CallFate::Stand };
+            cx.out.send(self.me, node, message);
+        }
+        let mut auction = Auction::new(drive.spec.as_ref());
+        let at_ms = cx.now.after(10 + cx.random.below(90));
+        auction.wake_ms = Some(at_ms);
+        auction.resting = true;
+        drive.stage = Stage::Auction(auction);
+        self.timers.cancel(&(job, TimerKind::Pinning));
+        self.timers.set((job, TimerKind::Auction), at_ms);
+    }
+
+    /// With the certificate rule removed: tell bidders of a value nobody chose.
+    fn commit_unchosen(&self, job: JobId, seq: u64, body: &Body, cx: &mut Context<'_>) {
+        let Some(kept) = cx.registers.get(job) else { return };
+        let mut value = kept.value.successor(body.clone());
+        value.seq = seq + 1;
+        let certificate =
+            record::Certificate { value_bytes: crate::wire::encode(&value), receipts: Vec::new() };
+        for node in body.nodes() {
+            let commit = Commit {
+                spec: kept.spec.signed.clone(),
+                attempt: body.attempt,
+                certificate: certificate.clone(),
+            };
+            cx.out.send(self.me, node, Message::Commit(Box::new(commit)));
+        }
+    }
+}
+
+/// What would be asked of whom, were `request` submitted now.
+pub(crate) fn dry_run(
+    me: PeerId,
+    request: &Request,
+    board: &Board,
+    now: Now,
+) -> Vec<(PeerId, u32)> {
+    auction::dry_run(me, request, board, now)
+}
+
+/// Move ranks on as their nodes reported.
+fn apply_reports(body: &mut Body, observed: &Observed, now: Now) {
+    let _ = now;
+    for rank in &mut body.ranks {
+        let id = rank.assignment.rank;
+        if observed.running.contains(&id) && rank.state < RankState::Running {
+            rank.state = RankState::Running;
+        }
+        if let Some(end) = observed.ends.get(&id)
+            && rank.state != RankState::Ended
+        {
+            rank.state = RankState::Ended;
+            rank.end = Some(end.clone());
+        }
+    }
+}
+
+/// A node that knows nothing of an attempt has buried it: what ran there is lost, and
+/// what had not started never will.
+fn apply_refusals(body: &mut Body, observed: &Observed, at_ms: u64) {
+    for rank in &mut body.ranks {
+        let Some(reason) = observed.refused.get(&rank.assignment.node) else { continue };
+        if rank.state == RankState::Ended {
+            continue;
+        }
+        let ending = if rank.state == RankState::Running {
+            Ending::Lost { reason: reason.clone() }
+        } else {
+            Ending::NeverStarted
+        };
+        rank.state = RankState::Ended;
+        rank.end = Some(RankEnd::bare(ending, at_ms));
+    }
+}
+
+/// RUNNING and what follows from it.
+fn running(mut body: Body, observed: &Observed, drive: &Drive, at_ms: u64) -> Body {
+    let over = body.all_at_least(RankState::Ended);
+    let failed = body
+        .ranks
+        .iter()
+        .find(|rank| rank.end.as_ref().is_some_and(|end| !end.ending.is_success()));
+    let failed = failed.map(|rank| rank.assignment.rank);
+    if !over && let Some(rank) = failed {
+        body.stop = Some(StopCause::RankFailed(rank));
+        body.enter(State::Stopping, at_ms, format!("rank {rank} failed"));
+        return body;
+    }
+    if !over && let Some(by) = observed.stop_asked {
+        body.stop = Some(StopCause::By(by));
+        body.enter(State::Stopping, at_ms, "stopped");
+        return body;
+    }
+    let all_exited = body.ranks.iter().all(|rank| {
+        rank.state == RankState::Ended || observed.cleaning.contains(&rank.assignment.rank)
+    });
+    if all_exited {
+        body.enter(State::Cleaning, at_ms, "every process ended");
+    }
+    finish_if_over(body, drive, at_ms)
+}
+
+/// DONE once every rank ended; or WAITING again where the gang never was whole.
+fn finish_if_over(mut body: Body, drive: &Drive, at_ms: u64) -> Body {
+    if !body.all_at_least(RankState::Ended) {
+        return body;
+    }
+    if let Some(StopCause::StartFailed(reason)) = body.stop.clone() {
+        body.failed_starts += 1;
+        if body.failed_starts < FAILED_STARTS_MAX && drive.observed.stop_asked.is_none() {
+            body.ranks.clear();
+            body.stop = None;
+            body.start = None;
+            body.enter(State::Waiting, at_ms, format!("the gang did not start whole: {reason}"));
+            return body;
+        }
+    }
+    let (outcome, reason) = outcome::decide(&body, drive.observed.stop_asked);
+    body.outcome = Some(outcome);
+    body.enter(State::Done, at_ms, reason);
+    body
+}
+
+/// Ranks numbered in request order, each with the pick made for it.
+pub(crate) fn number_ranks(spec: &VerifiedSpec, picks: Vec<auction::Pick>) -> Vec<RankAssignment> {
+    let mut by_group: BTreeMap<u32, Vec<auction::Pick>> = BTreeMap::new();
+    for pick in picks {
+        by_group.entry(pick.group).or_default().push(pick);
+    }
+    for picks in by_group.values_mut() {
+        // Ranks of one node next to each other, as frameworks expect.
+        picks.sort_by(|a, b| (a.node, a.hold).cmp(&(b.node, b.hold)));
+        picks.reverse();
+    }
+    let mut assignments = Vec::new();
+    for (rank, (group, process)) in (0_u32..).zip(spec.spec.ranks()) {
+        let Some(pick) = by_group.get_mut(&group).and_then(Vec::pop) else { continue };
+        assignments.push(RankAssignment {
+            rank: Rank(rank),
+            group,
+            process,
+            node: pick.node,
+            hold: pick.hold,
+            grant: pick.grant,
+        });
+    }
+    assignments
+}
