@@ -3,7 +3,7 @@
 use core::{fmt, str::FromStr};
 
 use data_encoding::{BASE32_NOPAD, HEXLOWER};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use thiserror::Error;
 
 use super::PublicKey;
@@ -22,10 +22,35 @@ impl ParseIdError {
     }
 }
 
+/// As text where a person may read it (JSON), as the bare bytes on the wire.
+macro_rules! serde_as_text {
+    ($name:ident, $bytes:ty) => {
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                if serializer.is_human_readable() {
+                    serializer.collect_str(self)
+                } else {
+                    self.0.serialize(serializer)
+                }
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                if deserializer.is_human_readable() {
+                    String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+                } else {
+                    <$bytes>::deserialize(deserializer).map(Self)
+                }
+            }
+        }
+    };
+}
+
 macro_rules! base32_id {
     ($(#[$doc:meta])* $name:ident, $what:literal) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name(pub [u8; 32]);
 
         impl $name {
@@ -48,6 +73,8 @@ macro_rules! base32_id {
                 f.write_str(&self.to_string()[..10])
             }
         }
+
+        serde_as_text!($name, [u8; 32]);
 
         impl FromStr for $name {
             type Err = ParseIdError;
@@ -83,7 +110,7 @@ base32_id!(
 macro_rules! hex_id {
     ($(#[$doc:meta])* $name:ident, $what:literal) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name(pub [u8; 16]);
 
         impl fmt::Display for $name {
@@ -97,6 +124,8 @@ macro_rules! hex_id {
                 f.write_str(&HEXLOWER.encode(&self.0[..4]))
             }
         }
+
+        serde_as_text!($name, [u8; 16]);
 
         impl FromStr for $name {
             type Err = ParseIdError;
@@ -129,7 +158,7 @@ hex_id!(
 ///
 /// Kept as the key itself; the text form is libp2p's (`12D3KooW…`), the base58 of
 /// the identity multihash of the key's protobuf encoding (libp2p peer-ids spec).
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PeerId(pub PublicKey);
 
 /// identity multihash (0x00), length 36, protobuf field 1 = Ed25519, field 2 of 32 bytes.
@@ -163,6 +192,8 @@ impl fmt::Debug for PeerId {
     }
 }
 
+serde_as_text!(PeerId, PublicKey);
+
 impl FromStr for PeerId {
     type Err = ParseIdError;
     fn from_str(text: &str) -> Result<Self, ParseIdError> {
@@ -175,7 +206,7 @@ impl FromStr for PeerId {
 }
 
 /// A person, by public key. The text form is `u` and base32.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UserId(pub PublicKey);
 
 impl fmt::Display for UserId {
@@ -189,6 +220,8 @@ impl fmt::Debug for UserId {
         f.write_str(&self.to_string()[..8])
     }
 }
+
+serde_as_text!(UserId, PublicKey);
 
 impl FromStr for UserId {
     type Err = ParseIdError;

@@ -64,7 +64,7 @@ impl fmt::Debug for PublicKey {
 
 /// The 64 bytes of an ed25519 signature.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Signature(pub Vec<u8>);
+pub struct Signature(#[serde(with = "super::text")] pub Vec<u8>);
 
 impl fmt::Debug for Signature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

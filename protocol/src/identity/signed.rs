@@ -53,6 +53,7 @@ impl Domain {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SignedBytes {
     /// The signed bytes exactly as their author made them.
+    #[serde(with = "super::text")]
     pub bytes: Vec<u8>,
     /// The author's key.
     pub signer: PublicKey,

@@ -1,0 +1,380 @@
+//! What the daemon and its clients say over the unix socket, as JSON.
+//!
+//! Paths are in [`path`]. Errors are [`ApiError`] with a status of 4xx or 5xx. Streams are
+//! lines of JSON (`application/x-ndjson`), one value each, unless said otherwise.
+
+use std::net::SocketAddr;
+
+use p2pit_protocol::{
+    BlobId, JobId, PeerId, PoolId, StoreId, UserId,
+    identity::SignedBytes,
+    inventory::{Capacity, GpuUuid},
+    message::{GpuState, JobView, NodeView, Reply},
+    roster::{DeviceId, Kind},
+};
+use serde::{Deserialize, Serialize};
+
+/// The paths of the API.
+pub mod path {
+    /// GET → [`super::Me`].
+    pub const ME: &str = "/v1/me";
+    /// POST [`super::Found`] → [`super::Me`]: found a pool. Only while the node has none.
+    pub const FOUND: &str = "/v1/found";
+    /// POST [`super::Join`] → [`super::Me`]: join a pool. Only while the node has none.
+    pub const JOIN: &str = "/v1/join";
+    /// GET → `Vec<`[`super::LanNode`]`>`: p2pit nodes that answer on the local network.
+    pub const LAN: &str = "/v1/lan";
+    /// POST: end the daemon; jobs go on below their supervisors.
+    pub const SHUTDOWN: &str = "/v1/shutdown";
+    /// GET → `Vec<`[`super::NodeInfo`]`>`.
+    pub const NODES: &str = "/v1/nodes";
+    /// GET → `Vec<`[`super::UserInfo`]`>`.
+    pub const USERS: &str = "/v1/users";
+    /// POST [`super::DraftRequest`] → [`super::DraftReply`]: a statement to be signed.
+    pub const DRAFT: &str = "/v1/draft";
+    /// POST [`super::SignedBytes`] → `{}`: take in the signed draft.
+    pub const STATEMENTS: &str = "/v1/statements";
+    /// POST [`super::Plan`] → [`super::Planned`]: whom a request would be asked of.
+    pub const PLAN: &str = "/v1/plan";
+    /// POST `Vec<BlobId>` → `Vec<BlobId>`: those the daemon does not have.
+    pub const MISSING: &str = "/v1/blobs/missing";
+    /// POST a stream of blobs as `transfer::exchange::send_blobs` writes it →
+    /// [`super::Uploaded`].
+    pub const UPLOAD: &str = "/v1/blobs";
+    /// POST [`super::Submit`] → stream of [`super::SubmitEvent`].
+    pub const SUBMIT: &str = "/v1/jobs";
+    /// POST [`super::Resolve`] → [`super::Resolved`]: which job a text means.
+    pub const RESOLVE: &str = "/v1/resolve";
+    /// GET → [`super::Audience`]: who has to be asked for the jobs of the pool.
+    pub const KEEPERS: &str = "/v1/keepers";
+    /// POST [`super::Ask`] → `Vec<`[`super::Answer`]`>`: put a signed request to nodes.
+    pub const ASK: &str = "/v1/ask";
+    /// POST [`super::Watch`] → stream of `JobView`, one at once and one for each change,
+    /// until the job is done. The signed command is `Job`.
+    pub const WATCH: &str = "/v1/watch";
+    /// POST [`super::Log`] → the node's log lines of the job, plain bytes; with `follow`
+    /// until its ranks there have ended. The signed command is `Log`.
+    pub const LOG: &str = "/v1/log";
+    /// POST [`super::Files`] → [`super::JobFiles`]: the trees of the ranks of one node.
+    /// The signed command is `Files`.
+    pub const FILES: &str = "/v1/files";
+    /// POST [`super::Fetch`] → blobs as `transfer::exchange::send_blobs` writes them. The
+    /// signed command is `Files`.
+    pub const FETCH: &str = "/v1/fetch";
+    /// POST [`super::Fetch`] → [`super::Uploaded`]: the same blobs, into the daemon's store.
+    pub const PULL: &str = "/v1/pull";
+}
+
+/// An error, as every path answers it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApiError {
+    /// What went wrong, naming the thing.
+    pub error: String,
+    /// What to do next.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// Whether the request was at fault (exit code 1) or something broke (2).
+    pub broken: bool,
+}
+
+/// This node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Me {
+    pub version: String,
+    pub pid: u32,
+    pub home: String,
+    pub node: PeerId,
+    pub store: StoreId,
+    /// The home's id for statements its users sign.
+    pub device: DeviceId,
+    /// The node's short name; empty until it is a member.
+    pub name: String,
+    pub owner: Option<UserId>,
+    pub client: bool,
+    pub pool: Option<PoolInfo>,
+    /// Where libp2p listens, and where the data plane does.
+    pub control: Vec<SocketAddr>,
+    pub data: Vec<SocketAddr>,
+    pub connected: usize,
+    pub capacity: Capacity,
+    /// Why only the owner's jobs run here; `None` where everybody's do.
+    pub owner_only: Option<String>,
+    /// How jobs are kept apart: `namespaces`, or what is missing for them.
+    pub isolation: String,
+    /// GPUs that another daemon of this machine offers already.
+    pub locked_gpus: Vec<String>,
+    /// Milliseconds since the epoch, by the daemon's clock.
+    pub wall_ms: u64,
+    /// What the owner should know: clock, disk, rebuilt indexes.
+    pub warnings: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolInfo {
+    pub id: PoolId,
+    pub name: String,
+    pub nodes: usize,
+    pub users: usize,
+}
+
+/// Found a pool: the user signs the genesis and the node's admission in the CLI.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Found {
+    /// The encoded genesis.
+    #[serde(with = "serde_bytes_base64")]
+    pub genesis: Vec<u8>,
+    /// The encoded `JoinClaim` signed by the founder; the node countersigns and admits
+    /// itself.
+    pub claim: SignedBytes,
+    pub node_name: String,
+}
+
+/// Join a pool: the user signs the claim in the CLI, the node countersigns it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Join {
+    /// The ticket's text.
+    pub ticket: String,
+    /// The encoded `JoinClaim` signed by the joining user.
+    pub claim: SignedBytes,
+    /// Doors to try besides those of the ticket.
+    pub peers: Vec<SocketAddr>,
+}
+
+/// A p2pit node that answered on the local network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LanNode {
+    pub node: PeerId,
+    pub door: Vec<SocketAddr>,
+}
+
+/// A node of the pool as this one knows it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NodeInfo {
+    pub node: PeerId,
+    pub name: String,
+    pub owner: UserId,
+    pub owner_name: String,
+    pub client: bool,
+    /// `self`, `online`, or `offline`.
+    pub reach: String,
+    /// Seconds since its last advert; `None` where none is known.
+    pub advert_age_s: Option<u64>,
+    pub capacity: Capacity,
+    pub not_free: Vec<(GpuUuid, GpuState)>,
+    pub free_cpu_cores: u32,
+    pub free_ram_mib: u64,
+    pub owner_only: Option<String>,
+    pub control: Vec<SocketAddr>,
+    pub data: Vec<SocketAddr>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct UserInfo {
+    pub user: UserId,
+    pub name: String,
+    pub full_name: Option<String>,
+    pub email: Option<String>,
+    pub admin: bool,
+}
+
+/// Draft a statement by `user` from this home.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DraftRequest {
+    pub user: UserId,
+    pub kind: Kind,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DraftReply {
+    /// The encoded draft, for `roster::Draft::from_bytes(..).sign(..)`.
+    #[serde(with = "serde_bytes_base64")]
+    pub draft: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Plan {
+    /// In the grammar of cluster requests.
+    pub request: String,
+    /// Must be a member for the plan to be worth anything.
+    pub user: UserId,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Planned {
+    pub pool: PoolId,
+    /// By the daemon's clock.
+    pub wall_ms: u64,
+    /// The keeper a submission shall name.
+    pub keeper: PeerId,
+    pub keeper_store: StoreId,
+    /// Why the pool could never satisfy it; `None` where it could.
+    pub unsatisfiable: Option<Unsatisfiable>,
+    /// Nodes that would be called first, with the processes each has room for now.
+    pub candidates: Vec<(PeerId, u32)>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Unsatisfiable {
+    pub reason: String,
+    /// The nearest request that would fit.
+    pub nearest: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Uploaded {
+    pub blobs: u64,
+    pub bytes: u64,
+}
+
+/// Submit a job whose blobs the daemon has.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Submit {
+    /// The spec in `Domain::JobSpec`.
+    pub spec: SignedBytes,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum SubmitEvent {
+    /// Inputs travel to the keeper: what of them it lacked.
+    Transferring { blobs_done: u64, bytes_done: u64, blobs: u64, bytes: u64 },
+    /// The record exists, and the keeper has every input.
+    Submitted { job: JobId, keeper: PeerId, blobs_sent: u64, bytes_sent: u64, blobs_there: u64 },
+    /// Not submitted.
+    Refused { error: ApiError },
+    /// Neither yes nor no could be had.
+    Unknown { job: JobId },
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Resolve {
+    /// A prefix of at least four characters, or `@last`.
+    pub text: String,
+    /// For `@last`.
+    pub user: UserId,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Resolved {
+    pub job: JobId,
+    /// The shortest unique prefix, at least four characters.
+    pub short: String,
+    pub keeper: PeerId,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Audience {
+    pub pool: PoolId,
+    /// By the daemon's clock.
+    pub wall_ms: u64,
+    pub nodes: Vec<PeerId>,
+    /// Every known job's shortest unique prefix.
+    pub short: Vec<(JobId, String)>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Ask {
+    /// A `UserRequest` for every one of the nodes.
+    pub signed: SignedBytes,
+    pub nodes: Vec<PeerId>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Answer {
+    pub node: PeerId,
+    /// The answer; `None` where the node could not be asked.
+    pub reply: Option<Reply>,
+    pub error: Option<String>,
+    /// To `Node`: readings that are not the protocol's business.
+    pub readings: Vec<GpuReading>,
+}
+
+/// What a GPU's sensors say; `None` where it has no such sensor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuReading {
+    pub uuid: String,
+    pub simulated: bool,
+    pub utilisation_percent: Option<u32>,
+    pub memory_used_bytes: Option<u64>,
+    pub memory_total_bytes: u64,
+    pub temperature_celsius: Option<u32>,
+    pub power_milliwatts: Option<u32>,
+    pub compute_processes: Vec<(u32, Option<u64>)>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Watch {
+    pub node: PeerId,
+    pub signed: SignedBytes,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Log {
+    pub node: PeerId,
+    pub signed: SignedBytes,
+    pub follow: bool,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Files {
+    pub node: PeerId,
+    pub signed: SignedBytes,
+}
+
+/// The trees of a job's ranks that ran on one node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct JobFiles {
+    pub node: PeerId,
+    pub ranks: Vec<RankFiles>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RankFiles {
+    pub rank: u32,
+    /// `keep/` and the artifacts, as encoded trees; `None` where there are none.
+    pub keep: Option<Manifest>,
+    pub artifacts: Option<Manifest>,
+}
+
+/// An encoded `transfer::tree::Tree`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Manifest(#[serde(with = "serde_bytes_base64")] pub Vec<u8>);
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Fetch {
+    pub node: PeerId,
+    pub signed: SignedBytes,
+    pub blobs: Vec<BlobId>,
+}
+
+/// Answers of several nodes that describe jobs.
+#[must_use]
+pub fn jobs_of(answers: &[Answer]) -> Vec<&JobView> {
+    let jobs = answers.iter().filter_map(|answer| match &answer.reply {
+        Some(Reply::Jobs(jobs)) => Some(jobs),
+        _ => None,
+    });
+    jobs.flatten().collect()
+}
+
+/// The view a node gave of itself.
+#[must_use]
+pub fn node_of(answer: &Answer) -> Option<&NodeView> {
+    match &answer.reply {
+        Some(Reply::Node(view)) => Some(view),
+        _ => None,
+    }
+}
+
+mod serde_bytes_base64 {
+    use data_encoding::BASE64;
+    use serde::{Deserialize, Deserializer, Serializer, de};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&BASE64.encode(bytes))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u8>, D::Error> {
+        BASE64.decode(String::deserialize(d)?.as_bytes()).map_err(de::Error::custom)
+    }
+}
