@@ -7,6 +7,7 @@
 mod id;
 mod key;
 mod signed;
+mod text;
 
 pub use id::{
     BlobId, BootId, HoldId, JobId, ParseIdError, PeerId, PoolId, StatementId, StoreId, UserId,

@@ -458,10 +458,10 @@ impl Waiting {
         signed: SignedBytes,
         statement: Statement,
     ) {
-        if self.by_id.len() >= WAITING_MAX {
-            if let Some(oldest) = self.by_age.first_key_value().map(|(_, &id)| id) {
-                self.remove(oldest);
-            }
+        if self.by_id.len() >= WAITING_MAX
+            && let Some((_, &oldest)) = self.by_age.first_key_value()
+        {
+            self.remove(oldest);
         }
         let arrival = self.arrivals;
         self.arrivals += 1;

@@ -340,6 +340,23 @@ fn the_memory_of_refusals_is_bounded() {
 }
 
 #[test]
+fn the_encoding_of_door_messages_stays_as_it_is() {
+    let mut one = Replica::founder();
+    let ticket = one.invite(50, Rights::User, None);
+    let pinned = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_owned();
+    let join = join_with(&ticket, claim(ticket.pool, 2, 2, 0));
+    assert_eq!(pinned(&wire::encode(&join)), "36688849bcc6f556");
+    let welcomed = knock(&mut one, 2, join.clone(), NOW).0;
+    assert_eq!(pinned(&wire::encode(&welcomed)), "c6e8462227fd595e");
+    let asking = hello(ticket.pool, Purpose::Reconcile(Reconcile::asking(&one.roster)));
+    assert_eq!(pinned(&wire::encode(&asking)), "78eba3b75b6d9338");
+    let reconciled = knock(&mut one, 2, asking, NOW).0;
+    assert_eq!(pinned(&wire::encode(&reconciled)), "eef78221429bb88f");
+    let refused = knock(&mut one, 3, join, NOW).0;
+    assert_eq!(pinned(&wire::encode(&refused)), "d0e772d7264cc713");
+}
+
+#[test]
 fn a_full_roster_fits_into_its_messages() {
     let mut one = Replica::founder();
     // Long statements, so that they do not fit into one message.

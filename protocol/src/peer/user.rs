@@ -82,6 +82,12 @@ impl Peer {
         Reply::UnknownJob
     }
 
+    /// A record kept here, as `user` may see it.
+    #[must_use]
+    pub fn job_view_for(&self, user: UserId, job: JobId) -> Option<JobView> {
+        self.registers.get(job).map(|kept| self.job_view(user, kept))
+    }
+
     /// Whether `user` may read what a job of `owner` left on this node.
     #[must_use]
     pub fn may_read(&self, user: UserId, owner: UserId) -> bool {

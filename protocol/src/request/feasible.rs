@@ -688,6 +688,9 @@ mod tests {
         let total: u32 = request.processes().map(|(_, _, p)| p.cpu_cores_counted()).sum();
         let machines: Vec<Capacity> =
             (0..64).map(|_| machine(&[], total.div_ceil(64), 0)).collect();
+        let pool = Pool::new(&request, &machines);
+        let verdict = pool.place(&pool.wanted, &mut Budget(SEARCH_STEPS_MAX));
+        assert_eq!(verdict, Verdict::Unknown);
         assert_eq!(satisfiable(&request, &machines), Ok(()));
     }
 

@@ -128,19 +128,28 @@ impl Replica {
 
     /// Make a ticket whose secret is `seed`, good for a day.
     pub(crate) fn invite(&mut self, seed: u8, rights: Rights, uses: Option<u32>) -> Ticket {
+        self.try_invite(seed, rights, uses).unwrap()
+    }
+
+    pub(crate) fn try_invite(
+        &mut self,
+        seed: u8,
+        rights: Rights,
+        uses: Option<u32>,
+    ) -> Result<Ticket, DraftError> {
         let seed = [seed; 32];
         let expires_wall_ms = WALL_MS + 86_400_000;
         let key = KeyPair::from_seed(&seed).public();
         let kind = Kind::Invite(Invite { key, rights, uses, expires_wall_ms });
-        let signed = self.as_user(kind).unwrap();
-        Ticket {
+        let signed = self.as_user(kind)?;
+        Ok(Ticket {
             pool: self.roster.pool(),
             pool_name: name("lab"),
             invite: Statement::id(&signed),
             invite_seed: Zeroizing::new(seed),
             doors: Vec::new(),
             expires_wall_ms,
-        }
+        })
     }
 
     /// Admit person and machine `n` by `ticket`, as a door does.
