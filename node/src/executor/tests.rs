@@ -1,0 +1,686 @@
+//! Real supervisors: this test binary runs again as one, through [`supervisor_entry`].
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, geteuid, kill_process};
+
+use super::*;
+
+const IS_SUPERVISOR: &str = "P2PIT_TEST_IS_SUPERVISOR";
+/// For what happens within milliseconds unless it never does.
+const SOON: Duration = Duration::from_secs(20);
+
+/// Not a test: the supervisor of the tests below, which set the variable.
+#[test]
+fn supervisor_entry() {
+    if std::env::var_os(IS_SUPERVISOR).is_some() {
+        let run_dir = std::env::args_os().next_back().unwrap();
+        std::process::exit(supervise_main(Path::new(&run_dir)));
+    }
+}
+
+#[tokio::test]
+async fn the_exit_code_of_a_command_is_passed_on() {
+    let host = Host::new().await;
+    for code in [0, 7, 255] {
+        let ended = host.run(&format!("exit {code}")).await;
+        assert_eq!(ended.ending, Ending::Exited { code });
+        assert_eq!(ended.unsaved, None);
+    }
+}
+
+#[tokio::test]
+async fn a_process_ended_by_a_foreign_signal_says_which() {
+    let host = Host::new().await;
+    let ended = host.run("kill -SEGV $$").await;
+    assert_eq!(ended.ending, Ending::Signaled { signal: libc::SIGSEGV });
+}
+
+#[tokio::test]
+async fn output_and_errors_are_lines_of_the_log_in_their_order() {
+    let host = Host::new().await;
+    let ended = host.run("echo one; echo two >&2; echo three; printf 'no end'").await;
+    let log = host.log();
+    let lines: Vec<&str> = log.lines().map(|line| line.split_once("] ").unwrap().1).collect();
+    let worker = "[worker 2] ";
+    let expected = ["one", "two", "three", "no end"].map(|text| format!("{worker}{text}"));
+    assert_eq!(lines, expected);
+    assert!(log.starts_with("[2") && log.contains("Z] "), "{log}");
+    assert_eq!(ended.log.bytes, log.len() as u64);
+}
+
+#[tokio::test]
+async fn a_stopped_process_gets_sigterm_and_its_grace() {
+    let host = Host::new().await;
+    let mut running = host.start("trap 'echo saved; exit 3' TERM; echo up; sleep 600 & wait").await;
+    host.log_has("up").await;
+    running.control.stop(None, "by alice").await;
+    let ended = ended(&mut running).await;
+    let status = ExitStatus::Code(3);
+    assert_eq!(ended.ending, Ending::Stopped { reason: "by alice".into(), status });
+    assert!(host.log().contains("saved"));
+}
+
+#[tokio::test]
+async fn a_process_that_ignores_sigterm_is_killed_after_the_grace() {
+    let host = Host::new().await;
+    let mut running = host.start("trap '' TERM; echo up; while :; do sleep 1; done").await;
+    host.log_has("up").await;
+    let begin = Instant::now();
+    running.control.stop(Some(300), "enough").await;
+    let ended = ended(&mut running).await;
+    assert!(begin.elapsed() >= Duration::from_millis(299));
+    let status = ExitStatus::Signal(libc::SIGKILL);
+    assert_eq!(ended.ending, Ending::Stopped { reason: "enough".into(), status });
+}
+
+#[tokio::test]
+async fn a_child_may_use_the_grace_though_the_main_process_is_gone() {
+    let host = Host::new().await;
+    let child = "bash -c 'trap \"sleep 0.3; echo checkpoint; exit\" TERM; echo up; \
+                 while :; do sleep 0.05; done'";
+    let mut running = host.start(&format!("{child} & wait")).await;
+    host.log_has("up").await;
+    running.control.stop(Some(10_000), "enough").await;
+    let begin = Instant::now();
+    let ended = ended(&mut running).await;
+    assert!(matches!(ended.ending, Ending::Stopped { .. }), "{ended:?}");
+    assert!(host.log().contains("checkpoint"));
+    assert!(begin.elapsed() < Duration::from_secs(9), "waited for nobody");
+}
+
+#[tokio::test]
+async fn nothing_of_a_tree_outlives_the_main_process() {
+    for isolated in [true, false] {
+        let Some(host) = Host::with(isolated).await else { continue };
+        let mark = host.mark();
+        // A child, one in a session of its own, and a daemon that forked twice.
+        let tree = format!(
+            "sleep {mark} & setsid sleep {mark} & (setsid sh -c 'sleep {mark} & sleep {mark}' &) \n\
+             while [ $(pgrep -fxc 'sleep {mark}') -lt 4 ]; do sleep 0.01; done; echo up; "
+        );
+        let ended = host.run(&format!("{tree} exit 5")).await;
+        assert_eq!(ended.ending, Ending::Exited { code: 5 }, "{}", host.log());
+        assert_eq!(host.count_sleeps(&mark), 0);
+
+        let mut running = host.start(&format!("trap '' TERM; {tree} echo again; wait")).await;
+        host.log_has("again").await;
+        assert_eq!(host.count_sleeps(&mark), 4);
+        running.control.kill("away").await;
+        gone(&mut running).await;
+        assert_eq!(host.count_sleeps(&mark), 0);
+    }
+}
+
+#[tokio::test]
+async fn the_tree_is_told_to_end_wherever_its_members_went() {
+    for isolated in [true, false] {
+        let Some(host) = Host::with(isolated).await else { continue };
+        let far = "setsid bash -c \"trap 'echo far away; exit' TERM; echo up; \
+                   while :; do sleep 0.05; done\"";
+        let mut running = host.start(&format!("trap '' TERM; ({far} &); sleep 600; wait")).await;
+        host.log_has("up").await;
+        running.control.stop(Some(400), "enough").await;
+        gone(&mut running).await;
+        assert!(host.log().contains("far away"), "{}", host.log());
+    }
+}
+
+#[tokio::test]
+async fn a_new_daemon_adopts_a_running_process_and_hears_how_it_ends() {
+    let host = Host::new().await;
+    let running = host.start("echo up; while [ ! -e go ]; do sleep 0.01; done; exit 4").await;
+    host.log_has("up").await;
+    drop(running);
+    let next = Executor::new(&host.executor.run_root, host.executor.supervisor.clone()).unwrap();
+    let mut adopted = next.adopt().await.unwrap();
+    let Some((id, Adopted::Running(mut running))) = adopted.pop() else { panic!("{adopted:?}") };
+    assert_eq!(id, host.last_id());
+    fs::write(host.work_dir().join("go"), "").unwrap();
+    let events = events_until_gone(&mut running).await;
+    assert!(matches!(events.first(), Some(ProcessEvent::Started { .. })), "{events:?}");
+    assert_eq!(ending_in(&events).ending, Ending::Exited { code: 4 });
+}
+
+#[tokio::test]
+async fn an_ending_that_nobody_heard_is_found_later() {
+    let host = Host::new().await;
+    let ended = host.run("exit 9").await;
+    let Adopted::Ended(found) = host.adopt_only().await else { panic!("still running") };
+    assert_eq!(found, ended);
+    host.executor.forget(&host.last_id()).await.unwrap();
+    assert!(host.executor.adopt().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_killed_supervisor_takes_the_tree_along_and_is_reported() {
+    for isolated in [true, false] {
+        let Some(host) = Host::with(isolated).await else { continue };
+        let mark = host.mark();
+        let text = format!("(setsid sleep {mark} &); echo up; sleep {mark}");
+        let mut running = host.start(&text).await;
+        host.log_has("up").await;
+        host.kill_supervisor();
+        let ended = ended(&mut running).await;
+        assert_eq!(ended.ending, Ending::Lost { reason: "its supervisor died".into() });
+        gone(&mut running).await;
+        assert_eq!(host.count_sleeps(&mark), 0);
+        let Adopted::Ended(found) = host.adopt_only().await else { panic!("still running") };
+        assert_eq!(found.ending, ended.ending);
+    }
+}
+
+#[tokio::test]
+async fn a_killed_guard_takes_the_tree_along_and_is_reported() {
+    for isolated in [true, false] {
+        let Some(host) = Host::with(isolated).await else { continue };
+        let mark = host.mark();
+        let mut running =
+            host.start(&format!("(setsid sleep {mark} &); echo up; sleep {mark}")).await;
+        let Some(ProcessEvent::Started { pid, .. }) = running.events.recv().await else {
+            panic!("not started")
+        };
+        host.log_has("up").await;
+        kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
+        let ended = ended(&mut running).await;
+        assert!(matches!(ended.ending, Ending::Lost { .. }), "{ended:?}");
+        gone(&mut running).await;
+        assert_eq!(host.count_sleeps(&mark), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_reboot_ends_every_process() {
+    let host = Host::new().await;
+    let id = ProcessId { job: "earlier".into(), attempt: 0, rank: 0 };
+    let run_dir = host.executor.run_dir(&id);
+    run_dir.create().unwrap();
+    let (boot_id, run_root) = ("another".into(), host.executor.run_root.clone());
+    let launch = Launch { id, boot_id, run_root, spec: host.spec("true") };
+    run_dir.write_launch(&launch).unwrap();
+    let Adopted::Ended(found) = host.adopt_only().await else { panic!("still running") };
+    assert_eq!(found.ending, Ending::Lost { reason: "the machine was restarted".into() });
+}
+
+#[tokio::test]
+async fn a_daemon_that_died_before_its_supervisor_leaves_a_start_that_failed() {
+    let host = Host::new().await;
+    let id = ProcessId { job: "early".into(), attempt: 0, rank: 0 };
+    let run_dir = host.executor.run_dir(&id);
+    run_dir.create().unwrap();
+    let (boot_id, run_root) = (host.executor.boot_id.clone(), host.executor.run_root.clone());
+    let launch = Launch { id, boot_id, run_root, spec: host.spec("true") };
+    run_dir.write_launch(&launch).unwrap();
+    let Adopted::Ended(found) = host.adopt_only().await else { panic!("still running") };
+    assert!(matches!(found.ending, Ending::FailedToStart { .. }), "{found:?}");
+}
+
+#[tokio::test]
+async fn the_time_limit_ends_a_process() {
+    let host = Host::new().await;
+    let mut spec = host.spec("sleep 600");
+    spec.time_limit_ms = Some(200);
+    let ended = host.run_spec(spec).await;
+    let status = ExitStatus::Signal(libc::SIGTERM);
+    assert_eq!(ended.ending, Ending::TimedOut { limit: Limit::Time, status });
+}
+
+#[tokio::test]
+async fn a_lease_runs_out_without_a_daemon_and_may_be_extended_before() {
+    let host = Host::new().await;
+    let mut spec = host.spec("trap '' TERM; echo up; while :; do sleep 0.05; done");
+    spec.deadline_boot_ms = Some(clock::boot_ms() + 600_000);
+    spec.grace_ms = 100;
+    let running = host.start_spec(spec).await;
+    host.log_has("up").await;
+    running.control.set_deadline(Some(clock::boot_ms() + 1)).await;
+    host.until(|| host.executor.run_dir(&host.last_id()).read_ended().unwrap().is_some()).await;
+    drop(running);
+    let ended = match host.adopt_only().await {
+        Adopted::Ended(ended) => ended,
+        Adopted::Running(mut running) => ended(&mut running).await,
+    };
+    let status = ExitStatus::Signal(libc::SIGKILL);
+    assert_eq!(ended.ending, Ending::TimedOut { limit: Limit::Lease, status });
+}
+
+#[tokio::test]
+async fn the_environment_is_what_was_asked_for_and_nothing_of_the_daemon() {
+    let host = Host::new().await;
+    let mut spec = host.spec("env");
+    spec.env.insert("CUDA_VISIBLE_DEVICES".into(), "GPU-1,GPU-2".into());
+    spec.env.insert("LINES".into(), "a\nb = c".into());
+    host.run_spec(spec).await;
+    let log = host.log();
+    assert!(log.contains("CUDA_VISIBLE_DEVICES=GPU-1,GPU-2\n"), "{log}");
+    assert!(log.contains("LINES=a\n") && log.contains("b = c\n"), "{log}");
+    assert!(log.contains(&format!("HOME={}\n", host.tmp_dir().display())), "{log}");
+    assert!(!log.contains("CARGO") && !log.contains("P2PIT_TEST"), "{log}");
+}
+
+#[tokio::test]
+async fn a_script_runs_with_its_interpreter_whatever_its_mode() {
+    let host = Host::new().await;
+    let script = host.work_dir().join(".compute");
+    let mut spec = host.spec("");
+    spec.command = Command::Script { path: ".compute".into() };
+    for (text, mode, expected) in [
+        ("echo plain $0", 0o644, "plain"),
+        ("#!/bin/sh\necho shebang $0", 0o644, "shebang"),
+        ("#!/usr/bin/env -S bash -c\nfoo", 0o755, ""),
+        ("echo executable $BASH_VERSION", 0o755, "executable"),
+    ] {
+        fs::write(&script, text).unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(mode)).unwrap();
+        host.run_spec(spec.clone()).await;
+        assert!(host.log().contains(expected), "{text}: {}", host.log());
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_start_says_why() {
+    let host = Host::new().await;
+    let mut spec = host.spec("");
+    spec.command = Command::Script { path: "missing".into() };
+    let ended = host.run_spec(spec).await;
+    let Ending::FailedToStart { reason } = ended.ending else { panic!("{ended:?}") };
+    assert!(reason.contains("missing: No such file"), "{reason}");
+
+    fs::write(host.work_dir().join(".compute"), "#!/no/such/interpreter\n").unwrap();
+    let mut spec = host.spec("");
+    spec.command = Command::Script { path: ".compute".into() };
+    let ended = host.run_spec(spec).await;
+    let Ending::FailedToStart { reason } = ended.ending else { panic!("{ended:?}") };
+    assert!(reason.contains("cannot execute the command: No such file"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_process_is_started_only_once() {
+    let host = Host::new().await;
+    host.run("exit 1").await;
+    let again = host.executor.start(&host.last_id(), host.spec("exit 0")).await;
+    assert!(matches!(again, Err(StartError::AlreadyExists(_))), "{again:?}");
+    let next = Executor::new(&host.executor.run_root, host.executor.supervisor.clone()).unwrap();
+    let again = next.start(&host.last_id(), host.spec("exit 0")).await;
+    assert!(matches!(again, Err(StartError::AlreadyExists(_))), "{again:?}");
+}
+
+#[tokio::test]
+async fn a_spec_that_would_open_a_door_is_refused() {
+    let host = Host::new().await;
+    let cases: [fn(&mut ProcessSpec); 5] = [
+        |spec| spec.command = Command::Script { path: "../x".into() },
+        |spec| spec.log_path = spec.work_dir.join("log"),
+        |spec| spec.writable.push("/".into()),
+        |spec| spec.writable.push("relative".into()),
+        |spec| drop(spec.env.insert("A=B".into(), String::new())),
+    ];
+    for case in cases {
+        let mut spec = host.spec("true");
+        case(&mut spec);
+        let refused = host.executor.start(&host.new_id(), spec).await;
+        assert!(matches!(refused, Err(StartError::Invalid { .. })), "{refused:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_isolated_job_sees_its_own_and_nothing_of_the_owner_or_of_others() {
+    let Some(host) = Host::with(true).await else { return };
+    let home = host.dir.path().join("home-of-the-owner");
+    fs::create_dir(&home).unwrap();
+    fs::write(home.join("id_ed25519"), "the owner's secret").unwrap();
+    fs::set_permissions(&home, fs::Permissions::from_mode(0o755)).unwrap();
+    let data = host.dir.path().join("data");
+    fs::create_dir(&data).unwrap();
+    fs::write(data.join("set"), "data set").unwrap();
+    fs::set_permissions(&data, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::create_dir(host.job_dir().join("keep")).unwrap();
+    prepare_ownership([host.job_dir()], RunAs::for_this_daemon()).unwrap();
+
+    let mut spec = host.spec(
+        "cat \"$OWNER/id_ed25519\" /etc/shadow \"$RUN_ROOT\"/*/spec.json; ls -A /home /root /run\n\
+         echo users $(id -u) processes $(ls /proc | grep -c '^[0-9]')\n\
+         cat \"$DATA/set\"; echo; echo x >\"$DATA/new\"; echo x >/usr/new; echo x >\"$OWNER/new\"\n\
+         echo kept >\"$JOB/keep/file\" && echo x >here && echo x >/tmp/t && echo x >/dev/shm/s \\\n\
+           && mktemp >/dev/null && echo x >/var/tmp/v && echo wrote\n\
+         grep -E '^(Cap(Prm|Eff|Bnd|Amb)|NoNewPrivs)' /proc/self/status\n\
+         unshare -Urm sh -c 'umount -l \"$OWNER\"; umount -l /home; cat \"$OWNER/id_ed25519\"'\n\
+         kill -9 1; head -c 1 /dev/urandom | wc -c; test -c /dev/ptmx && echo ptmx\n\
+         getent hosts localhost >/dev/null && echo resolves; exit 0",
+    );
+    spec.read_only.push(data.clone());
+    spec.sandbox.hidden.push(home.clone());
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    spec.env.insert("OWNER".into(), text(&home));
+    spec.env.insert("DATA".into(), text(&data));
+    spec.env.insert("JOB".into(), text(&host.job_dir()));
+    spec.env.insert("RUN_ROOT".into(), text(&host.executor.run_root));
+    let ended = host.run_spec(spec).await;
+    let log = host.log();
+    assert_eq!(ended.ending, Ending::Exited { code: 0 }, "{log}");
+    assert!(!log.contains("secret") && !log.contains("root:"), "{log}");
+    assert!(!log.contains("work_dir"), "{log}");
+    assert!(log.contains("data set") && log.contains("wrote"), "{log}");
+    assert!(log.contains("ptmx") && log.contains("resolves"), "{log}");
+    let uid = RunAs::for_this_daemon().map_or(geteuid().as_raw(), |ids| ids.uid);
+    // The guard, the shell, `ls` and `grep`, and perhaps a subshell.
+    let counted = log.lines().find_map(|line| line.split_once(&format!("users {uid} processes ")));
+    let processes: u32 = counted.expect(&log).1.parse().unwrap();
+    assert!((3..=6).contains(&processes), "{log}");
+    assert_eq!(log.matches("0000000000000000\n").count(), 4, "{log}");
+    assert!(log.contains("NoNewPrivs:\t1"), "{log}");
+    assert_eq!(fs::read_to_string(host.job_dir().join("keep/file")).unwrap(), "kept\n");
+    assert!(!data.join("new").exists() && !home.join("new").exists());
+}
+
+#[tokio::test]
+async fn a_job_of_root_never_runs_as_root_even_without_namespaces() {
+    if !geteuid().is_root() {
+        println!("skipped: this is not root");
+        return;
+    }
+    let host = Host::with(false).await.unwrap();
+    host.run("id -u; id -G; cat /etc/shadow; grep CapEff /proc/self/status").await;
+    let log = host.log();
+    assert_eq!(log.matches(&format!("{JOB_UID}\n")).count(), 2, "{log}");
+    assert!(!log.contains("root:") && log.contains("CapEff:\t0000000000000000"), "{log}");
+    let mut spec = host.spec("true");
+    spec.run_as = None;
+    let refused = host.executor.start(&host.new_id(), spec).await;
+    assert!(matches!(refused, Err(StartError::Invalid { .. })), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_disk_full_of_log_costs_neither_the_job_nor_its_exit_code() {
+    let host = Host::new().await;
+    let mut spec = host.spec("seq 200000; exit 6");
+    spec.log_path = "/dev/full".into();
+    let ended = host.run_spec(spec).await;
+    assert_eq!(ended.ending, Ending::Exited { code: 6 });
+    assert!(ended.log.trouble.unwrap().contains("No space left"));
+    assert!(ended.log.bytes_lost > 1_000_000);
+}
+
+#[tokio::test]
+async fn a_chatty_process_is_logged_completely_and_reports_its_growth() {
+    let host = Host::new().await;
+    let mut running = host.start("seq 100000; exit 0").await;
+    let events = events_until_gone(&mut running).await;
+    let log = host.log();
+    assert_eq!(log.lines().count(), 100_000);
+    let grew = events.iter().rev().find_map(|event| match event {
+        ProcessEvent::LogGrew { bytes } => Some(*bytes),
+        _ => None,
+    });
+    assert_eq!(grew, Some(log.len() as u64));
+}
+
+#[tokio::test]
+async fn the_usage_counts_the_whole_tree() {
+    let host = Host::new().await;
+    let burn = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done";
+    let ended = host.run(&format!("(bash -c '{burn}'; true); wait")).await;
+    assert!(ended.usage.cpu_user_us > 20_000, "{ended:?}");
+    assert!(ended.usage.rss_bytes_max > 1 << 20, "{ended:?}");
+}
+
+#[tokio::test]
+async fn the_supervisor_told_to_end_stops_its_process_in_order() {
+    let host = Host::new().await;
+    let mut running = host.start("trap 'echo bye; exit 0' TERM; echo up; sleep 600 & wait").await;
+    host.log_has("up").await;
+    kill_process(host.supervisor_pid(), Signal::TERM).unwrap();
+    let ended = ended(&mut running).await;
+    assert!(matches!(ended.ending, Ending::Stopped { .. }), "{ended:?}");
+    assert!(host.log().contains("bye"));
+}
+
+/// Prints what one process costs: `cargo test … -- --ignored --nocapture latency`.
+#[tokio::test]
+#[ignore = "a measurement"]
+async fn latency_of_one_process() {
+    for isolated in [true, false] {
+        let Some(host) = Host::with(isolated).await else { continue };
+        let mut times = Vec::new();
+        for _ in 0..40 {
+            let begin = Instant::now();
+            let mut running = host.start("true").await;
+            let mut marks = Vec::new();
+            while let Some(event) = running.events.recv().await {
+                marks.push((format!("{event:?}"), begin.elapsed()));
+            }
+            let mark =
+                |name: &str| marks.iter().find(|(event, _)| event.starts_with(name)).unwrap().1;
+            times.push((mark("Ended"), mark("Started"), mark("Gone")));
+        }
+        times.sort();
+        println!(
+            "isolated {isolated}: ended, started, gone: p50 {:?}, max {:?}",
+            times[20], times[39]
+        );
+        let mut running = host.start("sleep 600").await;
+        running.events.recv().await;
+        let status = fs::read_to_string(format!("/proc/{}/status", host.supervisor_pid())).unwrap();
+        println!(
+            "{:?}",
+            status
+                .lines()
+                .filter(|l| l.starts_with("Rss") || l.starts_with("VmRSS"))
+                .collect::<Vec<_>>()
+        );
+        running.control.kill("done").await;
+        gone(&mut running).await;
+    }
+}
+
+/// A daemon's directories and its executor.
+struct Host {
+    dir: tempfile::TempDir,
+    executor: Executor,
+    isolation: Isolation,
+    next: std::cell::Cell<u32>,
+}
+
+impl Host {
+    /// As isolated as this machine allows.
+    async fn new() -> Self {
+        let host = Self::bare();
+        let isolation = host.executor.probe().await;
+        Self { isolation, ..host }
+    }
+
+    /// `None`, with the reason printed, where it cannot be had and need not.
+    async fn with(isolated: bool) -> Option<Self> {
+        if !isolated {
+            return Some(Self::bare());
+        }
+        let host = Self::new().await;
+        if let Isolation::Shared { reason } = &host.isolation {
+            println!("skipped: {reason}");
+            let required = std::env::var("P2PIT_TEST_REQUIRE").unwrap_or_default();
+            assert!(!required.contains("namespaces"), "namespaces are required: {reason}");
+            return None;
+        }
+        Some(host)
+    }
+
+    fn bare() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        // Without namespaces, the job's user enters its directories on the usual way.
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
+        let run_root = dir.path().join("run");
+        let supervisor = SupervisorCommand {
+            exe: std::env::current_exe().unwrap(),
+            args: ["--exact", "executor::tests::supervisor_entry", "--test-threads", "1", "--"]
+                .map(OsString::from)
+                .to_vec(),
+            env: vec![(IS_SUPERVISOR.into(), "1".into())],
+        };
+        let executor = Executor::new(&run_root, supervisor).unwrap();
+        let isolation = Isolation::Shared { reason: "asked for by a test".into() };
+        let host = Self { dir, executor, isolation, next: 0.into() };
+        for path in [host.work_dir(), host.job_dir(), host.tmp_dir()] {
+            fs::create_dir(&path).unwrap();
+            prepare_ownership([path], RunAs::for_this_daemon()).unwrap();
+        }
+        host
+    }
+
+    fn work_dir(&self) -> PathBuf {
+        self.dir.path().join("work")
+    }
+
+    fn job_dir(&self) -> PathBuf {
+        self.dir.path().join("job")
+    }
+
+    fn tmp_dir(&self) -> PathBuf {
+        self.dir.path().join("tmp")
+    }
+
+    fn new_id(&self) -> ProcessId {
+        self.next.set(self.next.get() + 1);
+        self.last_id()
+    }
+
+    fn last_id(&self) -> ProcessId {
+        ProcessId { job: "job".into(), attempt: self.next.get(), rank: 2 }
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.dir.path().join(format!("log-{}", self.next.get()))
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    fn spec(&self, text: &str) -> ProcessSpec {
+        ProcessSpec {
+            command: Command::Direct { text: text.into() },
+            work_dir: self.work_dir(),
+            job_dir: self.job_dir(),
+            tmp_dir: self.tmp_dir(),
+            writable: Vec::new(),
+            read_only: Vec::new(),
+            env: BTreeMap::new(),
+            log_path: self.log_path(),
+            log_bytes_max: LOG_BYTES_MAX,
+            time_limit_ms: None,
+            deadline_boot_ms: None,
+            grace_ms: 5_000,
+            run_as: RunAs::for_this_daemon(),
+            isolation: self.isolation.clone(),
+            sandbox: SandboxPlan::for_host([]),
+        }
+    }
+
+    async fn start_spec(&self, mut spec: ProcessSpec) -> Running {
+        let id = self.new_id();
+        if spec.log_path.starts_with(self.dir.path()) {
+            spec.log_path = self.log_path();
+        }
+        self.executor.start(&id, spec).await.unwrap()
+    }
+
+    async fn start(&self, text: &str) -> Running {
+        self.start_spec(self.spec(text)).await
+    }
+
+    async fn run_spec(&self, spec: ProcessSpec) -> Ended {
+        let mut running = self.start_spec(spec).await;
+        ending_in(&events_until_gone(&mut running).await)
+    }
+
+    async fn run(&self, text: &str) -> Ended {
+        self.run_spec(self.spec(text)).await
+    }
+
+    async fn until(&self, mut condition: impl FnMut() -> bool) {
+        let begin = Instant::now();
+        while !condition() {
+            assert!(begin.elapsed() < SOON, "waited in vain; log: {}", self.log());
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    async fn log_has(&self, text: &str) {
+        self.until(|| self.log().contains(text)).await;
+    }
+
+    async fn adopt_only(&self) -> Adopted {
+        let mut found = self.executor.adopt().await.unwrap();
+        let last = found.pop().expect("nothing to adopt").1;
+        assert!(found.is_empty(), "{found:?}");
+        last
+    }
+
+    fn supervisor_pid(&self) -> Pid {
+        let tree = self.executor.run_dir(&self.last_id()).read_tree().unwrap().unwrap();
+        let status = fs::read_to_string(format!("/proc/{}/status", tree.guard.pid)).unwrap();
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap();
+        Pid::from_raw(parent.trim().parse().unwrap()).unwrap()
+    }
+
+    fn kill_supervisor(&self) {
+        kill_process(self.supervisor_pid(), Signal::KILL).unwrap();
+    }
+
+    /// A number of seconds that no other test sleeps.
+    fn mark(&self) -> String {
+        let unique = self.dir.path().metadata().map(|m| std::os::unix::fs::MetadataExt::ino(&m));
+        format!("6{:09}", unique.unwrap() % 1_000_000_000)
+    }
+
+    fn count_sleeps(&self, mark: &str) -> usize {
+        let is_ours = |entry: &fs::DirEntry| {
+            fs::read(entry.path().join("cmdline"))
+                .is_ok_and(|line| line == format!("sleep\0{mark}\0").as_bytes())
+        };
+        fs::read_dir("/proc").unwrap().flatten().filter(is_ours).count()
+    }
+}
+
+async fn next_event(running: &mut Running) -> Option<ProcessEvent> {
+    tokio::time::timeout(SOON, running.events.recv()).await.expect("no event came")
+}
+
+async fn ended(running: &mut Running) -> Ended {
+    loop {
+        match next_event(running).await.expect("no ending came") {
+            ProcessEvent::Ended(ended) => return ended,
+            _ => {}
+        }
+    }
+}
+
+async fn gone(running: &mut Running) {
+    while next_event(running).await.expect("the tree did not end") != ProcessEvent::Gone {}
+}
+
+async fn events_until_gone(running: &mut Running) -> Vec<ProcessEvent> {
+    let mut events = Vec::new();
+    while let Some(event) = next_event(running).await {
+        events.push(event);
+    }
+    assert_eq!(events.last(), Some(&ProcessEvent::Gone), "{events:?}");
+    events
+}
+
+fn ending_in(events: &[ProcessEvent]) -> Ended {
+    let endings: Vec<&Ended> = events
+        .iter()
+        .filter_map(|event| match event {
+            ProcessEvent::Ended(ended) => Some(ended),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(endings.len(), 1, "{events:?}");
+    endings[0].clone()
+}

@@ -1,0 +1,223 @@
+//! The daemon's side of one supervisor: a task that turns its events into
+//! [`ProcessEvent`]s and that never ends without the last of them.
+
+use std::{os::fd::OwnedFd, path::Path, time::Duration};
+
+use anyhow::{Context as _, Result};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+    process::Child,
+    sync::mpsc,
+};
+
+use super::{
+    ProcessEvent,
+    clock::{boot_ms, wall_ms},
+    control::{Event, LINE_BYTES_MAX, Order, encode, next_line},
+    run_dir::{CONTROL_SOCKET, RunDir},
+    spec::{Ended, Ending, LogState, Usage},
+    sys,
+};
+
+/// Between two attempts to reach a supervisor that lives, the first and the longest.
+const RECONNECT_MIN: Duration = Duration::from_millis(5);
+const RECONNECT_MAX: Duration = Duration::from_secs(1);
+/// How long the ending of a lost process waits for its tree to be over. The guard ends the
+/// tree within milliseconds, unless the kernel cannot.
+const TREE_GRACE: Duration = Duration::from_secs(2);
+
+/// One supervisor as its daemon follows it.
+#[derive(Debug)]
+pub(super) struct Watch {
+    pub(super) run_dir: RunDir,
+    pub(super) boot_id: String,
+    pub(super) events: mpsc::Sender<ProcessEvent>,
+    pub(super) orders: mpsc::Receiver<Order>,
+    /// To be reaped, where this daemon started it.
+    pub(super) child: Option<Child>,
+}
+
+impl Watch {
+    /// Ends when the supervisor is gone and has been reported on, or when nobody listens.
+    pub(super) async fn run(mut self, stream: Option<UnixStream>) {
+        let mut seen = Seen::default();
+        let mut stream = stream;
+        let mut pause = RECONNECT_MIN;
+        loop {
+            if let Some(connected) = stream.take() {
+                pause = RECONNECT_MIN;
+                if self.converse(connected, &mut seen).await.is_break() {
+                    return;
+                }
+            }
+            match self.run_dir.try_lock() {
+                Ok(Some(_)) => break,
+                // It lives. It may not listen yet, or have dropped this daemon as too slow.
+                Ok(None) => {}
+                // Its directory is removed only once it is gone.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => break,
+                Err(error) => {
+                    tracing::warn!(run_dir = %self.run_dir.path().display(), %error, "cannot look after a supervisor");
+                }
+            }
+            stream = connect(self.run_dir.path()).await.ok();
+            if stream.is_none() {
+                if self.events.is_closed() {
+                    return;
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RECONNECT_MAX);
+            }
+        }
+        if let Some(mut child) = self.child.take() {
+            // Gone already, as the free lock says; this only collects it.
+            let _ = child.wait().await;
+        }
+        self.close(seen).await;
+    }
+
+    /// Breaks when the receiver of the events is gone.
+    async fn converse(
+        &mut self,
+        mut stream: UnixStream,
+        seen: &mut Seen,
+    ) -> std::ops::ControlFlow<()> {
+        use std::ops::ControlFlow::{Break, Continue};
+        let mut incoming = Vec::new();
+        let mut orders_open = true;
+        loop {
+            tokio::select! {
+                biased;
+                read = stream.read_buf(&mut incoming) => {
+                    if !matches!(read, Ok(1..)) {
+                        return Continue(());
+                    }
+                    while let Some(event) = next_line(&mut incoming) {
+                        let event = event.and_then(|event| seen.translate(event));
+                        if let Some(event) = event
+                            && self.events.send(event).await.is_err()
+                        {
+                            return Break(());
+                        }
+                    }
+                    if incoming.len() > LINE_BYTES_MAX {
+                        return Continue(());
+                    }
+                }
+                order = self.orders.recv(), if orders_open => match order {
+                    Some(order) => {
+                        // A write fails only if the supervisor is going, which the next
+                        // read tells.
+                        let _ = stream.write_all(&encode(&order)).await;
+                    }
+                    None => orders_open = false,
+                },
+                () = self.events.closed() => return Break(()),
+            }
+        }
+    }
+
+    /// Reports the ending if it was not heard, then the end of the tree.
+    async fn close(self, seen: Seen) {
+        let tree = open_tree(&self.run_dir, &self.boot_id);
+        let mut tree_over = false;
+        if !seen.ended {
+            if let Ok(Some(guard)) = &tree {
+                tree_over = tokio::time::timeout(TREE_GRACE, over(guard)).await.is_ok();
+            }
+            let ended = last_word(&self.run_dir, &self.boot_id);
+            if self.events.send(ProcessEvent::Ended(ended)).await.is_err() {
+                return;
+            }
+        }
+        if let Ok(Some(guard)) = &tree
+            && !tree_over
+        {
+            over(guard).await;
+        }
+        // A receiver that is gone wants no more news.
+        let _ = self.events.send(ProcessEvent::Gone).await;
+    }
+}
+
+/// What was passed on, so that a reconnection repeats nothing.
+#[derive(Debug, Default)]
+struct Seen {
+    started: bool,
+    ended: bool,
+}
+
+impl Seen {
+    fn translate(&mut self, event: Event) -> Option<ProcessEvent> {
+        match event {
+            Event::Started { pid, boot_ms } => {
+                let new = !std::mem::replace(&mut self.started, true);
+                new.then_some(ProcessEvent::Started { pid, boot_ms })
+            }
+            Event::LogGrew { bytes } => Some(ProcessEvent::LogGrew { bytes }),
+            Event::LogTrouble { reason } => Some(ProcessEvent::LogTrouble { reason }),
+            Event::Ended(ended) => {
+                let new = !std::mem::replace(&mut self.ended, true);
+                new.then_some(ProcessEvent::Ended(*ended))
+            }
+            Event::Pong => None,
+        }
+    }
+}
+
+/// What is known of a process whose supervisor is gone.
+pub(super) fn last_word(run_dir: &RunDir, boot_id: &str) -> Ended {
+    let ending = match run_dir.read_ended() {
+        Ok(Some(ended)) => return ended,
+        Ok(None) => how_lost(run_dir, boot_id),
+        Err(error) => Ending::Lost { reason: format!("{error:#}") },
+    };
+    Ended {
+        ending,
+        boot_ms: boot_ms(),
+        wall_ms: wall_ms(),
+        usage: Usage::default(),
+        log: LogState::default(),
+        unsaved: None,
+    }
+}
+
+fn how_lost(run_dir: &RunDir, boot_id: &str) -> Ending {
+    let launch = match run_dir.read_launch() {
+        Ok(launch) => launch,
+        Err(error) => return Ending::Lost { reason: format!("{error:#}") },
+    };
+    if launch.boot_id != boot_id {
+        return Ending::Lost { reason: "the machine was restarted".into() };
+    }
+    match run_dir.read_tree() {
+        Ok(Some(_)) => Ending::Lost { reason: "its supervisor died".into() },
+        // The tree is on record before the first instruction, and files outlive processes.
+        Ok(None) => Ending::FailedToStart {
+            reason: "its supervisor ended before it started the process".into(),
+        },
+        Err(error) => Ending::Lost { reason: format!("{error:#}") },
+    }
+}
+
+/// Whether processes of the tree may still be there though the supervisor is gone.
+pub(super) fn open_tree(run_dir: &RunDir, boot_id: &str) -> Result<Option<OwnedFd>> {
+    let same_boot = run_dir.read_launch().is_ok_and(|launch| launch.boot_id == boot_id);
+    let Some(tree) = run_dir.read_tree()?.filter(|_| same_boot) else { return Ok(None) };
+    tree.guard.open().context("cannot look for the guard")
+}
+
+/// Completes when the process behind a pidfd has ended, or cannot be watched.
+async fn over(guard: &OwnedFd) {
+    let Ok(guard) = guard.try_clone().and_then(sys::watch_readable) else { return };
+    // An error means that the runtime is shutting down.
+    let _ = guard.readable().await;
+}
+
+/// Through a descriptor of the directory: a socket's own name is limited to 108 bytes.
+pub(super) async fn connect(run_dir: &Path) -> std::io::Result<UnixStream> {
+    use std::os::fd::AsRawFd as _;
+    let dir = std::fs::File::open(run_dir)?;
+    UnixStream::connect(format!("/proc/self/fd/{}/{CONTROL_SOCKET}", dir.as_raw_fd())).await
+}

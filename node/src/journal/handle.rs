@@ -1,0 +1,178 @@
+//! The journal on a thread of its own, for callers that must not block.
+
+use std::{io, thread};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Journal, Poisoned, Write, frame};
+
+/// Commits to a journal from async code; cheap to clone. The journal is closed, and
+/// its directory unlocked, when the last clone is gone.
+#[derive(Debug, Clone)]
+pub struct JournalHandle {
+    commits: mpsc::Sender<Commit>,
+}
+
+/// The thread behind a [`JournalHandle`].
+#[derive(Debug)]
+pub struct JournalThread {
+    done: oneshot::Receiver<()>,
+}
+
+#[derive(Debug)]
+struct Commit {
+    writes: Vec<Write>,
+    reply: oneshot::Sender<io::Result<()>>,
+}
+
+impl JournalHandle {
+    pub fn spawn(journal: Journal) -> io::Result<(Self, JournalThread)> {
+        let (commits, receiver) = mpsc::channel(WAITING_COMMITS_MAX);
+        let (finished, done) = oneshot::channel();
+        thread::Builder::new().name("journal".to_owned()).spawn(move || {
+            run(journal, receiver);
+            // Nobody may be waiting for the end.
+            let _ = finished.send(());
+        })?;
+        Ok((Self { commits }, JournalThread { done }))
+    }
+
+    /// Returns once `writes` are durable, all or none. Commits that are waiting
+    /// together share one fsync. Errors are those of [`Journal::append`].
+    ///
+    /// Dropping the future does not take the commit back.
+    pub async fn commit(&self, writes: Vec<Write>) -> io::Result<()> {
+        if writes.is_empty() {
+            return Ok(());
+        }
+        let (reply, answer) = oneshot::channel();
+        let gone = || io::Error::other(Poisoned("its thread has ended".to_owned()));
+        self.commits.send(Commit { writes, reply }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+}
+
+impl JournalThread {
+    /// Returns when all handles are gone, everything is durable and the directory is
+    /// unlocked.
+    pub async fn closed(self) {
+        // An error means that the thread ended without saying so; it has ended.
+        let _ = self.done.await;
+    }
+}
+
+/// Commits that may queue up; more wait in [`JournalHandle::commit`].
+const WAITING_COMMITS_MAX: usize = 1024;
+
+/// What one fsync may cover: beyond it, waiting longer helps nobody.
+const GROUP_BYTES_MAX: usize = 4 << 20;
+
+fn run(mut journal: Journal, mut commits: mpsc::Receiver<Commit>) {
+    while let Some(first) = commits.blocking_recv() {
+        let mut group = vec![first];
+        let mut bytes = group[0].bytes();
+        while bytes < GROUP_BYTES_MAX
+            && let Ok(next) = commits.try_recv()
+        {
+            bytes += next.bytes();
+            group.push(next);
+        }
+        let (fitting, oversized): (Vec<_>, Vec<_>) =
+            group.into_iter().partition(|commit| frame::writes_fit(&commit.writes));
+        for commit in oversized {
+            let result = journal.append(&commit.writes);
+            commit.answer(result);
+        }
+        let batches: Vec<&[Write]> = fitting.iter().map(|c| c.writes.as_slice()).collect();
+        let result = journal.append_group(&batches);
+        for commit in fitting {
+            commit.answer(result.as_ref().copied().map_err(copy_of));
+        }
+    }
+}
+
+impl Commit {
+    fn bytes(&self) -> usize {
+        self.writes.iter().map(|w| frame::write_bytes(&w.key, w.value.as_deref())).sum()
+    }
+
+    fn answer(self, result: io::Result<()>) {
+        // The caller may have stopped waiting; its commit stands.
+        let _ = self.reply.send(result);
+    }
+}
+
+/// Every commit of a group gets the group's error.
+fn copy_of(error: &io::Error) -> io::Error {
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<Poisoned>()) {
+        Some(poisoned) => io::Error::new(error.kind(), poisoned.clone()),
+        None => match error.raw_os_error() {
+            Some(code) => io::Error::from_raw_os_error(code),
+            None => io::Error::new(error.kind(), error.to_string()),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::journal::{
+        faulty::{Fault, FaultyDisk},
+        is_poisoned,
+    };
+
+    fn write(key: &str) -> Write {
+        Write { key: key.into(), value: Some(b"value".to_vec()) }
+    }
+
+    #[tokio::test]
+    async fn commits_that_wait_together_share_an_fsync_and_all_last() {
+        let disk = FaultyDisk::new(1);
+        let (journal, _) = Journal::open_on(disk.boxed()).unwrap();
+        let (handle, thread) = JournalHandle::spawn(journal).unwrap();
+        let before = disk.syncs();
+        let gate = disk.stall();
+        let commits: Vec<_> = (0..50)
+            .map(|n| {
+                let handle = handle.clone();
+                tokio::spawn(async move { handle.commit(vec![write(&n.to_string())]).await })
+            })
+            .collect();
+        while handle.commits.capacity() > WAITING_COMMITS_MAX - 49 {
+            tokio::task::yield_now().await;
+        }
+        drop(gate);
+        for commit in commits {
+            commit.await.unwrap().unwrap();
+        }
+        assert!(disk.syncs() - before <= 3, "{} fsyncs", disk.syncs() - before);
+        drop(handle);
+        thread.closed().await;
+        let (_, recovered) = Journal::open_on(disk.crashed(2)).unwrap();
+        assert_eq!(recovered.entries.len(), 50);
+    }
+
+    #[tokio::test]
+    async fn a_failed_fsync_fails_every_commit_from_then_on() {
+        let disk = FaultyDisk::new(1);
+        let (journal, _) = Journal::open_on(disk.boxed()).unwrap();
+        let (handle, _thread) = JournalHandle::spawn(journal).unwrap();
+        handle.commit(vec![write("kept")]).await.unwrap();
+        disk.fail_next(Fault::Sync);
+        for _ in 0..2 {
+            let error = handle.commit(vec![write("lost")]).await.unwrap_err();
+            assert!(is_poisoned(&error), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_oversized_commit_fails_alone() {
+        let (journal, _) = Journal::open_on(FaultyDisk::new(1).boxed()).unwrap();
+        let (handle, _thread) = JournalHandle::spawn(journal).unwrap();
+        let value = Some(vec![0; frame::PAYLOAD_BYTES_MAX]);
+        let error = handle.commit(vec![Write { key: vec![1], value }]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        assert!(!is_poisoned(&error));
+        handle.commit(vec![write("fine")]).await.unwrap();
+    }
+}
