@@ -53,7 +53,9 @@ use anyhow::Context as _;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
+pub(crate) use self::program::interpreter;
 pub use self::{
+    log::append_to_log,
     ownership::prepare_ownership,
     spec::{
         Command, Ended, Ending, ExitStatus, InvalidProcessId, Isolation, JOB_LABEL_LEN_MAX,
@@ -78,6 +80,8 @@ const REASON_BYTES_MAX: usize = 1024;
 /// How long a supervisor may take to leave once its result is recorded.
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
 const LEAVE_POLL: Duration = Duration::from_millis(5);
+/// In listings of processes.
+const SUPERVISOR_NAME: &str = "p2pit";
 const PROBE_PREFIX: &str = "probe~";
 /// A sandbox is made in milliseconds, or not at all.
 const PROBE_WITHIN_MS: u64 = 20_000;
@@ -100,9 +104,12 @@ pub struct SupervisorCommand {
 }
 
 impl SupervisorCommand {
-    /// This program's hidden subcommand.
+    /// This program's hidden subcommand `supervise`.
     pub fn of_this_program() -> io::Result<Self> {
-        let exe = std::env::current_exe()?;
+        // By this link, and not by the path behind it: that one leads nowhere, or to
+        // another version, once an upgrade has replaced the file.
+        let exe = PathBuf::from("/proc/self/exe");
+        exe.read_link()?;
         Ok(Self { exe, args: vec!["supervise".into()], env: Vec::new() })
     }
 }
@@ -208,39 +215,18 @@ impl Executor {
         }
     }
 
-    /// Starts one process. The id is used up even if it fails to start.
+    /// Starts one process. Its id is used up, unless this fails with
+    /// [`StartError::Invalid`] or [`StartError::Supervisor`].
     pub async fn start(&self, id: &ProcessId, spec: ProcessSpec) -> Result<Running, StartError> {
-        self.check(id, &spec).map_err(|reason| StartError::Invalid { id: id.clone(), reason })?;
-        let run_dir = self.run_dir(id);
-        match run_dir.create() {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(StartError::AlreadyExists(id.clone()));
-            }
-            Err(error) => {
-                let source = anyhow::Error::new(error)
-                    .context(format!("cannot make {}", run_dir.path().display()));
-                return Err(StartError::Supervisor { id: id.clone(), source });
-            }
-        }
-        let launch = Launch {
-            id: id.clone(),
-            boot_id: self.boot_id.clone(),
-            run_root: self.run_root.clone(),
-            spec,
-        };
-        self.spawn(&run_dir, &launch).map_err(|source| StartError::Supervisor {
-            id: id.clone(),
-            // A directory that cannot be removed is found, and reported as a failed start,
-            // by the next adoption.
-            source: match run_dir.remove() {
-                Ok(()) => source,
-                Err(error) => source.context(error),
-            },
-        })
+        // Files and a vfork: too long for a thread that has other things to do.
+        let (executor, own_id) = (self.clone(), id.clone());
+        tokio::task::spawn_blocking(move || executor.start_here(own_id, spec)).await.unwrap_or_else(
+            |error| Err(StartError::Supervisor { id: id.clone(), source: error.into() }),
+        )
     }
 
-    /// Finds what this daemon or an earlier one started and has not forgotten.
+    /// Finds what this daemon or an earlier one started and has not forgotten. For the time
+    /// before this daemon starts anything itself.
     pub async fn adopt(&self) -> anyhow::Result<Vec<(ProcessId, Adopted)>> {
         let context = || format!("cannot list {}", self.run_root.display());
         let mut found = Vec::new();
@@ -289,6 +275,35 @@ impl Executor {
         run_dir.remove().with_context(|| format!("cannot remove {}", run_dir.path().display()))
     }
 
+    fn start_here(&self, id: ProcessId, spec: ProcessSpec) -> Result<Running, StartError> {
+        if let Err(reason) = self.check(&id, &spec) {
+            return Err(StartError::Invalid { id, reason });
+        }
+        let run_dir = self.run_dir(&id);
+        match run_dir.create() {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(StartError::AlreadyExists(id));
+            }
+            Err(error) => {
+                let source = anyhow::Error::new(error)
+                    .context(format!("cannot make {}", run_dir.path().display()));
+                return Err(StartError::Supervisor { id, source });
+            }
+        }
+        let (boot_id, run_root) = (self.boot_id.clone(), self.run_root.clone());
+        let launch = Launch { id: id.clone(), boot_id, run_root, spec };
+        self.spawn(&run_dir, &launch).map_err(|source| StartError::Supervisor {
+            id,
+            // A directory that cannot be removed is found, and reported as a failed start,
+            // by the next adoption.
+            source: match run_dir.remove() {
+                Ok(()) => source,
+                Err(error) => source.context(error),
+            },
+        })
+    }
+
     fn run_dir(&self, id: &ProcessId) -> RunDir {
         RunDir::at(self.run_root.join(id.to_string()))
     }
@@ -329,9 +344,11 @@ impl Executor {
         {
             return Err(format!("{name:?} is no name of an environment variable"));
         }
-        if rustix::process::geteuid().is_root()
-            && spec.run_as.is_none_or(|ids| ids.uid == 0 || ids.gid == 0)
-        {
+        let as_root = match spec.run_as {
+            Some(ids) => ids.uid == 0 || ids.gid == 0,
+            None => RunAs::for_this_daemon().is_some(),
+        };
+        if as_root {
             return Err("a job never runs as root".into());
         }
         Ok(())
@@ -340,12 +357,13 @@ impl Executor {
     /// Starts the supervisor with its end of a connection and with the lock, which this
     /// process gives up by closing its copy.
     fn spawn(&self, run_dir: &RunDir, launch: &Launch) -> anyhow::Result<Running> {
-        run_dir.write_launch(launch)?;
         let lock = run_dir.try_lock()?.context("its run directory is in use")?;
+        run_dir.write_launch(launch)?;
         let (own, theirs) = std::os::unix::net::UnixStream::pair()?;
         own.set_nonblocking(true)?;
         let own = tokio::net::UnixStream::from_std(own)?;
         let child = tokio::process::Command::new(&self.supervisor.exe)
+            .arg0(SUPERVISOR_NAME)
             .args(&self.supervisor.args)
             .arg(run_dir.path())
             .env_clear()

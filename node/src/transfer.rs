@@ -1,11 +1,11 @@
 //! Content and how it travels: blobs by their hash, directories as trees of blobs,
 //! and the QUIC data plane between nodes.
 //!
-//! A directory becomes a [`tree::Tree`] by [`snapshot`] (what a user submits, ignore
-//! rules applied) or [`ingest`] (what a job left behind, taken as it is). Its manifest
+//! A directory becomes a [`tree::Tree`] by [`snapshot()`] (what a user submits, ignore
+//! rules applied) or [`ingest()`] (what a job left behind, taken as it is). Its manifest
 //! is itself a blob, so one [`BlobId`](p2pit_protocol::BlobId) names a whole directory.
 //! [`exchange`] moves the blobs that the other side is missing over a stream of an
-//! [`endpoint::Endpoint`], and [`materialize`] writes a tree back to a disk.
+//! [`endpoint::Endpoint`], and [`materialize()`] writes a tree back to a disk.
 //!
 //! Nothing here decides who may have what: callers ask `protocol` first.
 

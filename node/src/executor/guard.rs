@@ -69,9 +69,9 @@ const SWEEP_EVERY: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
 /// The kernel's out-of-memory killer takes jobs before anything of the machine's owner.
 const OOM_SCORE: &[u8] = b"500";
 
-/// The guard's whole life. `privileged`: the supervisor is root.
-pub(super) fn run(launch: &Launch, privileged: bool, channel: OwnedFd, output: OwnedFd) -> ! {
-    let code = match Guard::begin(launch, privileged, channel, output) {
+/// The guard's whole life.
+pub(super) fn run(launch: &Launch, channel: OwnedFd, output: OwnedFd) -> ! {
+    let code = match Guard::begin(launch, channel, output) {
         Ok(guard) => guard.watch(),
         // The supervisor is gone or the tree cannot be watched: nothing was started, or
         // what was started ends with this process.
@@ -107,9 +107,9 @@ struct Guard {
 }
 
 impl Guard {
-    fn begin(launch: &Launch, privileged: bool, channel: OwnedFd, output: OwnedFd) -> Result<Self> {
+    fn begin(launch: &Launch, channel: OwnedFd, output: OwnedFd) -> Result<Self> {
         let [channel, output] = sys::keep_only([channel, output])?;
-        match Self::start(launch, privileged, &channel, output) {
+        match Self::start(launch, &channel, output) {
             Ok((main, children)) => {
                 transmit(&channel, &FromGuard::Started)?;
                 let isolated = launch.spec.isolation.is_isolated();
@@ -123,31 +123,24 @@ impl Guard {
         }
     }
 
-    fn start(
-        launch: &Launch,
-        privileged: bool,
-        channel: &OwnedFd,
-        output: OwnedFd,
-    ) -> Result<(Pid, OwnedFd)> {
+    fn start(launch: &Launch, channel: &OwnedFd, output: OwnedFd) -> Result<(Pid, OwnedFd)> {
         rustix::thread::set_name(c"p2pit-guard")?;
+        // Not the supervisor's: what is made here is for the job to see, and the job's own.
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         let children = sys::signal_fd(&[libc::SIGCHLD])?;
         expect(channel, ToGuard::Go)?;
         leave_keyring()?;
         // Here, because the process inherits it and could not set it any more.
         volunteer_when_memory_is_short().context("cannot set the out-of-memory score")?;
         let spec = &launch.spec;
-        let run_as = spec.run_as.filter(|_| privileged);
-        if privileged && run_as.is_none_or(|ids| ids.uid == 0 || ids.gid == 0) {
-            bail!("a job never runs as root");
-        }
         let main = if spec.isolation.is_isolated() {
             sandbox::enter(launch)?;
-            isolate_user(channel, run_as)?;
+            isolate_user(channel, spec.run_as)?;
             Main::prepare(launch, Rights::None)?
         } else {
             rustix::process::set_child_subreaper(Some(getpid()))?;
             rustix::process::chdir("/")?;
-            Main::prepare(launch, Rights::OfGuard(run_as))?
+            Main::prepare(launch, Rights::OfGuard(spec.run_as))?
         };
         Ok((main.start(output)?, children))
     }

@@ -3,12 +3,11 @@
 use std::{
     fs::File,
     io::{self, Write as _},
-    path::{Path, PathBuf},
+    os::unix::fs::OpenOptionsExt as _,
+    path::Path,
 };
 
-use std::os::unix::fs::OpenOptionsExt as _;
-
-use super::spec::LogState;
+use super::spec::{LOG_BYTES_MAX, LogState};
 
 /// Longer lines are cut into pieces of this length.
 const LINE_BYTES_MAX: usize = 64 << 10;
@@ -229,8 +228,17 @@ impl JobLog {
     }
 }
 
+/// Adds what the daemon has to say to the log at `path`, as lines of its own under
+/// `label`.
+pub fn append_to_log(path: &Path, label: &str, text: &str) -> io::Result<()> {
+    let mut log = JobLog::open(path, label.to_owned(), LOG_BYTES_MAX);
+    let now = super::clock::wall_ms();
+    log.push(text.as_bytes(), now);
+    log.finish(now);
+    log.state.trouble.map_or(Ok(()), |trouble| Err(io::Error::other(trouble)))
+}
+
 fn open_to_append(path: &Path) -> io::Result<(File, u64)> {
-    let path: PathBuf = path.into();
     let file = File::options()
         .append(true)
         .create(true)

@@ -108,7 +108,7 @@ fn candidate(args: Vec<Vec<u8>>) -> Result<Candidate> {
 }
 
 /// As the kernel reads `#!`: an interpreter and at most one argument.
-fn interpreter(head: &[u8]) -> Option<Vec<Vec<u8>>> {
+pub(crate) fn interpreter(head: &[u8]) -> Option<Vec<Vec<u8>>> {
     let line = head.strip_prefix(b"#!")?.split(|&b| b == b'\n').next()?.trim_ascii();
     let split = line.iter().position(u8::is_ascii_whitespace).unwrap_or(line.len());
     let (program, argument) = line.split_at(split);

@@ -103,7 +103,7 @@ pub(super) fn map_ids(guard: Pid, ids: RunAs, may_set_groups: bool) -> Result<()
 
 fn make_private() -> Result<()> {
     sys::mount_setattr(None, c"/", true, 0, 0, libc::MS_PRIVATE)
-        .context("cannot keep mounts to this process (Linux 5.12 or later is needed)")
+        .context("cannot keep mounts to this process")
 }
 
 /// What to cover, ancestors first and without what lies below another.

@@ -123,10 +123,17 @@ pub struct RunAs {
 }
 
 impl RunAs {
-    /// [`JOB_UID`] where this process is root, nothing to change where it is not.
+    /// Where this process is root: [`JOB_UID`], or in a container that has no such id the
+    /// highest it has. `None` where it is not, or is called root without having any other
+    /// id, as in a rootless container.
     #[must_use]
     pub fn for_this_daemon() -> Option<Self> {
-        rustix::process::geteuid().is_root().then_some(Self { uid: JOB_UID, gid: JOB_UID })
+        if !rustix::process::geteuid().is_root() {
+            return None;
+        }
+        // Without a map there are no user namespaces, and so all ids.
+        let pick = |map| std::fs::read_to_string(map).map_or(Some(JOB_UID), |map| job_id_in(&map));
+        Some(Self { uid: pick("/proc/self/uid_map")?, gid: pick("/proc/self/gid_map")? })
     }
 }
 
@@ -252,6 +259,21 @@ pub(super) fn may_hide(path: &Path) -> bool {
         && !ALONE.iter().any(|alone| path == Path::new(alone))
 }
 
+/// The id for jobs among those of a user namespace, given as lines of `inside outside count`.
+fn job_id_in(map: &str) -> Option<u32> {
+    let highest = map.lines().filter_map(|line| {
+        let mut numbers = line.split_ascii_whitespace().map(str::parse::<u64>);
+        let (first, _, count) =
+            (numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.ok()?);
+        if (first..first + count).contains(&u64::from(JOB_UID)) {
+            return Some(JOB_UID);
+        }
+        let last = first + count.checked_sub(1)?;
+        u32::try_from(last).ok().filter(|last| (1..JOB_UID).contains(last))
+    });
+    highest.max()
+}
+
 /// Homes of root and of people; system users keep theirs in places jobs may need.
 fn homes_in(passwd: &str) -> impl Iterator<Item = PathBuf> {
     const UID_PEOPLE_MIN: u32 = 1000;
@@ -280,6 +302,14 @@ mod tests {
         for text in ["", "a", "a.1", "a.1.2.3", "a.01.2", "a/b.1.2", "..1.2", "a.-1.2", ".1.2"] {
             assert!(text.parse::<ProcessId>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn jobs_of_root_get_an_id_that_the_container_has() {
+        assert_eq!(job_id_in("         0          0 4294967295\n"), Some(JOB_UID));
+        assert_eq!(job_id_in("0 1000 1\n1 100000 65536\n"), Some(65536));
+        assert_eq!(job_id_in("0 1000 1\n"), None);
+        assert_eq!(job_id_in("junk\n0 0 0\n"), None);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use rustix::{
     event::{PollFd, PollFlags, poll},
     io::Errno,
@@ -220,10 +220,10 @@ impl Supervisor {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         // A guard that is lost leaves its tree to this process.
         rustix::process::set_child_subreaper(Some(getpid()))?;
-        let privileged = geteuid().is_root();
+        let privileged = self.spec().run_as.is_some();
         let isolated = self.spec().isolation.is_isolated();
         let side = if isolated {
-            sys::clone_into_namespaces(!privileged).context("cannot make namespaces")?
+            clone_into_namespaces(!privileged)?
         } else {
             match sys::fork().context("cannot fork")? {
                 Side::Child => Side::Child,
@@ -231,7 +231,7 @@ impl Supervisor {
             }
         };
         let (pid, pidfd) = match side {
-            Side::Child => guard::run(&self.launch, privileged, guard_channel, job_output.into()),
+            Side::Child => guard::run(&self.launch, guard_channel, job_output.into()),
             Side::Parent(parts) => parts,
         };
         drop((guard_channel, job_output));
@@ -355,7 +355,7 @@ impl Supervisor {
 
     /// Ends what came to this process as orphans when a shared guard was lost.
     fn sweep(&mut self, now: u64) {
-        if self.guard.is_some() || !self.sweep_at.is_some_and(|at| now >= at) {
+        if self.guard.is_some() || self.sweep_at.is_none_or(|at| now < at) {
             return;
         }
         // What refuses now is tried again; this process stays until nothing is left.
@@ -397,7 +397,9 @@ impl Supervisor {
         self.save(now);
         self.announce_log();
         self.log_notice_at = None;
-        self.outlet.announce(&self.ended_event());
+        if let Some(event) = self.ended_event() {
+            self.outlet.announce(&event);
+        }
     }
 
     fn ending(&self) -> Ending {
@@ -439,11 +441,8 @@ impl Supervisor {
         };
     }
 
-    fn ended_event(&self) -> Event {
-        match &self.ended {
-            Some(ended) => Event::Ended(Box::new(ended.clone())),
-            None => Event::Pong,
-        }
+    fn ended_event(&self) -> Option<Event> {
+        self.ended.clone().map(|ended| Event::Ended(Box::new(ended)))
     }
 
     fn announce_log(&mut self) {
@@ -554,12 +553,10 @@ impl Supervisor {
 
     fn hear_guard(&mut self) {
         let Some(guard) = &mut self.guard else { return };
-        let message = match guard::receive(&guard.channel) {
-            Ok(Some(message)) => message,
-            Ok(None) | Err(_) => {
-                guard.speaks = false;
-                return;
-            }
+        // A guard that says nothing understandable is as good as one that is gone.
+        let Ok(Some(message)) = guard::receive(&guard.channel) else {
+            guard.speaks = false;
+            return;
         };
         let pid = guard.pid;
         match message {
@@ -624,7 +621,7 @@ impl Supervisor {
             }
             _ => None,
         };
-        let ended = self.ended.is_some().then(|| self.ended_event());
+        let ended = self.ended_event();
         let log = Event::LogGrew { bytes: self.log.state().bytes };
         let events: Vec<Event> = started.into_iter().chain([log]).chain(ended).collect();
         self.outlet.accept(&events);
@@ -662,6 +659,13 @@ struct Ready {
     guard_ended: bool,
     listener: bool,
     clients: Vec<bool>,
+}
+
+fn clone_into_namespaces(user: bool) -> Result<Side<(Pid, OwnedFd)>> {
+    sys::clone_into_namespaces(user).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOSPC) => anyhow!("this machine allows no (more) namespaces"),
+        _ => anyhow!(error).context("cannot make namespaces"),
+    })
 }
 
 fn number(pid: Pid) -> u32 {

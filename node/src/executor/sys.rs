@@ -242,14 +242,26 @@ pub(super) fn keep_only<const N: usize>(fds: [OwnedFd; N]) -> io::Result<[OwnedF
         }
         *slot = target;
     }
-    // SAFETY: nothing above the kept range is used again by this process; whatever it
-    // inherited there belongs to another program.
-    let closed = unsafe { libc::syscall(libc::SYS_close_range, last, u32::MAX, 0) };
-    if closed != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    close_from(last)?;
     // SAFETY: each number was made by dup3 above and has this one owner.
     Ok(placed.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+fn close_from(first: RawFd) -> io::Result<()> {
+    // SAFETY: nothing from `first` on is used again by this process; what it inherited
+    // there belongs to another program.
+    if unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) } == 0 {
+        return Ok(());
+    }
+    // Before Linux 5.9, one by one; the list's own descriptor is closed by its end.
+    let open: Vec<RawFd> = std::fs::read_dir("/proc/self/fd")?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    for fd in open.into_iter().filter(|fd| *fd >= first) {
+        // SAFETY: as above.
+        unsafe { libc::close(fd) };
+    }
+    Ok(())
 }
 
 /// Takes over the descriptors that the parent passed as standard input and output.

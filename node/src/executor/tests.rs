@@ -1,4 +1,4 @@
-//! Real supervisors: this test binary runs again as one, through [`supervisor_entry`].
+//! Real supervisors: this test binary runs again as one, see [`BECOME_SUPERVISOR`].
 
 use std::{
     collections::BTreeMap,
@@ -16,9 +16,15 @@ const IS_SUPERVISOR: &str = "P2PIT_TEST_IS_SUPERVISOR";
 /// For what happens within milliseconds unless it never does.
 const SOON: Duration = Duration::from_secs(20);
 
-/// Not a test: the supervisor of the tests below, which set the variable.
-#[test]
-fn supervisor_entry() {
+/// Turns this binary into a supervisor where the tests below ask for it, before `main` and
+/// so before the test harness makes a thread, as the real program does.
+// SAFETY: the loader calls what this section lists; the function takes nothing and the
+// standard library's own entry there, which keeps the arguments, comes first.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static BECOME_SUPERVISOR: extern "C" fn() = become_supervisor;
+
+extern "C" fn become_supervisor() {
     if std::env::var_os(IS_SUPERVISOR).is_some() {
         let run_dir = std::env::args_os().next_back().unwrap();
         std::process::exit(supervise_main(Path::new(&run_dir)));
@@ -124,7 +130,7 @@ async fn the_tree_is_told_to_end_wherever_its_members_went() {
         let Some(host) = Host::with(isolated).await else { continue };
         let far = "setsid bash -c \"trap 'echo far away; exit' TERM; echo up; \
                    while :; do sleep 0.05; done\"";
-        let mut running = host.start(&format!("trap '' TERM; ({far} &); sleep 600; wait")).await;
+        let mut running = host.start(&format!("({far} &); trap '' TERM; sleep 600; wait")).await;
         host.log_has("up").await;
         running.control.stop(Some(400), "enough").await;
         gone(&mut running).await;
@@ -273,7 +279,7 @@ async fn a_script_runs_with_its_interpreter_whatever_its_mode() {
     for (text, mode, expected) in [
         ("echo plain $0", 0o644, "plain"),
         ("#!/bin/sh\necho shebang $0", 0o644, "shebang"),
-        ("#!/usr/bin/env -S bash -c\nfoo", 0o755, ""),
+        ("#!/usr/bin/env -S cat -n\nlisted", 0o755, "2\tlisted"),
         ("echo executable $BASH_VERSION", 0o755, "executable"),
     ] {
         fs::write(&script, text).unwrap();
@@ -364,7 +370,7 @@ async fn an_isolated_job_sees_its_own_and_nothing_of_the_owner_or_of_others() {
     let ended = host.run_spec(spec).await;
     let log = host.log();
     assert_eq!(ended.ending, Ending::Exited { code: 0 }, "{log}");
-    assert!(!log.contains("secret") && !log.contains("root:"), "{log}");
+    assert!(!log.contains("secret") && !log.contains(":99999:"), "{log}");
     assert!(!log.contains("work_dir"), "{log}");
     assert!(log.contains("data set") && log.contains("wrote"), "{log}");
     assert!(log.contains("ptmx") && log.contains("resolves"), "{log}");
@@ -381,15 +387,15 @@ async fn an_isolated_job_sees_its_own_and_nothing_of_the_owner_or_of_others() {
 
 #[tokio::test]
 async fn a_job_of_root_never_runs_as_root_even_without_namespaces() {
-    if !geteuid().is_root() {
-        println!("skipped: this is not root");
+    let Some(ids) = RunAs::for_this_daemon() else {
+        println!("skipped: this is not root, or has no other id");
         return;
-    }
+    };
     let host = Host::with(false).await.unwrap();
     host.run("id -u; id -G; cat /etc/shadow; grep CapEff /proc/self/status").await;
     let log = host.log();
-    assert_eq!(log.matches(&format!("{JOB_UID}\n")).count(), 2, "{log}");
-    assert!(!log.contains("root:") && log.contains("CapEff:\t0000000000000000"), "{log}");
+    assert_eq!(log.matches(&format!("] {}\n", ids.uid)).count(), 2, "{log}");
+    assert!(!log.contains(":99999:") && log.contains("CapEff:\t0000000000000000"), "{log}");
     let mut spec = host.spec("true");
     spec.run_as = None;
     let refused = host.executor.start(&host.new_id(), spec).await;
@@ -447,33 +453,37 @@ async fn the_supervisor_told_to_end_stops_its_process_in_order() {
 async fn latency_of_one_process() {
     for isolated in [true, false] {
         let Some(host) = Host::with(isolated).await else { continue };
-        let mut times = Vec::new();
-        for _ in 0..40 {
+        let mut times: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
+        for _ in 0..100 {
+            let begin = Instant::now();
+            let bare = tokio::process::Command::new("bash").args(["-c", "true"]).status().await;
+            assert!(bare.unwrap().success());
+            times.entry("bare shell").or_default().push(begin.elapsed());
             let begin = Instant::now();
             let mut running = host.start("true").await;
-            let mut marks = Vec::new();
             while let Some(event) = running.events.recv().await {
-                marks.push((format!("{event:?}"), begin.elapsed()));
+                let name = match event {
+                    ProcessEvent::Started { .. } => "started",
+                    ProcessEvent::Ended(_) => "ended",
+                    ProcessEvent::Gone => "gone",
+                    _ => continue,
+                };
+                times.entry(name).or_default().push(begin.elapsed());
             }
-            let mark =
-                |name: &str| marks.iter().find(|(event, _)| event.starts_with(name)).unwrap().1;
-            times.push((mark("Ended"), mark("Started"), mark("Gone")));
         }
-        times.sort();
-        println!(
-            "isolated {isolated}: ended, started, gone: p50 {:?}, max {:?}",
-            times[20], times[39]
-        );
+        println!("isolated: {isolated}");
+        for (name, mut times) in times {
+            times.sort();
+            println!("  {name}: min {:?}, p50 {:?}, p90 {:?}", times[0], times[50], times[90]);
+        }
         let mut running = host.start("sleep 600").await;
         running.events.recv().await;
-        let status = fs::read_to_string(format!("/proc/{}/status", host.supervisor_pid())).unwrap();
-        println!(
-            "{:?}",
-            status
-                .lines()
-                .filter(|l| l.starts_with("Rss") || l.starts_with("VmRSS"))
-                .collect::<Vec<_>>()
-        );
+        let pids = [host.supervisor_pid().as_raw_nonzero().get(), host.tree().guard.pid];
+        for pid in pids {
+            let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+            let lines = rollup.lines().filter(|l| l.starts_with("Pss:") || l.starts_with("Anon"));
+            println!("  {}", lines.collect::<Vec<_>>().join(" "));
+        }
         running.control.kill("done").await;
         gone(&mut running).await;
     }
@@ -516,11 +526,8 @@ impl Host {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
         let run_root = dir.path().join("run");
         let supervisor = SupervisorCommand {
-            exe: std::env::current_exe().unwrap(),
-            args: ["--exact", "executor::tests::supervisor_entry", "--test-threads", "1", "--"]
-                .map(OsString::from)
-                .to_vec(),
             env: vec![(IS_SUPERVISOR.into(), "1".into())],
+            ..SupervisorCommand::of_this_program().unwrap()
         };
         let executor = Executor::new(&run_root, supervisor).unwrap();
         let isolation = Isolation::Shared { reason: "asked for by a test".into() };
@@ -621,9 +628,12 @@ impl Host {
         last
     }
 
+    fn tree(&self) -> run_dir::Tree {
+        self.executor.run_dir(&self.last_id()).read_tree().unwrap().unwrap()
+    }
+
     fn supervisor_pid(&self) -> Pid {
-        let tree = self.executor.run_dir(&self.last_id()).read_tree().unwrap().unwrap();
-        let status = fs::read_to_string(format!("/proc/{}/status", tree.guard.pid)).unwrap();
+        let status = fs::read_to_string(format!("/proc/{}/status", self.tree().guard.pid)).unwrap();
         let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap();
         Pid::from_raw(parent.trim().parse().unwrap()).unwrap()
     }
@@ -653,9 +663,8 @@ async fn next_event(running: &mut Running) -> Option<ProcessEvent> {
 
 async fn ended(running: &mut Running) -> Ended {
     loop {
-        match next_event(running).await.expect("no ending came") {
-            ProcessEvent::Ended(ended) => return ended,
-            _ => {}
+        if let ProcessEvent::Ended(ended) = next_event(running).await.expect("no ending came") {
+            return ended;
         }
     }
 }

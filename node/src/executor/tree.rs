@@ -28,7 +28,7 @@ impl Identity {
         Ok(Self { pid, start_ticks: stat.start_ticks })
     }
 
-    /// A descriptor of the process, or `None` if it is gone.
+    /// A descriptor of the process, or `None` if it has ended.
     pub(super) fn open(self) -> io::Result<Option<OwnedFd>> {
         let Some(pid) = Pid::from_raw(self.pid) else { return Ok(None) };
         let fd = match pidfd_open(pid, PidfdFlags::empty()) {
@@ -38,7 +38,7 @@ impl Identity {
         };
         // The descriptor pins one process; only now is it known which.
         match read_stat(self.pid) {
-            Ok(stat) if stat.start_ticks == self.start_ticks => Ok(Some(fd)),
+            Ok(stat) if stat.start_ticks == self.start_ticks && !stat.ended => Ok(Some(fd)),
             _ => Ok(None),
         }
     }

@@ -27,6 +27,9 @@ const RECONNECT_MAX: Duration = Duration::from_secs(1);
 /// tree within milliseconds, unless the kernel cannot.
 const TREE_GRACE: Duration = Duration::from_secs(2);
 
+/// Places in the queue of events that reports of the log's size leave free.
+const PLACES_KEPT: usize = 16;
+
 /// One supervisor as its daemon follows it.
 #[derive(Debug)]
 pub(super) struct Watch {
@@ -94,10 +97,17 @@ impl Watch {
                         return Continue(());
                     }
                     while let Some(event) = next_line(&mut incoming) {
-                        let event = event.and_then(|event| seen.translate(event));
-                        if let Some(event) = event
-                            && self.events.send(event).await.is_err()
+                        let Some(event) = event.and_then(|event| seen.translate(event)) else {
+                            continue;
+                        };
+                        // A size is soon followed by another: the last places are for news
+                        // that is told once, and so never wait for a slow receiver.
+                        if matches!(event, ProcessEvent::LogGrew { .. })
+                            && self.events.capacity() < PLACES_KEPT
                         {
+                            continue;
+                        }
+                        if self.events.send(event).await.is_err() {
                             return Break(());
                         }
                     }

@@ -8,7 +8,7 @@
 //!
 //! Outgoing connections are pooled by peer, protocol and lane: whoever connects while
 //! another is connecting gets the same connection, a dead one is dialled again, and one
-//! that nobody asked for in [`POOL_IDLE`] is let go of once its streams have ended.
+//! that nobody asked for in a minute is let go of once its streams have ended.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -30,6 +30,9 @@ use quinn::{
     VarInt,
     crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig},
     rustls::{NoKeyLog, client::Resumption, pki_types::CertificateDer},
+};
+use rustix::net::sockopt::{
+    set_socket_recv_buffer_size, set_socket_recv_buffer_size_force, set_socket_send_buffer_size,
 };
 use socket2::{Domain, Protocol as SocketProtocol, Socket, Type};
 use thiserror::Error;
@@ -135,6 +138,7 @@ struct SharedState {
     local: PeerId,
     protocols: Vec<(Protocol, ClientConfig)>,
     pool: Mutex<Pool>,
+    slots: Arc<Slots>,
 }
 
 /// A connection that came in, from a peer that is allowed.
@@ -177,12 +181,13 @@ impl Endpoint {
             local: PeerId(keypair.public()),
             protocols,
             pool: Mutex::default(),
+            slots: Arc::default(),
         });
         let (sender, incoming) = mpsc::channel(ACCEPT_QUEUE);
         let gate = Gate {
             protocols: shared.protocols.iter().map(|(protocol, _)| *protocol).collect(),
             is_allowed,
-            slots: Arc::default(),
+            slots: Arc::clone(&shared.slots),
             sender,
         };
         tokio::spawn(accept_all(quinn, Arc::new(gate)));
@@ -258,11 +263,12 @@ impl Endpoint {
         self.incoming.lock().await.recv().await
     }
 
-    /// Closes all pooled connections with `peer`, as after its revocation. Incoming ones
-    /// are the caller's to close.
+    /// Closes all connections with `peer`, as after its revocation.
     pub fn disconnect(&self, peer: &PeerId) {
-        let gone = self.shared.pool().remove_peer(peer);
-        for connection in gone {
+        for connection in self.shared.pool().remove_peer(peer) {
+            connection.close(CLOSE_REFUSED, b"not allowed");
+        }
+        for connection in self.shared.slots.of_peer(peer) {
             connection.close(CLOSE_REFUSED, b"not allowed");
         }
     }
@@ -544,7 +550,7 @@ impl Gate {
             tracing::debug!(%peer, "connection refused");
             return quinn.close(CLOSE_REFUSED, b"not allowed");
         }
-        let Some(slot) = Slots::take(&self.slots, peer, &protocol) else {
+        let Some(slot) = Slots::take(&self.slots, peer, &protocol, &quinn) else {
             tracing::debug!(%peer, "too many connections");
             return quinn.close(CLOSE_REFUSED, b"too many connections");
         };
@@ -562,42 +568,59 @@ impl Gate {
     }
 }
 
-/// How many incoming connections there are, by protocol and by peer.
+/// The incoming connections, by protocol and peer.
 #[derive(Default)]
 struct Slots {
-    taken: Mutex<HashMap<&'static [u8], HashMap<PeerId, usize>>>,
+    taken: Mutex<HashMap<SlotKey, Vec<quinn::Connection>>>,
 }
 
-/// One incoming connection.
+type SlotKey = (&'static [u8], PeerId);
+
+/// The place of one incoming connection. With it goes the handle kept in [`Slots`], so
+/// that this is no reason for a connection to stay.
 struct Slot {
     slots: Arc<Slots>,
-    peer: PeerId,
-    alpn: &'static [u8],
+    key: SlotKey,
+    connection_id: usize,
 }
 
 impl Slots {
-    fn take(slots: &Arc<Self>, peer: PeerId, protocol: &Protocol) -> Option<Slot> {
-        let mut taken = slots.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let peers = taken.entry(protocol.alpn).or_default();
-        let total: usize = peers.values().sum();
-        let of_peer = peers.get(&peer).copied().unwrap_or(0);
+    fn take(
+        slots: &Arc<Self>,
+        peer: PeerId,
+        protocol: &Protocol,
+        connection: &quinn::Connection,
+    ) -> Option<Slot> {
+        let key = (protocol.alpn, peer);
+        let mut taken = slots.taken();
+        let of_protocol = taken.iter().filter(|((alpn, _), _)| *alpn == protocol.alpn);
+        let total: usize = of_protocol.map(|(_, connections)| connections.len()).sum();
+        let of_peer = taken.get(&key).map_or(0, Vec::len);
         if total >= protocol.connections_max || of_peer >= CONNECTIONS_PER_PEER_MAX {
             return None;
         }
-        peers.insert(peer, of_peer + 1);
-        Some(Slot { slots: Arc::clone(slots), peer, alpn: protocol.alpn })
+        taken.entry(key).or_default().push(connection.clone());
+        Some(Slot { slots: Arc::clone(slots), key, connection_id: connection.stable_id() })
+    }
+
+    fn of_peer(&self, peer: &PeerId) -> Vec<quinn::Connection> {
+        let taken = self.taken();
+        let of_peer = taken.iter().filter(|((_, taken_by), _)| taken_by == peer);
+        of_peer.flat_map(|(_, connections)| connections.clone()).collect()
+    }
+
+    fn taken(&self) -> MutexGuard<'_, HashMap<SlotKey, Vec<quinn::Connection>>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let mut taken = self.slots.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(peers) = taken.get_mut(self.alpn) else { return };
-        if let Some(count) = peers.get_mut(&self.peer) {
-            *count -= 1;
-            if *count == 0 {
-                peers.remove(&self.peer);
-            }
+        let mut taken = self.slots.taken();
+        let Some(connections) = taken.get_mut(&self.key) else { return };
+        connections.retain(|connection| connection.stable_id() != self.connection_id);
+        if connections.is_empty() {
+            taken.remove(&self.key);
         }
     }
 }
@@ -688,9 +711,9 @@ fn udp_socket(addr: SocketAddr) -> io::Result<UdpSocket> {
         socket.set_only_v6(false)?;
     }
     // The kernel grants what its limits allow; without more we are slower, not broken.
-    let granted = socket
-        .set_recv_buffer_size(SOCKET_BUFFER_BYTES)
-        .and_then(|()| socket.set_send_buffer_size(SOCKET_BUFFER_BYTES));
+    let granted = set_socket_recv_buffer_size_force(&socket, SOCKET_BUFFER_BYTES)
+        .or_else(|_| set_socket_recv_buffer_size(&socket, SOCKET_BUFFER_BYTES))
+        .and_then(|()| set_socket_send_buffer_size(&socket, SOCKET_BUFFER_BYTES));
     if let Err(error) = granted {
         tracing::debug!(%error, "default socket buffers");
     }
@@ -819,8 +842,31 @@ mod tests {
         assert_eq!(error, ConnectError::NoAddress(peer(2)));
         let fresh = connect().await.unwrap();
         assert_ne!(first.stable_id(), fresh.stable_id());
+    }
+
+    #[tokio::test]
+    async fn a_connection_closes_when_the_caller_lets_go_of_it() {
+        let (alice, bob) = (bind(1, LOCAL), bind(2, LOCAL));
+        let out = alice.connect(peer(2), &[bob.local_addr().unwrap()], DATA.alpn).await.unwrap();
+        drop(bob.accept().await.unwrap());
+        assert!(matches!(out.closed().await, ConnectionError::ApplicationClosed(_)));
+        assert!(bob.shared.slots.taken().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_is_disconnected_loses_what_it_opened_and_what_we_opened() {
+        let (alice, bob) = (bind(1, LOCAL), bind(2, LOCAL));
+        let out = alice.connect(peer(2), &[bob.local_addr().unwrap()], DATA.alpn).await.unwrap();
+        let taken_in = bob.accept().await.unwrap();
+        bob.disconnect(&peer(1));
+        assert_refused(&out.closed().await);
+        assert!(matches!(taken_in.connection.closed().await, ConnectionError::LocallyClosed));
+        drop(taken_in);
+        assert!(bob.shared.slots.taken().is_empty());
+
+        let again = alice.connect(peer(2), &[bob.local_addr().unwrap()], DATA.alpn).await.unwrap();
         alice.disconnect(&peer(2));
-        assert!(matches!(fresh.closed().await, ConnectionError::LocallyClosed));
+        assert!(matches!(again.closed().await, ConnectionError::LocallyClosed));
         assert!(alice.shared.pool().connections.is_empty());
     }
 

@@ -181,9 +181,28 @@ pub async fn receive_blobs(
     reader: &mut (impl AsyncRead + Unpin),
     on_bytes: impl FnMut(u64) + Send + 'static,
 ) -> Result<Received, ReceiveError> {
-    let (chunks, queue) = mpsc::channel(QUEUE_CHUNKS);
     let wanted = wanted.iter().map(|wanted| (wanted.id, wanted.bytes_max)).collect();
-    let intake = Intake { store: store.clone(), wanted, peer, on_bytes };
+    let intake = Intake { store: store.clone(), wanted: Some(wanted), peer, on_bytes };
+    take_in(intake, reader).await
+}
+
+/// As [`receive_blobs`], for whatever is sent: from a user of this machine, who owns the
+/// store. What says it is some blob must still be that blob.
+pub async fn receive_any(
+    store: &BlobStore,
+    me: PeerId,
+    reader: &mut (impl AsyncRead + Unpin),
+) -> Result<Received, ReceiveError> {
+    let intake = Intake { store: store.clone(), wanted: None, peer: me, on_bytes: |_| {} };
+    take_in(intake, reader).await
+}
+
+async fn take_in(
+    intake: Intake<impl FnMut(u64) + Send + 'static>,
+    reader: &mut (impl AsyncRead + Unpin),
+) -> Result<Received, ReceiveError> {
+    let peer = intake.peer;
+    let (chunks, queue) = mpsc::channel(QUEUE_CHUNKS);
     let writing = spawn_blocking(move || intake.run(ChunkReader::new(queue)));
     // The thread may stop while the stream is silent.
     let watch = chunks.clone();
@@ -442,7 +461,8 @@ struct Truncated;
 /// The writing thread's work.
 struct Intake<F> {
     store: BlobStore,
-    wanted: BTreeMap<BlobId, u64>,
+    /// The bound of each; `None` where anything may come.
+    wanted: Option<BTreeMap<BlobId, u64>>,
     peer: PeerId,
     on_bytes: F,
 }
@@ -458,8 +478,9 @@ impl<F: FnMut(u64)> Intake<F> {
                 return Err(ReceiveError::Malformed { peer });
             }
             let id = BlobId(chunks.exact().map_err(truncated)?);
-            let Some(max) = self.wanted.remove(&id) else {
-                return Err(ReceiveError::Unexpected { id, peer });
+            let max = match &mut self.wanted {
+                Some(wanted) => wanted.remove(&id).ok_or(ReceiveError::Unexpected { id, peer })?,
+                None => u64::MAX,
             };
             if tag == ABSENT {
                 received.absent.push(id);
@@ -474,7 +495,10 @@ impl<F: FnMut(u64)> Intake<F> {
             received.bytes += size;
         }
         // What was wanted and not even named as absent never came.
-        if self.wanted.is_empty() { Ok(received) } else { Err(ReceiveError::Truncated { peer }) }
+        match &self.wanted {
+            Some(wanted) if !wanted.is_empty() => Err(ReceiveError::Truncated { peer }),
+            Some(_) | None => Ok(received),
+        }
     }
 
     fn blob(

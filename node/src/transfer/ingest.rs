@@ -2,7 +2,7 @@
 //!
 //! The directory belongs to the job, which may be hostile and still running, while the
 //! daemon may be root. So everything is opened one component at a time without
-//! following links ([`beneath`]), only regular files are read, other file systems are
+//! following links (module `beneath`), only regular files are read, other file systems are
 //! not entered, and where the job's user is known, files of others are passed over: a
 //! hard link to a foreign file is no way to read it.
 

@@ -673,6 +673,16 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_never_is_what_it_says_is_given_up_by_name() {
+        // The kernel says of this file that it is empty, and then it is not.
+        let dir = Path::new("/proc/self");
+        let mut descent = Descent::new(dir).unwrap();
+        let path = TreePath::from_bytes("status").unwrap();
+        let error = Hashed::read(dir, &mut descent, &path, &mut [0; 4096]).err().unwrap();
+        assert!(matches!(error, Error::Changing { path } if path.ends_with("status")));
+    }
+
+    #[test]
     fn names_that_are_not_utf8_are_taken_as_they_are() {
         let dir = Dir::new(&[]);
         fs::write(dir.root.path().join(std::ffi::OsStr::from_bytes(b"caf\xe9")), "x").unwrap();
