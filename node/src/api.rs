@@ -1,3 +1,4 @@
-//! The daemon's HTTP + JSON interface on a unix socket, and a client for it.
+//! The daemon's HTTP + JSON interface on a unix socket.
 
+pub(crate) mod server;
 pub mod types;

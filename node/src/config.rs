@@ -61,7 +61,7 @@ pub struct Settings {
 
 /// What one source says about the settings.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "settings as `key: value` lines")]
 pub struct PartialSettings {
     #[serde(deserialize_with = "text")]
     pub name: Option<NodeName>,
@@ -131,7 +131,7 @@ impl PartialSettings {
         Ok(settings.unwrap_or_default())
     }
 
-    /// The variables of [`env`], as `lookup` gives them.
+    /// The variables of [`mod@env`], as `lookup` gives them.
     pub fn from_env(lookup: impl Fn(&str) -> Option<OsString>) -> Result<Self, ConfigError> {
         let variables = Variables { lookup };
         Ok(Self {
@@ -540,7 +540,8 @@ mod tests {
             ("peers: [lab1]\n", vec!["peers", "`lab1`", "`host:4001`"]),
             ("cpus: [1]\n", vec!["cpus", "a text or a whole number"]),
             ("name: [\n", vec!["line"]),
-            ("- name\n", vec!["line 1"]),
+            ("client: perhaps\n", vec!["client", "a boolean", "line 1"]),
+            ("- name\n", vec!["expected settings as `key: value` lines"]),
         ] {
             let error = PartialSettings::from_yaml(text).unwrap_err();
             for part in parts {

@@ -1,8 +1,60 @@
 //! The daemon: one [`p2pit_protocol::Peer`] with a network, a disk, GPUs and processes.
+//!
+//! [`core`] owns the peer and lets nothing out before the journal has it. Around it,
+//! [`work`] runs ranks, [`serve`] answers other nodes on the data plane, [`reach`] finds
+//! and asks them, [`join`] founds and joins pools, and [`crate::api`] serves this
+//! machine's users. They share [`Shared`] and speak to the core through closures.
 
-use std::time::Duration;
+mod clock;
+mod core;
+mod files;
+mod join;
+mod reach;
+pub(crate) mod serve;
+mod work;
 
-use crate::{config::Settings, home::Home};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use p2pit_protocol::{
+    BootId, JobId, Now, Peer, PeerId, StoreId,
+    bidder::WorkId,
+    identity::{KeyPair, SignedBytes},
+    inventory::{Capacity, Gpu, GpuUuid},
+    job::VerifiedSpec,
+    message::Advert,
+    peer::Slot,
+    roster::Roster,
+    wire,
+};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tracing::{info, warn};
+
+pub(crate) use self::{clock::now, reach::ReachError};
+use self::{core::Input, work::Work};
+use crate::{
+    config::Settings,
+    executor::{Executor, Isolation, SupervisorCommand},
+    gpu::{GpuLock, GpuLocks, GpuMonitor, GpuReading, GpuSource, Health, foreign_use},
+    home::{Home, KeyKind, Ports, load_or_create_key},
+    journal::{Journal, JournalHandle},
+    network::{Network, NetworkConfig},
+    store::{PeerEntry, Store},
+    transfer::{
+        endpoint::{DATA, DOOR, Endpoint},
+        store::BlobStore,
+    },
+    workspace::{HostPolicy, Names, Workspace},
+};
 
 /// How a daemon is run.
 #[derive(Debug)]
@@ -16,12 +68,591 @@ pub struct Options {
     pub idle_exit: Option<Duration>,
 }
 
+/// Everything the daemon's tasks have in common.
+pub(crate) struct Shared {
+    pub(crate) home: Home,
+    pub(crate) settings: Settings,
+    pub(crate) key: KeyPair,
+    pub(crate) store_id: StoreId,
+    pub(crate) boot: BootId,
+    pub(crate) boot_count: u64,
+    pub(crate) store: BlobStore,
+    pub(crate) index: Store,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) executor: Executor,
+    pub(crate) isolation: Isolation,
+    pub(crate) work: Work,
+    pub(crate) capacity: Capacity,
+    pub(crate) locked_gpus: Vec<String>,
+    /// Wakes the task that keeps connections to members.
+    pub(crate) reach_changed: Notify,
+    pub(crate) shutdown: Notify,
+    on_demand: bool,
+    inputs: mpsc::Sender<Input>,
+    members: Arc<RwLock<BTreeSet<PeerId>>>,
+    network: Mutex<Option<Network>>,
+    readings: Mutex<Vec<GpuReading>>,
+    warnings: Mutex<Vec<String>>,
+    requests: AtomicUsize,
+    last_request_ms: AtomicU64,
+    served: files::Served,
+    _gpu_locks: Vec<GpuLock>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("home", &self.home).finish_non_exhaustive()
+    }
+}
+
+/// The core has ended, or this node is in no pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum NoPeer {
+    #[error("this node is in no pool")]
+    NoPool,
+    #[error("the daemon is ending")]
+    Ending,
+}
+
 /// Run until a signal, a shutdown request or the idle time ends it. `ready` is called once
 /// the API answers.
 ///
 /// # Errors
 /// What kept it from starting, or broke it.
 pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Result<()> {
-    let _ = (options, ready);
-    anyhow::bail!("not yet")
+    let Options { home, settings, idle_exit } = options;
+    let (journal, recovered) = Journal::open(&home.journal())?;
+    for note in &recovered.notes {
+        warn!(note, "journal");
+    }
+    let (key, _) = load_or_create_key(&home.node_key(), KeyKind::Node)?;
+    let store = BlobStore::open(&home.blobs())?;
+    let index = Store::open(&home.index())?;
+    let on_demand = idle_exit.is_some();
+    let source = if on_demand || settings.client {
+        GpuSource::None
+    } else {
+        GpuSource::probe(&settings.gpus, &PeerId(key.public()).to_string())
+    };
+    let (gpus, locks, locked_gpus) = lock_gpus(&source, &home)?;
+    let capacity = if on_demand || settings.client {
+        Capacity::default()
+    } else {
+        Capacity::new(gpus, settings.cpus, settings.memory_mib)
+    };
+    let executor = Executor::new(&home.run(), SupervisorCommand::of_this_program()?)?;
+    let isolation = executor.probe().await;
+    std::fs::create_dir_all(home.jobs())
+        .and_then(|()| crate::workspace::admit_jobs(&home.jobs(), &isolation))
+        .with_context(|| format!("cannot use {}", home.jobs().display()))?;
+    let members: Arc<RwLock<BTreeSet<PeerId>>> = Arc::default();
+    let endpoint = bind_data_plane(&home, &settings, &key, &members)?;
+    let (inputs, received) = mpsc::channel(core::INPUTS_MAX);
+    let (journal, journal_thread) = JournalHandle::spawn(journal)?;
+    let mut boot = [0; 16];
+    getrandom::fill(&mut boot).map_err(|e| anyhow::anyhow!("no randomness: {e}"))?;
+    let shared = Arc::new(Shared {
+        store_id: recovered.store_id,
+        boot: BootId(boot),
+        boot_count: recovered.boot_counter,
+        home,
+        settings,
+        key,
+        store,
+        index,
+        endpoint,
+        executor,
+        isolation,
+        work: Work::default(),
+        capacity,
+        locked_gpus,
+        reach_changed: Notify::new(),
+        shutdown: Notify::new(),
+        on_demand,
+        inputs,
+        members,
+        network: Mutex::default(),
+        readings: Mutex::default(),
+        warnings: Mutex::new(recovered.notes.clone()),
+        requests: AtomicUsize::new(0),
+        last_request_ms: AtomicU64::new(clock::now().boot_ms),
+        served: files::Served::default(),
+        _gpu_locks: locks,
+    });
+    let mut core = tokio::spawn(core::run(Arc::clone(&shared), journal, received));
+    resume(&shared, &recovered.entries).await?;
+    tokio::spawn(serve::accept(Arc::clone(&shared)));
+    tokio::spawn(reach::tend(Arc::clone(&shared)));
+    watch_gpus(&shared, source)?;
+    let api = crate::api::server::Server::bind(Arc::clone(&shared))?;
+    let api = tokio::spawn(api.run());
+    ready();
+    info!(version = env!("CARGO_PKG_VERSION"), "the daemon is ready");
+    let ended = tokio::select! {
+        ended = &mut core => Some(ended),
+        () = shared.shutdown.notified() => None,
+        () = idle(&shared, idle_exit) => None,
+        reason = signal() => { info!(reason = reason?, "ending"); None }
+    };
+    let result = match ended {
+        Some(ended) => ended.context("the core broke")?,
+        None => {
+            // Fails where the core has ended by itself meanwhile.
+            let _ = shared.inputs.send(Input::Shutdown).await;
+            core.await.context("the core broke")?
+        }
+    };
+    api.abort();
+    crate::api::server::remove_socket(&shared.home);
+    shared.endpoint.close().await;
+    if let Err(reason) = shared.index.flush() {
+        warn!(%reason, "the index was not flushed");
+    }
+    drop(shared);
+    journal_thread.closed().await;
+    result
+}
+
+/// Build the peer from the journal, if the node is in a pool.
+async fn resume(
+    shared: &Arc<Shared>,
+    entries: &BTreeMap<Vec<u8>, Vec<u8>>,
+) -> anyhow::Result<()> {
+    let Some(genesis) = entries.get(&Slot::Genesis.to_bytes()) else { return Ok(()) };
+    let now = clock::now();
+    let mut peer = shared.new_peer(genesis.clone())?;
+    for (key, value) in entries {
+        peer.restore(key, value, now).map_err(|reason| {
+            anyhow::anyhow!("the journal holds what this version cannot read: {reason}")
+        })?;
+    }
+    for (_, kept) in peer.records().map(|(job, kept)| (*job, kept.clone())).collect::<Vec<_>>() {
+        for tree in kept.spec.inputs().filter(|tree| shared.store.has(tree)) {
+            peer.tree_stored(tree);
+        }
+    }
+    let adopted = shared.work.adopt(shared).await?;
+    let alive: Vec<WorkId> = adopted.iter().map(|(id, ..)| *id).collect();
+    shared.become_member(peer, &alive, Vec::new()).await?;
+    for (id, running, ended) in adopted {
+        shared.work.take_up(shared, id, running, ended);
+    }
+    Ok(())
+}
+
+impl Shared {
+    /// Let `act` at the peer; returns once what it caused is durable.
+    pub(crate) async fn act<R: Send + 'static>(
+        &self,
+        act: impl FnOnce(&mut Peer, Now) -> R + Send + 'static,
+    ) -> Result<R, NoPeer> {
+        self.act_on_state(move |state, now| match &mut state.peer {
+            Some(peer) => Ok(act(peer, now)),
+            None => Err(NoPeer::NoPool),
+        })
+        .await?
+    }
+
+    async fn act_on_state<R: Send + 'static>(
+        &self,
+        act: impl FnOnce(&mut core::State, Now) -> R + Send + 'static,
+    ) -> Result<R, NoPeer> {
+        let (reply, answer) = oneshot::channel();
+        let act = Box::new(move |state: &mut core::State, now| {
+            let result = act(state, now);
+            Box::new(move || {
+                // Whoever asked may have given up.
+                let _ = reply.send(result);
+            }) as Box<dyn FnOnce() + Send>
+        });
+        self.inputs.send(Input::Act(act)).await.map_err(|_| NoPeer::Ending)?;
+        answer.await.map_err(|_| NoPeer::Ending)
+    }
+
+    /// Submit a job whose keeper has its inputs.
+    pub(crate) async fn submit(
+        &self,
+        spec: SignedBytes,
+    ) -> Result<Result<(), p2pit_protocol::peer::SubmitError>, String> {
+        let (settled, result) = oneshot::channel();
+        let submitted = self
+            .act_on_state(move |state, now| {
+                let Some(peer) = &mut state.peer else { return Err(NoPeer::NoPool.to_string()) };
+                let job = peer.submit(spec, now)?;
+                state.submissions.insert(job, settled);
+                Ok(())
+            })
+            .await
+            .map_err(|e| e.to_string())?;
+        submitted?;
+        result.await.map_err(|_| NoPeer::Ending.to_string())
+    }
+
+    /// A counter that changes with the record of a job kept here.
+    pub(crate) async fn watch_record(
+        &self,
+        job: JobId,
+    ) -> Result<tokio::sync::watch::Receiver<u64>, NoPeer> {
+        self.act_on_state(move |state, _| {
+            state.watched.retain(|_, sender| sender.receiver_count() > 0);
+            state
+                .watched
+                .entry(job)
+                .or_insert_with(|| tokio::sync::watch::channel(0).0)
+                .subscribe()
+        })
+        .await
+    }
+
+    pub(crate) fn id(&self) -> PeerId {
+        PeerId(self.key.public())
+    }
+
+    fn new_peer(&self, genesis: Vec<u8>) -> anyhow::Result<Peer> {
+        let mut seed = [0; 32];
+        getrandom::fill(&mut seed).map_err(|e| anyhow::anyhow!("no randomness: {e}"))?;
+        let config = p2pit_protocol::peer::Config {
+            key: self.key.clone(),
+            store: self.store_id,
+            boot: self.boot,
+            boot_count: self.boot_count,
+            genesis,
+            client: self.settings.client || self.on_demand,
+            seed,
+            sabotage: p2pit_protocol::sabotage::Sabotage::default(),
+        };
+        Peer::new(config).context("the pool's genesis cannot be read")
+    }
+
+    /// Start the network and hand the peer to the core.
+    async fn become_member(
+        self: &Arc<Self>,
+        mut peer: Peer,
+        alive: &[WorkId],
+        mut writes: Vec<crate::journal::Write>,
+    ) -> anyhow::Result<()> {
+        let now = clock::now();
+        let pool = peer.pool();
+        let listen = self.control_listen();
+        let (network, mut events) = start_network(&self.key, pool, listen).await?;
+        let ports = Ports {
+            control: network.listen_addrs().first().map_or(0, SocketAddr::port),
+            data: self.endpoint.local_addr()?.port(),
+        };
+        if let Err(reason) = self.home.remember_ports(ports) {
+            warn!(%reason, "ports are not remembered");
+        }
+        let members: BTreeSet<PeerId> = peer.roster().state().nodes.keys().copied().collect();
+        network.set_members(members.clone());
+        self.set_members(members);
+        for (_, advert) in self.index.board().unwrap_or_default() {
+            if let Ok(signed) = wire::decode::<SignedBytes>(&advert) {
+                peer.handle_gossip(p2pit_protocol::message::Soft::Advert(signed), now);
+            }
+        }
+        peer.set_addresses(network.listen_addrs(), self.data_addrs(&network), now);
+        peer.set_offer(self.capacity.clone(), self.owner_only(), now);
+        peer.resume(alive, now);
+        while let Some(write) = peer.poll_write() {
+            writes.push(crate::journal::Write { key: write.key, value: write.value });
+        }
+        *lock(&self.network) = Some(network.clone());
+        let inputs = self.inputs.clone();
+        let shared = Arc::clone(self);
+        tokio::spawn(async move {
+            while let Some(event) = events.recv().await {
+                if let crate::network::Event::ListenAddrs(_) = &event {
+                    shared.addresses_changed().await;
+                }
+                if inputs.send(Input::Network(event)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        let (done, resumed) = oneshot::channel();
+        let member = Input::Member(Box::new(peer), writes, network, done);
+        self.inputs.send(member).await.map_err(|_| NoPeer::Ending)?;
+        resumed.await.map_err(|_| NoPeer::Ending)?;
+        reach::announce_on_lan(self, pool);
+        self.reach_changed.notify_one();
+        Ok(())
+    }
+
+    async fn addresses_changed(&self) {
+        let Some(network) = self.network() else { return };
+        let (control, data) = (network.listen_addrs(), self.data_addrs(&network));
+        // Nothing to tell where the daemon ends.
+        let _ = self.act(move |peer, now| peer.set_addresses(control, data, now)).await;
+    }
+
+    /// Where the data plane is reached: its port on every address of the control plane.
+    pub(crate) fn data_addrs(&self, network: &Network) -> Vec<SocketAddr> {
+        let Ok(local) = self.endpoint.local_addr() else { return Vec::new() };
+        if !local.ip().is_unspecified() {
+            return vec![local];
+        }
+        let ips: BTreeSet<IpAddr> = network.listen_addrs().iter().map(SocketAddr::ip).collect();
+        ips.into_iter().map(|ip| SocketAddr::new(ip, local.port())).collect()
+    }
+
+    /// The address by which processes on other nodes reach processes on this one.
+    pub(crate) fn host(&self) -> String {
+        let addrs = self.network().map(|network| self.data_addrs(&network)).unwrap_or_default();
+        let outside = addrs.iter().find(|addr| !addr.ip().is_loopback());
+        let ip = outside.or(addrs.first()).map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |a| a.ip());
+        ip.to_string()
+    }
+
+    pub(crate) fn network(&self) -> Option<Network> {
+        lock(&self.network).clone()
+    }
+
+    pub(crate) fn owner_only(&self) -> Option<String> {
+        match &self.isolation {
+            Isolation::Isolated => None,
+            Isolation::Shared { reason } => {
+                Some(format!("jobs cannot be kept from the owner's files: {reason}"))
+            }
+        }
+    }
+
+    pub(crate) fn is_member(&self, peer: PeerId) -> bool {
+        self.members.read().unwrap_or_else(PoisonError::into_inner).contains(&peer)
+    }
+
+    fn set_members(&self, members: BTreeSet<PeerId>) {
+        *self.members.write().unwrap_or_else(PoisonError::into_inner) = members;
+    }
+
+    pub(crate) fn job_dir(&self, job: JobId) -> PathBuf {
+        self.home.jobs().join(job.to_string())
+    }
+
+    pub(crate) fn workspace(&self, id: WorkId) -> Workspace {
+        Workspace::at(&self.home.jobs(), id)
+    }
+
+    pub(crate) fn host_policy(&self) -> HostPolicy {
+        HostPolicy { isolation: self.isolation.clone(), hidden: vec![self.home.path().to_owned()] }
+    }
+
+    pub(crate) async fn names_of(&self, spec: &VerifiedSpec) -> Names {
+        let owner = spec.spec.owner;
+        let known = self.act(move |peer, _| {
+            peer.roster().state().users.get(&owner).map(|user| user.username.to_string())
+        });
+        let username = known.await.ok().flatten().unwrap_or_else(|| owner.to_string());
+        Names { username }
+    }
+
+    pub(crate) fn readings(&self) -> Vec<GpuReading> {
+        lock(&self.readings).clone()
+    }
+
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        lock(&self.warnings).clone()
+    }
+
+    /// Keep what an advert says of a node's addresses for after a restart.
+    pub(crate) fn remember_addresses(&self, node: PeerId, advert: &Advert, signed: &SignedBytes) {
+        let entry = PeerEntry {
+            control: advert.control.clone(),
+            data: advert.data.clone(),
+            last_seen_wall_ms: clock::now().wall_ms,
+        };
+        let kept = self
+            .index
+            .put_peer(&node, &entry)
+            .and_then(|()| self.index.put_board(&node, &wire::encode(signed)));
+        if let Err(reason) = kept {
+            warn!(%node, %reason, "addresses are not remembered");
+        }
+    }
+
+    /// While the guard lives, somebody of this machine uses the daemon.
+    pub(crate) fn in_use(self: &Arc<Self>) -> InUse {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        InUse { shared: Arc::clone(self) }
+    }
+
+    /// Port 0 takes the port of the last run where it is free.
+    fn control_listen(&self) -> SocketAddr {
+        let mut listen = self.settings.listen;
+        if listen.port() == 0
+            && let Some(ports) = self.home.ports()
+        {
+            listen.set_port(ports.control);
+        }
+        listen
+    }
+}
+
+/// See [`Shared::in_use`].
+#[derive(Debug)]
+pub(crate) struct InUse {
+    shared: Arc<Shared>,
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.shared.last_request_ms.store(clock::now().boot_ms, Ordering::Relaxed);
+        self.shared.requests.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+async fn start_network(
+    key: &KeyPair,
+    pool: p2pit_protocol::PoolId,
+    listen: SocketAddr,
+) -> anyhow::Result<(Network, mpsc::Receiver<crate::network::Event>)> {
+    let config = |listen| NetworkConfig { key: key.clone(), pool, listen };
+    match Network::start(config(listen)).await {
+        Ok(started) => Ok(started),
+        // The port of the last run belongs to somebody else now: any other will do.
+        Err(reason) if listen.port() != 0 => {
+            warn!(%listen, reason = format!("{reason:#}"), "cannot listen there");
+            Network::start(config(SocketAddr::new(listen.ip(), 0))).await
+        }
+        Err(reason) => Err(reason),
+    }
+}
+
+/// The data plane listens one port above the control plane, or where it did last.
+fn bind_data_plane(
+    home: &Home,
+    settings: &Settings,
+    key: &KeyPair,
+    members: &Arc<RwLock<BTreeSet<PeerId>>>,
+) -> anyhow::Result<Endpoint> {
+    let members = Arc::clone(members);
+    let is_allowed = Arc::new(move |peer: &PeerId, alpn: &[u8]| {
+        alpn == DOOR.alpn
+            || members.read().unwrap_or_else(PoisonError::into_inner).contains(peer)
+    });
+    let bind = |port| {
+        let addr = SocketAddr::new(settings.listen.ip(), port);
+        Endpoint::bind(key, addr, &[DOOR, DATA], Arc::clone(&is_allowed) as _)
+    };
+    if settings.listen.port() != 0 {
+        let port = settings.listen.port().checked_add(1).context("no port above 65535")?;
+        return Ok(bind(port)?);
+    }
+    let last = home.ports().map_or(0, |ports| ports.data);
+    match bind(last) {
+        Err(reason) if last != 0 => {
+            warn!(port = last, %reason, "the data plane's last port is taken");
+            Ok(bind(0)?)
+        }
+        bound => Ok(bound?),
+    }
+}
+
+type LockedGpus = (Vec<Gpu>, Vec<GpuLock>, Vec<String>);
+
+/// The GPUs this daemon alone may offer on this machine.
+fn lock_gpus(source: &GpuSource, home: &Home) -> anyhow::Result<LockedGpus> {
+    let gpus = source.inventory().to_vec();
+    if !source.needs_locks() || gpus.is_empty() {
+        return Ok((gpus, Vec::new(), Vec::new()));
+    }
+    let uuids: Vec<GpuUuid> = gpus.iter().map(|gpu| gpu.uuid.clone()).collect();
+    let acquired = GpuLocks::machine().acquire(&uuids, home.path())?;
+    let mut locked = Vec::new();
+    for (uuid, holder) in &acquired.busy {
+        locked.push(holder.message(uuid));
+    }
+    for (uuid, reason) in &acquired.failed {
+        locked.push(format!("GPU {uuid} cannot be locked: {reason}"));
+    }
+    for message in &locked {
+        warn!(message, "not offered");
+    }
+    let offered = |gpu: &Gpu| {
+        acquired.ours.contains(&gpu.uuid) || acquired.locks.iter().any(|l| *l.uuid() == gpu.uuid)
+    };
+    let gpus = gpus.into_iter().filter(offered).collect();
+    Ok((gpus, acquired.locks, locked))
+}
+
+/// Read the GPUs every few seconds, and tell the peer of foreign use and of GPUs that are
+/// gone.
+fn watch_gpus(shared: &Arc<Shared>, source: GpuSource) -> anyhow::Result<()> {
+    let (monitor, mut readings) =
+        GpuMonitor::spawn(Arc::new(source), shared.settings.gpu_read_every)?;
+    let shared = Arc::clone(shared);
+    tokio::spawn(async move {
+        let mut known: Option<Vec<GpuUuid>> = None;
+        while let Some(reading) = readings.recv().await {
+            let unusable = unusable(&reading, &shared.work.pids());
+            *lock(&shared.readings) = reading;
+            let held = shared
+                .act(|peer, _| {
+                    let (_, work) = peer.book();
+                    work.flat_map(|w| w.assignment.grant.gpus.clone()).collect::<BTreeSet<_>>()
+                })
+                .await;
+            if let Ok(held) = held
+                && known.as_ref() != Some(&unusable)
+            {
+                known = Some(unusable.clone());
+                // The daemon is ending if nobody listens.
+                let _ = shared.act(move |peer, now| peer.set_foreign(unusable, now)).await;
+                monitor.read_now(held);
+            }
+        }
+    });
+    Ok(())
+}
+
+fn unusable(readings: &[GpuReading], ours: &BTreeSet<u32>) -> Vec<GpuUuid> {
+    let pids = readings.iter().flat_map(|r| r.compute_processes.iter().flatten()).map(|p| p.pid);
+    let own: BTreeSet<u32> = pids
+        .filter(|pid| ours.iter().any(|root| crate::executor::descends_from(*pid, *root)))
+        .collect();
+    let foreign = foreign_use(readings, &own);
+    let gone = readings.iter().filter(|r| matches!(r.health, Health::Gone(_)));
+    let mut unusable: BTreeSet<GpuUuid> = foreign.into_keys().collect();
+    unusable.extend(gone.map(|reading| reading.uuid.clone()));
+    unusable.into_iter().collect()
+}
+
+/// Returns once nothing has been asked of an on-demand daemon for its idle time.
+async fn idle(shared: &Arc<Shared>, idle_exit: Option<Duration>) {
+    let Some(idle_exit) = idle_exit else { return std::future::pending().await };
+    loop {
+        let last_ms = shared.last_request_ms.load(Ordering::Relaxed);
+        let idle_ms = clock::now().boot_ms.saturating_sub(last_ms);
+        let left = idle_exit.saturating_sub(Duration::from_millis(idle_ms));
+        if !left.is_zero() {
+            tokio::time::sleep(left).await;
+            continue;
+        }
+        let driven = shared.act(|peer, _| peer.driven()).await.unwrap_or(0);
+        let busy = shared.requests.load(Ordering::Relaxed) > 0 || shared.work.count() > 0;
+        if !busy && driven == 0 {
+            info!("nothing was asked of this daemon for a while");
+            return;
+        }
+        tokio::time::sleep(Duration::from_secs(5)).await;
+    }
+}
+
+async fn signal() -> anyhow::Result<&'static str> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut interrupt = signal(SignalKind::interrupt()).context("no signal handler")?;
+    let mut terminate = signal(SignalKind::terminate()).context("no signal handler")?;
+    Ok(tokio::select! {
+        _ = interrupt.recv() => "interrupted",
+        _ = terminate.recv() => "terminated",
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing is done under these locks that can stop half way.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The roster of the pool, as the core has it now.
+pub(crate) async fn roster(shared: &Shared) -> Result<Roster, NoPeer> {
+    shared.act(|peer, _| peer.roster().clone()).await
 }

@@ -53,7 +53,7 @@ use anyhow::Context as _;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-pub(crate) use self::program::interpreter;
+pub(crate) use self::{program::interpreter, text::shortened};
 pub use self::{
     log::append_to_log,
     ownership::prepare_ownership,

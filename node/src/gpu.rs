@@ -85,7 +85,7 @@ impl fmt::Display for GpuOption {
 /// Where this machine's GPUs come from.
 #[derive(Debug)]
 pub enum GpuSource {
-    Nvml(NvmlGpus),
+    Nvml(Box<NvmlGpus>),
     Simulated(Vec<Gpu>),
     None,
 }
@@ -106,7 +106,9 @@ impl GpuSource {
                     Self::None
                 }
             },
-            GpuOption::Auto => NvmlGpus::probe().map_or(Self::None, Self::Nvml),
+            GpuOption::Auto => {
+                NvmlGpus::probe().map_or(Self::None, |gpus| Self::Nvml(Box::new(gpus)))
+            }
         }
     }
 

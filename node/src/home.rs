@@ -19,12 +19,14 @@ mod socket;
 
 use std::{
     ffi::OsString,
-    fs::{DirBuilder, Permissions},
+    fs::{DirBuilder, File, Permissions},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
+use rustix::{fs::FlockOperation, io::Errno};
 use thiserror::Error;
 
 pub use self::{
@@ -294,6 +296,25 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
     sync_parent(path)
 }
 
+/// Locks `file` exclusively, trying until `deadline`; `false` where another holds it.
+///
+/// A process that some thread is just starting has a copy of every descriptor until
+/// its exec, so that a lock given up may look held for a moment.
+pub(crate) fn lock_file(file: &File, deadline: Instant) -> io::Result<bool> {
+    loop {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(true),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(LOCK_POLL),
+            Err(Errno::WOULDBLOCK) => return Ok(false),
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// Longer than from fork to exec, short enough to wait for in front of a terminal.
+pub(crate) const LOCK_PATIENCE: Duration = Duration::from_millis(250);
+const LOCK_POLL: Duration = Duration::from_millis(5);
+
 /// The newest layout of a home that this build reads and the one it writes.
 pub const HOME_VERSION: u32 = 1;
 
@@ -334,7 +355,7 @@ fn temporary_beside(path: &Path) -> io::Result<tempfile::NamedTempFile> {
 }
 
 fn sync_parent(path: &Path) -> io::Result<()> {
-    std::fs::File::open(parent(path))?.sync_all()
+    File::open(parent(path))?.sync_all()
 }
 
 fn parent(path: &Path) -> &Path {
@@ -409,10 +430,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let marker = directory.path().join(MARKER_NAME);
         std::fs::write(&marker, "p2pit home version 2\n").unwrap();
-        for result in [
-            Home::open_or_create(directory.path()).map(Some),
-            Home::existing(directory.path()),
-        ] {
+        for result in
+            [Home::open_or_create(directory.path()).map(Some), Home::existing(directory.path())]
+        {
             assert!(matches!(result, Err(HomeError::Newer { version: 2, .. })), "{result:?}");
         }
         std::fs::write(&marker, "something else").unwrap();
@@ -440,10 +460,7 @@ mod tests {
             std::os::unix::fs::chown(path, Some(owner_id), None).unwrap();
         }
         let error = Home::open_or_create(path).unwrap_err();
-        assert!(
-            matches!(error, HomeError::NotOurs { owner, .. } if owner == owner_id),
-            "{error}"
-        );
+        assert!(matches!(error, HomeError::NotOurs { owner, .. } if owner == owner_id), "{error}");
     }
 
     #[test]

@@ -448,7 +448,9 @@ mod tests {
         let (mut journal, _) = Journal::open(directory.path()).unwrap();
         journal.append(&[put("kept", "1")]).unwrap();
         let kept_bytes = journal.good_bytes as usize;
-        journal.append(&[put("lost", "2"), remove("kept"), put("more", "3")]).unwrap();
+        // Longer than what is written over it, so that a tail not cut would show.
+        let more = "3".repeat(200);
+        journal.append(&[put("lost", "2"), remove("kept"), put("more", &more)]).unwrap();
         drop(journal);
         let log = directory.path().join("log.1");
         let whole = std::fs::read(&log).unwrap();
@@ -456,7 +458,7 @@ mod tests {
             std::fs::write(&log, &whole[..length]).unwrap();
             let (mut journal, recovered) = Journal::open(directory.path()).unwrap();
             let expected = match length == whole.len() {
-                true => entries(&[("lost", "2"), ("more", "3")]),
+                true => entries(&[("lost", "2"), ("more", &more)]),
                 false => entries(&[("kept", "1")]),
             };
             assert_eq!(recovered.entries, expected, "cut at {length}");
@@ -466,6 +468,7 @@ mod tests {
             drop(journal);
             let (_, again) = Journal::open(directory.path()).unwrap();
             assert_eq!(again.entries.len(), expected.len() + 1, "cut at {length}");
+            assert_eq!(again.notes, Vec::<String>::new(), "cut at {length}");
         }
     }
 
@@ -493,6 +496,25 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn commits_of_one_fsync_may_reach_the_disk_in_any_order() {
+        let disk = FaultyDisk::new(1);
+        let (mut journal, _) = Journal::open_on(disk.boxed()).unwrap();
+        journal.append(&[put("kept", "1")]).unwrap();
+        let kept_bytes = journal.good_bytes as usize;
+        let batches = [[put("a", "1")], [put("b", "2")], [put("c", "3")]];
+        journal.append_group(&[&batches[0], &batches[1], &batches[2]]).unwrap();
+        let mut bytes = disk.read("log.1").unwrap();
+        bytes[kept_bytes] = 0;
+        let scan = recover::scan(&bytes).unwrap();
+        assert_eq!(scan.entries, entries(&[("kept", "1")]));
+        assert_eq!(scan.good_bytes, kept_bytes);
+        journal.append(&[put("later", "4")]).unwrap();
+        let mut bytes = disk.read("log.1").unwrap();
+        bytes[kept_bytes] = 0;
+        assert_eq!(recover::scan(&bytes).unwrap_err(), Damage::At(kept_bytes));
     }
 
     #[test]

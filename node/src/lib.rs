@@ -9,5 +9,7 @@ pub mod executor;
 pub mod gpu;
 pub mod home;
 pub mod journal;
+pub mod network;
 pub mod store;
 pub mod transfer;
+pub mod workspace;

@@ -12,13 +12,10 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
-use p2pit_protocol::{
-    PeerId,
-    identity::PublicKey,
-    wire::encode,
-};
+use p2pit_protocol::{PeerId, identity::PublicKey, wire::encode};
 use thiserror::Error;
 
 pub use self::entry::{ADDRESSES_MAX, PeerEntry};
@@ -53,7 +50,7 @@ pub enum StoreError {
 impl Store {
     /// Opens or creates the indexes in `path`, anew where what is there is unusable.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let reason = match Open::at(path) {
+        let reason = match Open::patiently_at(path) {
             Ok(open) if open.bytes() <= INDEX_BYTES_MAX => {
                 return Ok(Self { path: path.to_owned(), open: Mutex::new(Some(open)) });
             }
@@ -138,9 +135,8 @@ impl Store {
     pub fn board(&self) -> Result<Vec<(PeerId, Vec<u8>)>, StoreError> {
         self.with(|open| {
             let entries = open.board.tree.iter().collect::<sled::Result<Vec<_>>>()?;
-            let known = |(key, value): &(sled::IVec, sled::IVec)| {
-                Some((peer_of(key)?, value.to_vec()))
-            };
+            let known =
+                |(key, value): &(sled::IVec, sled::IVec)| Some((peer_of(key)?, value.to_vec()));
             Ok(entries.iter().filter_map(known).collect())
         })
     }
@@ -224,6 +220,22 @@ enum OpenFailure {
 }
 
 impl Open {
+    /// Waits for the lock of a store that this process has closed just now: its
+    /// database lets go of its files a little later.
+    fn patiently_at(path: &Path) -> Result<Self, OpenFailure> {
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        loop {
+            match Self::at(path) {
+                Err(OpenFailure::Refused(StoreError::InUse { .. }))
+                    if Instant::now() < deadline =>
+                {
+                    std::thread::sleep(LOCK_POLL);
+                }
+                result => return result,
+            }
+        }
+    }
+
     fn at(path: &Path) -> Result<Self, OpenFailure> {
         // Its corruption checks may panic.
         catch_unwind(AssertUnwindSafe(|| Self::try_at(path)))
@@ -327,6 +339,9 @@ impl Tree {
     }
 }
 
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_POLL: Duration = Duration::from_millis(5);
+
 /// Measured: a larger cache only makes an idle node larger.
 const CACHE_BYTES: u64 = 1 << 20;
 
@@ -349,8 +364,7 @@ fn too_large(open: &Open) -> String {
 
 fn begin_anew(path: &Path, reason: &str) -> Result<Open, StoreError> {
     tracing::warn!(index = %path.display(), reason, "the index is begun anew");
-    move_aside(path)
-        .map_err(|source| StoreError::MoveAside { path: path.to_owned(), source })?;
+    move_aside(path).map_err(|source| StoreError::MoveAside { path: path.to_owned(), source })?;
     Open::at(path).map_err(|failure| match failure {
         OpenFailure::Refused(error) => error,
         OpenFailure::Broken(reason) => StoreError::Unusable { path: path.to_owned(), reason },
@@ -422,6 +436,15 @@ mod tests {
             .collect();
         names.sort();
         names
+    }
+
+    fn pretend(store: &Store, change: impl FnOnce(&mut Open)) {
+        store
+            .with(|open| {
+                change(open);
+                Ok(())
+            })
+            .unwrap();
     }
 
     #[test]
@@ -509,12 +532,12 @@ mod tests {
         let store = Store::open(&path).unwrap();
         let error = store.put_board(&peer(1), &[0; BOARD_ENTRY_BYTES_MAX + 1]).unwrap_err();
         assert!(matches!(error, StoreError::TooLarge { .. }), "{error}");
-        store.with(|open| Ok(open.board.count = BOARD_ENTRIES_MAX - 1)).unwrap();
+        pretend(&store, |open| open.board.count = BOARD_ENTRIES_MAX - 1);
         store.put_board(&peer(1), b"last").unwrap();
         store.put_board(&peer(1), b"changed").unwrap();
         let error = store.put_board(&peer(2), b"one too many").unwrap_err();
         assert!(matches!(error, StoreError::Full { .. }), "{error}");
-        store.with(|open| Ok(open.history.count = HISTORY_LINES_MAX - 1)).unwrap();
+        pretend(&store, |open| open.history.count = HISTORY_LINES_MAX - 1);
         store.append_history(b"first").unwrap();
         store.append_history(b"second").unwrap();
         assert_eq!(store.history(9).unwrap(), [b"second".to_vec()]);

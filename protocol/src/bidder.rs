@@ -85,6 +85,10 @@ pub(crate) struct Bidder {
     timers: Timers<Timer>,
     holds_made: u64,
     hold_prefix: [u8; 8],
+    /// Holds in the journal that ended while the daemon was away. They leave the journal
+    /// before anything else happens: to come back later they would only need a boot
+    /// clock that has reached their time once more.
+    stale_holds: Vec<HoldId>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -107,6 +111,7 @@ impl Bidder {
             timers: Timers::default(),
             holds_made: 0,
             hold_prefix,
+            stale_holds: Vec::new(),
         }
     }
 
@@ -220,13 +225,16 @@ impl Bidder {
     /// After a restart: the processes the executor still knows. Ranks that were told to
     /// start and are not among them ended unseen; ranks not yet started are prepared again.
     pub(crate) fn adopt(&mut self, alive: &[WorkId], now: Now, out: &mut Outbox) {
+        for id in core::mem::take(&mut self.stale_holds) {
+            out.remove(&Slot::Hold(id));
+        }
         let ids: Vec<WorkId> = self.book.work.keys().copied().collect();
         for id in ids {
-            let work = &self.book.work[&id];
             if alive.contains(&id) {
+                self.started(id, out);
                 continue;
             }
-            match work.phase {
+            match self.book.work[&id].phase {
                 Phase::Committed { .. } => out.events.push_back(self.prepare_event(id)),
                 Phase::Starting | Phase::Running | Phase::Draining => {
                     let reason = "its node restarted and found no process of it".to_owned();
@@ -244,10 +252,10 @@ impl Bidder {
     // ---- the journal ------------------------------------------------------------------
 
     pub(crate) fn restore_hold(&mut self, bytes: &[u8], now: Now) -> Result<(), String> {
-        let hold: Hold = wire::decode(bytes).map_err(|e| e.to_string())?;
-        // The boot clock starts anew with the machine: no hold outlives its stated time.
-        let longest = if hold.pinned { PIN_MS } else { HOLD_MS };
-        if hold.expiry_ms > now.after(longest) {
+        let mut hold: Hold = wire::decode(bytes).map_err(|e| e.to_string())?;
+        let longest_ms = if hold.pinned { PIN_MS } else { HOLD_MS };
+        if !hold.survives(longest_ms, now) {
+            self.stale_holds.push(hold.id);
             return Ok(());
         }
         self.timers.set(Timer::Hold(hold.id), hold.expiry_ms);
@@ -262,6 +270,8 @@ impl Bidder {
         if let Phase::Committed { until_ms, .. } = &mut work.phase {
             *until_ms = (*until_ms).min(now.after(COMMITTED_MS));
             self.timers.set(Timer::Start(id), *until_ms);
+            // What the last daemon had in place must be put in place again.
+            work.prepared = None;
         }
         work.spec = Some(Arc::new(spec));
         self.book.work.insert(id, work);
@@ -308,7 +318,7 @@ impl Bidder {
             let Some(hold) = self.book.holds.get_mut(id) else { continue };
             if !hold.pinned {
                 hold.pinned = true;
-                hold.expiry_ms = now.after(PIN_MS);
+                hold.last(PIN_MS, now);
                 self.timers.set(Timer::Hold(*id), hold.expiry_ms);
                 out.put(&Slot::Hold(*id), hold);
             }
@@ -356,6 +366,15 @@ impl Bidder {
     ) {
         let (job, attempt) = (spec.job, commit.attempt);
         let known: Vec<WorkId> = self.work_of(job, attempt);
+        if self.is_torn(from, &known, &commit, &spec) {
+            for id in known {
+                self.abandon(id, now, out);
+            }
+            let reason = "its daemon died while it committed".to_owned();
+            out.send(self.me, from, Message::CommitRefused { job, attempt, reason });
+            self.room_appeared(now, out);
+            return;
+        }
         if !known.is_empty() {
             self.renew_commitments(&known, from, now, out);
             out.send(self.me, from, Message::Committed { job, attempt });
@@ -589,7 +608,7 @@ impl Bidder {
         for id in self.book.holds_of(job, from) {
             let Some(hold) = self.book.holds.get_mut(&id) else { continue };
             if !hold.pinned {
-                hold.expiry_ms = now.after(HOLD_MS);
+                hold.last(HOLD_MS, now);
                 self.timers.set(Timer::Hold(id), hold.expiry_ms);
                 out.put(&Slot::Hold(id), hold);
             }
@@ -697,6 +716,7 @@ impl Bidder {
             grant: grant.clone(),
             pinned: false,
             expiry_ms: now.after(HOLD_MS),
+            expiry_wall_ms: now.wall_ms.saturating_add(HOLD_MS),
         };
         self.timers.set(Timer::Hold(id), hold.expiry_ms);
         out.put(&Slot::Hold(id), &hold);
@@ -860,6 +880,26 @@ impl Bidder {
         Ok(assigned)
     }
 
+    /// Whether a crash cut off a commitment in the middle: some of the ranks that the
+    /// record gives to this node are in the book, the others never were. Such a part is
+    /// given up, since it will never be whole.
+    fn is_torn(
+        &self,
+        from: PeerId,
+        known: &[WorkId],
+        commit: &Commit,
+        spec: &VerifiedSpec,
+    ) -> bool {
+        // Once one of them started, failed or was given up, a missing rank is an ended one.
+        if known.is_empty() || self.tombstones.contains_key(&(spec.job, commit.attempt)) {
+            return false;
+        }
+        let Ok(value) = commit.certificate.verify(spec) else { return false };
+        value.body.steward == from
+            && value.body.attempt == commit.attempt
+            && value.body.assigned_to(self.me).count() > known.len()
+    }
+
     fn commit(
         &mut self,
         from: PeerId,
@@ -934,8 +974,9 @@ impl Bidder {
         let spec = work.spec.clone().map(|spec| (*spec).clone()).map(Box::new);
         let assignment = work.assignment.clone();
         self.bury(id.job, id.attempt, now, out);
-        let (hosts, port) = start.map_or((Vec::new(), 0), |s| (s.hosts.clone(), s.port));
-        out.events.push_back(Event::Execute { id, spec, assignment, hosts, port });
+        let (nodes, hosts, port) = start
+            .map_or((Vec::new(), Vec::new(), 0), |s| (s.nodes.clone(), s.hosts.clone(), s.port));
+        out.events.push_back(Event::Execute { id, spec, assignment, nodes, hosts, port });
     }
 
     /// Stop what runs of an attempt; what has not started never will.

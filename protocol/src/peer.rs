@@ -17,8 +17,13 @@ mod random;
 mod soft;
 mod user;
 
-use std::{collections::BTreeMap, sync::Arc};
+use core::hash::BuildHasher;
+use std::{
+    collections::{BTreeMap, hash_map::RandomState},
+    sync::Arc,
+};
 
+use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
 pub(crate) use outbox::Outbox;
@@ -55,6 +60,8 @@ pub const SUBMIT_RESEND_MS: u64 = 1_000;
 pub const SUBMIT_TOLERANCE_MS: u64 = 120_000;
 /// Most submissions in flight at once.
 pub const SUBMISSIONS_MAX: usize = 4_096;
+/// Most refusals a keeper remembers; beyond that it gives none, and only asks to wait.
+pub const REFUSALS_MAX: usize = 4_096;
 /// Most trees a node remembers to have whole.
 pub const TREES_MAX: usize = 65_536;
 
@@ -101,6 +108,9 @@ pub enum Event {
         spec: Option<Box<VerifiedSpec>>,
         /// What it is given.
         assignment: RankAssignment,
+        /// Each rank's node, in rank order: addresses do not tell two nodes of one
+        /// machine apart.
+        nodes: Vec<PeerId>,
         /// The address of each rank's node, in rank order.
         hosts: Vec<String>,
         /// A port of the job's own on rank 0's node.
@@ -176,6 +186,14 @@ struct Submission {
     until_ms: u64,
 }
 
+/// Why a job is not kept here. It is kept until the job is too old to be submitted, so
+/// that a late copy of its submission cannot undo what the submitter was told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Refusal {
+    until_wall_ms: u64,
+    reason: String,
+}
+
 /// One node.
 #[derive(Debug)]
 pub struct Peer {
@@ -195,6 +213,7 @@ pub struct Peer {
     bidder: Bidder,
     soft: SoftState,
     submissions: BTreeMap<JobId, Submission>,
+    refused: BTreeMap<JobId, Refusal>,
     timers: Timers<Timer>,
     out: Outbox,
 }
@@ -208,9 +227,9 @@ impl Peer {
         let me = PeerId(config.key.public());
         let mut seed = config.seed;
         if !config.sabotage.holds(Rule::OnlySeededRandomness) {
-            // Where this stack frame lies differs from run to run.
-            let address = core::ptr::from_ref(&seed).addr();
-            seed[..8].copy_from_slice(&(address as u64).to_be_bytes());
+            // What the order of a hash map would bring in: another number each time.
+            let ambient = RandomState::new().hash_one(0_u8);
+            seed[..8].copy_from_slice(&ambient.to_be_bytes());
         }
         let mut random = Random::new(seed);
         let roster = Roster::new(config.genesis)?;
@@ -233,6 +252,7 @@ impl Peer {
             bidder: Bidder::new(me, hold_prefix, config.sabotage),
             soft,
             submissions: BTreeMap::new(),
+            refused: BTreeMap::new(),
             timers: Timers::default(),
             out: Outbox::default(),
             key: config.key,
@@ -267,6 +287,11 @@ impl Peer {
             Slot::End(job, attempt, rank) => {
                 let id = WorkId { job: *job, attempt: *attempt, rank: *rank };
                 self.bidder.restore_end(id, value).map_err(context)
+            }
+            Slot::Refused(job) => {
+                let refusal = wire::decode(value).map_err(|e| context(e.to_string()))?;
+                self.refused.insert(*job, refusal);
+                Ok(())
             }
         }
     }
@@ -546,6 +571,12 @@ impl Peer {
         (book.holds.values(), book.work.values())
     }
 
+    /// Whether a rank of `job` is committed to or runs here.
+    #[must_use]
+    pub fn has_work(&self, job: JobId) -> bool {
+        self.bidder.spec_of(job).is_some()
+    }
+
     /// The spec of a job this node has a rank of.
     #[must_use]
     pub fn work_spec(&self, job: JobId) -> Option<&Arc<VerifiedSpec>> {
@@ -708,8 +739,12 @@ impl Peer {
         let job = JobId::of(&spec.bytes);
         match self.accept_init(spec, now) {
             Ok(receipt) => {
-                self.out.send(self.me, from, Message::Inited { job, receipt });
                 self.announce_head(job);
+                // Whoever submitted can find the job at once, before gossip comes round.
+                if let Some(head) = self.soft.head(job) {
+                    self.out.send(self.me, from, Message::Soft(head));
+                }
+                self.out.send(self.me, from, Message::Inited { job, receipt });
                 self.with_stewards(now, |stewards, cx| stewards.drive(job, cx));
             }
             Err((reason, retry)) => {
@@ -722,29 +757,58 @@ impl Peer {
     fn accept_init(&mut self, spec: SignedBytes, now: Now) -> Result<SignedBytes, (String, bool)> {
         let spec = VerifiedSpec::verify(spec).map_err(|e| (e.to_string(), false))?;
         if self.registers.get(spec.job).is_none() {
-            self.check_owner(&spec).map_err(|reason| (reason, false))?;
             if self.client || spec.spec.keepers[0] != (self.me, self.store) {
                 return Err(("this node is not the job's keeper".to_owned(), false));
             }
-            let off_ms = spec.spec.submitted_at_ms.abs_diff(now.wall_ms);
-            if off_ms > SUBMIT_TOLERANCE_MS {
-                let seconds = off_ms / 1000;
-                return Err((
-                    format!(
-                        "the submitter's clock is {seconds} s off its keeper's; at most {} s are \
-                         allowed: set the clock and submit again",
-                        SUBMIT_TOLERANCE_MS / 1000
-                    ),
-                    false,
-                ));
+            if let Some(refusal) = self.refused.get(&spec.job) {
+                return Err((refusal.reason.clone(), false));
             }
-            self.feasible(&spec.spec.request).map_err(|e| (e.to_string(), false))?;
+            if let Err(reason) = self.check_init(&spec, now) {
+                return Err(self.refuse(&spec, reason, now));
+            }
             let trees = self.bidder.local_trees();
             if let Some(missing) = spec.inputs().find(|tree| !trees.contains(tree)) {
                 return Err((format!("input {missing} is not on the keeper yet"), true));
             }
         }
         self.registers.init(Arc::new(spec)).map_err(|e| (e.to_string(), true))
+    }
+
+    /// What must be so now, and need not be so later.
+    fn check_init(&self, spec: &VerifiedSpec, now: Now) -> Result<(), String> {
+        self.check_owner(spec)?;
+        let off_ms = spec.spec.submitted_at_ms.abs_diff(now.wall_ms);
+        if off_ms > SUBMIT_TOLERANCE_MS {
+            return Err(format!(
+                "the submitter's clock is {} s off its keeper's; at most {} s are allowed: set \
+                 the clock and submit again",
+                off_ms / 1000,
+                SUBMIT_TOLERANCE_MS / 1000
+            ));
+        }
+        self.feasible(&spec.spec.request).map_err(|e| e.to_string())
+    }
+
+    /// Refuse a job for good; or where that cannot be remembered, only for now.
+    fn refuse(&mut self, spec: &VerifiedSpec, reason: String, now: Now) -> (String, bool) {
+        let until_wall_ms = spec.spec.submitted_at_ms.saturating_add(SUBMIT_TOLERANCE_MS);
+        if until_wall_ms < now.wall_ms {
+            return (reason, false);
+        }
+        let over = |refusal: &Refusal| refusal.until_wall_ms < now.wall_ms;
+        let old: Vec<JobId> =
+            self.refused.iter().filter(|(_, r)| over(r)).map(|(job, _)| *job).collect();
+        for job in old {
+            self.refused.remove(&job);
+            self.out.remove(&Slot::Refused(job));
+        }
+        if self.refused.len() >= REFUSALS_MAX {
+            return ("this keeper refused too many jobs lately".to_owned(), true);
+        }
+        let refusal = Refusal { until_wall_ms, reason: reason.clone() };
+        self.out.put(&Slot::Refused(spec.job), &refusal);
+        self.refused.insert(spec.job, refusal);
+        (reason, false)
     }
 
     fn handle_inited(&mut self, from: PeerId, job: JobId, receipt: &SignedBytes) {

@@ -616,8 +616,9 @@ impl Stewards {
                 }
                 State::Starting => {
                     let Some(start) = &body.start else { continue };
+                    let nodes = body.ranks.iter().map(|rank| rank.assignment.node).collect();
                     let (hosts, port) = (start.hosts.clone(), start.port);
-                    Message::Start(Start { job, attempt, hosts, port })
+                    Message::Start(Start { job, attempt, nodes, hosts, port })
                 }
                 State::Running | State::Cleaning => {
                     next_ms = ASK_MS;

@@ -8,7 +8,7 @@ pub fn machine_resources() -> (u32, u64) {
     let cores = available_parallelism().map_or(1, |count| count.get());
     let cores = u32::try_from(cores).unwrap_or(u32::MAX);
     let installed = read("/proc/meminfo").and_then(|text| total_mib(&text));
-    let limits = CGROUP_LIMITS.iter().filter_map(|path| read(path)).filter_map(|t| limit_mib(&t));
+    let limits = CGROUP_LIMITS.iter().filter_map(read).filter_map(|t| limit_mib(&t));
     let ram_mib = installed.into_iter().chain(limits).min().unwrap_or(0);
     (cores, ram_mib)
 }

@@ -26,6 +26,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
 use p2pit_protocol::inventory::GpuUuid;
@@ -34,6 +35,8 @@ use rustix::{
     io::Errno,
 };
 use thiserror::Error;
+
+use crate::home::{LOCK_PATIENCE, lock_file};
 
 /// The directory of this machine's GPU locks.
 #[derive(Debug, Clone)]
@@ -97,8 +100,9 @@ impl GpuLocks {
     pub fn acquire(&self, uuids: &[GpuUuid], home: &Path) -> Result<Acquired, LockError> {
         let directory = Arc::new(self.open_directory()?);
         let mut acquired = Acquired::default();
+        let deadline = Instant::now() + LOCK_PATIENCE;
         for uuid in uuids {
-            match self.lock(&directory, uuid, home) {
+            match self.lock(&directory, uuid, home, deadline) {
                 Ok(Ok(lock)) => acquired.locks.push(lock),
                 Ok(Err(holder)) if holder.home.as_deref() == Some(home) => {
                     acquired.ours.push(uuid.clone());
@@ -148,16 +152,14 @@ impl GpuLocks {
         directory: &Arc<OwnedFd>,
         uuid: &GpuUuid,
         home: &Path,
+        deadline: Instant,
     ) -> Result<Result<GpuLock, Holder>, LockError> {
         let name = file_name(uuid);
-        let failed =
-            |source: io::Error| LockError::Io { path: self.directory.join(&name), source };
+        let failed = |source: io::Error| LockError::Io { path: self.directory.join(&name), source };
         for _ in 0..REPLACED_MAX {
             let mut file = self.open_file(directory, &name)?;
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => {}
-                Err(Errno::WOULDBLOCK) => return Ok(Err(Holder::read(&mut file))),
-                Err(e) => return Err(failed(e.into())),
+            if !lock_file(&file, deadline).map_err(failed)? {
+                return Ok(Err(Holder::read(&mut file)));
             }
             // A cleaner of temporary files may have removed it between the two steps;
             // then this is a lock on a file that nobody else would find.

@@ -4,11 +4,8 @@
 //! functions below, which tests drive without hardware.
 
 use nvml_wrapper::{
-    Device, Nvml,
-    enum_wrappers::device::TemperatureSensor,
-    enums::device::UsedGpuMemory,
-    error::NvmlError,
-    struct_wrappers::device::ProcessInfo,
+    Device, Nvml, enum_wrappers::device::TemperatureSensor, enums::device::UsedGpuMemory,
+    error::NvmlError, struct_wrappers::device::ProcessInfo,
 };
 use p2pit_protocol::inventory::{
     Gpu, GpuUuid,

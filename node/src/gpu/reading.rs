@@ -80,10 +80,7 @@ mod tests {
 
     fn reading(uuid: &str, pids: Option<&[u32]>) -> GpuReading {
         let processes = pids.map(|pids| pids.iter().map(|pid| process(*pid)).collect());
-        GpuReading {
-            compute_processes: processes,
-            ..GpuReading::unknown(GpuUuid(uuid.to_owned()))
-        }
+        GpuReading { compute_processes: processes, ..GpuReading::unknown(GpuUuid(uuid.to_owned())) }
     }
 
     fn process(pid: u32) -> ComputeProcess {

@@ -6,11 +6,11 @@ use std::{
     io::{self, Read as _, Seek as _, Write as _},
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    time::Instant,
 };
 
-use rustix::fs::{FlockOperation, flock};
-
 use super::OpenError;
+use crate::home::{LOCK_PATIENCE, lock_file};
 
 /// One directory of files.
 pub(super) trait Disk: Debug + Send {
@@ -56,12 +56,8 @@ impl LockedDirectory {
             .mode(0o600)
             .open(path.join(LOCK_NAME))
             .map_err(failed)?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(OpenError::InUse { path: path.to_owned(), pid: holder(&mut lock) });
-            }
-            Err(e) => return Err(failed(e.into())),
+        if !lock_file(&lock, Instant::now() + LOCK_PATIENCE).map_err(failed)? {
+            return Err(OpenError::InUse { path: path.to_owned(), pid: holder(&mut lock) });
         }
         (|| {
             lock.set_len(0)?;

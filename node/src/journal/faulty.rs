@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     io,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Condvar, Mutex, MutexGuard},
 };
 
 use super::disk::{Disk, LogFile};
@@ -15,7 +15,8 @@ use super::disk::{Disk, LogFile};
 #[derive(Debug, Clone)]
 pub(super) struct FaultyDisk {
     model: Arc<Mutex<Model>>,
-    stalled: Arc<Mutex<()>>,
+    /// Whether syncs wait.
+    stalled: Arc<(Mutex<bool>, Condvar)>,
 }
 
 /// The next operation of that kind fails.
@@ -59,7 +60,8 @@ struct FaultyFile {
 
 impl FaultyDisk {
     pub(super) fn new(seed: u64) -> Self {
-        let model = Model { random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1, ..Model::default() };
+        let model =
+            Model { random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1, ..Model::default() };
         Self { model: Arc::new(Mutex::new(model)), stalled: Arc::default() }
     }
 
@@ -85,9 +87,10 @@ impl FaultyDisk {
         self.model().syncs
     }
 
-    /// Every sync waits until the guard is gone.
-    pub(super) fn stall(&self) -> MutexGuard<'_, ()> {
-        self.stalled.lock().unwrap()
+    /// Whether every sync waits from now on.
+    pub(super) fn stall(&self, stalled: bool) {
+        *self.stalled.0.lock().unwrap() = stalled;
+        self.stalled.1.notify_all();
     }
 
     pub(super) fn names(&self) -> Vec<String> {
@@ -260,7 +263,8 @@ impl LogFile for FaultyFile {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        drop(self.disk.stalled.lock().unwrap());
+        let (stalled, changed) = &*self.disk.stalled;
+        drop(changed.wait_while(stalled.lock().unwrap(), |stalled| *stalled).unwrap());
         let mut model = self.disk.model();
         model.operation()?;
         model.fault(Fault::Sync)?;

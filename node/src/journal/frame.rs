@@ -171,6 +171,9 @@ impl<'a> Frame<'a> {
     }
 }
 
+/// A key and its value; `None` removes it.
+type Upsert<'a> = (&'a [u8], Option<&'a [u8]>);
+
 /// Appends frames to a buffer that is then written at once.
 #[derive(Debug)]
 pub(super) struct Encoder<'a> {
@@ -195,10 +198,7 @@ impl<'a> Encoder<'a> {
     }
 
     /// The caller has checked [`writes_fit`].
-    pub(super) fn writes<'w>(
-        &mut self,
-        writes: impl IntoIterator<Item = (&'w [u8], Option<&'w [u8]>)>,
-    ) {
+    pub(super) fn writes<'w>(&mut self, writes: impl IntoIterator<Item = Upsert<'w>>) {
         let mut body = Vec::new();
         for (key, value) in writes {
             body.extend_from_slice(&length(key).to_le_bytes());
@@ -238,7 +238,7 @@ pub(super) fn writes_fit(writes: &[Write]) -> bool {
 
 /// The frames that recreate `entries`, of about [`SNAPSHOT_CHUNK_BYTES`] each.
 pub(super) fn snapshot(header: &mut Header, entries: &BTreeMap<Vec<u8>, Vec<u8>>) -> Vec<u8> {
-    let mut chunks: Vec<Vec<(&[u8], Option<&[u8]>)>> = Vec::new();
+    let mut chunks: Vec<Vec<Upsert<'_>>> = Vec::new();
     let mut room = 0;
     for (key, value) in entries {
         let bytes = write_bytes(key, Some(value));

@@ -130,22 +130,26 @@ mod tests {
         let disk = FaultyDisk::new(1);
         let (journal, _) = Journal::open_on(disk.boxed()).unwrap();
         let (handle, thread) = JournalHandle::spawn(journal).unwrap();
-        let before = disk.syncs();
-        let gate = disk.stall();
-        let commits: Vec<_> = (0..50)
-            .map(|n| {
-                let handle = handle.clone();
-                tokio::spawn(async move { handle.commit(vec![write(&n.to_string())]).await })
-            })
-            .collect();
+        let before = (disk.syncs(), disk.operations());
+        disk.stall(true);
+        let commit = |n: usize| {
+            let handle = handle.clone();
+            tokio::spawn(async move { handle.commit(vec![write(&n.to_string())]).await })
+        };
+        let mut commits = vec![commit(0)];
+        // From its write on the thread is stalled, and whatever comes queues up.
+        while disk.operations() == before.1 {
+            tokio::task::yield_now().await;
+        }
+        commits.extend((1..50).map(commit));
         while handle.commits.capacity() > WAITING_COMMITS_MAX - 49 {
             tokio::task::yield_now().await;
         }
-        drop(gate);
+        disk.stall(false);
         for commit in commits {
             commit.await.unwrap().unwrap();
         }
-        assert!(disk.syncs() - before <= 3, "{} fsyncs", disk.syncs() - before);
+        assert_eq!(disk.syncs() - before.0, 2);
         drop(handle);
         thread.closed().await;
         let (_, recovered) = Journal::open_on(disk.crashed(2)).unwrap();

@@ -43,7 +43,7 @@ pub(super) fn scan(bytes: &[u8]) -> Result<Scan, Damage> {
     while scan.good_bytes < bytes.len() {
         let rest = &bytes[scan.good_bytes..];
         let Some(frame) = Frame::read(&header, rest) else {
-            if scan.in_snapshot() || durable_behind(&scan, rest) {
+            if durable_behind(&scan, rest) {
                 return Err(Damage::At(scan.good_bytes));
             }
             break;
@@ -57,6 +57,7 @@ pub(super) fn scan(bytes: &[u8]) -> Result<Scan, Damage> {
         scan.good_bytes += frame.bytes;
         scan.next_seq += 1;
     }
+    // A snapshot was durable before it got its name, so no crash tears it.
     if scan.in_snapshot() {
         return Err(Damage::At(scan.good_bytes));
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    HoldId, JobId, PeerId,
+    HoldId, JobId, Now, PeerId,
     identity::SignedBytes,
     job::{Attempt, Rank, RankAssignment, VerifiedSpec},
     message::Key,
@@ -30,6 +30,28 @@ pub struct Hold {
     pub pinned: bool,
     /// Boot-clock milliseconds.
     pub expiry_ms: u64,
+    /// The same moment on the wall clock: what is left of it after a reboot, when the
+    /// boot clock started anew.
+    pub expiry_wall_ms: u64,
+}
+
+impl Hold {
+    pub(super) fn last(&mut self, ms: u64, now: Now) {
+        self.expiry_ms = now.after(ms);
+        self.expiry_wall_ms = now.wall_ms.saturating_add(ms);
+    }
+
+    /// Fit the expiry to a boot clock that may have started anew; whether the hold is
+    /// still to be kept. It ends by whichever clock says so first: to end early only
+    /// costs a refusal.
+    pub(super) fn survives(&mut self, longest_ms: u64, now: Now) -> bool {
+        let left_ms = self.expiry_wall_ms.saturating_sub(now.wall_ms);
+        if left_ms == 0 || left_ms > longest_ms || self.expiry_ms > now.after(longest_ms) {
+            return false;
+        }
+        self.expiry_ms = self.expiry_ms.min(now.after(left_ms));
+        true
+    }
 }
 
 /// A rank of an attempt.

@@ -160,6 +160,8 @@ pub struct Start {
     pub job: JobId,
     /// The attempt.
     pub attempt: Attempt,
+    /// Each rank's node, in rank order.
+    pub nodes: Vec<PeerId>,
     /// The address of each rank's node, in rank order.
     pub hosts: Vec<String>,
     /// A port free on rank 0's node and the job's own.

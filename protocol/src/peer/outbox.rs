@@ -38,6 +38,8 @@ pub enum Slot {
     Tombstone(JobId, Attempt),
     /// How a rank ended here, until its steward recorded it.
     End(JobId, Attempt, Rank),
+    /// A job this node refused to keep, while a copy of its submission could be taken.
+    Refused(JobId),
 }
 
 impl Slot {

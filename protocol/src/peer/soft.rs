@@ -87,6 +87,11 @@ impl SoftState {
         self.heads.values().map(|(head, _)| head)
     }
 
+    /// The signed head of `job`.
+    pub(super) fn head(&self, job: JobId) -> Option<Soft> {
+        self.heads.get(&job).and_then(|(_, id)| self.items.get(id)).cloned()
+    }
+
     pub(super) fn insert(&mut self, item: Soft) -> ItemId {
         let id = reconcile::item_id(&item);
         self.items.insert(id, item);
@@ -315,10 +320,13 @@ impl Peer {
     }
 
     pub(super) fn handle_reconciled(&mut self, from: PeerId, answer: &[u8]) {
-        let Some(difference) = reconcile::compare(&self.soft.items, answer) else {
+        let Some(mut difference) = reconcile::compare(&self.soft.items, answer) else {
             debug!(%from, "answer of a reconciliation not understood");
             return;
         };
+        // They come out of a hash set, and what is sent must not depend on its order.
+        difference.have.sort_unstable();
+        difference.need.sort_unstable();
         self.send_items(from, &difference.have);
         for ids in difference.need.chunks(WANT_MAX) {
             self.out.send(self.me, from, Message::Want { ids: ids.to_vec() });

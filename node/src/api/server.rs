@@ -1,0 +1,762 @@
+//! Serves [`super::types::path`] to the users of this machine.
+//!
+//! The socket is the owner's alone (mode 0600). It grants nothing by itself: whatever
+//! concerns a job or the roster is signed by its user, and checked by the node that
+//! carries it out.
+
+use std::{collections::BTreeMap, os::unix::fs::PermissionsExt as _, sync::Arc};
+
+use anyhow::Context as _;
+use axum::{
+    Json, Router,
+    body::{Body, Bytes},
+    extract::{DefaultBodyLimit, State},
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
+use p2pit_protocol::{
+    BlobId, JobId, PeerId,
+    identity::SignedBytes,
+    job::VerifiedSpec,
+    message::JobView,
+    peer::SubmitError,
+    request::Request as ClusterRequest,
+    roster::Author,
+};
+use tokio::{net::UnixListener, sync::mpsc};
+use tokio_util::io::StreamReader;
+use tracing::warn;
+
+use super::types::{
+    Answer, ApiError, Ask, Audience, DraftReply, DraftRequest, Fetch, Files, Found, Join, JobFiles,
+    LanNode, Log, Me, NodeInfo, Plan, Planned, PoolInfo, Resolve, Resolved, Submit, SubmitEvent,
+    Unsatisfiable, Uploaded, UserInfo, Watch, path,
+};
+use crate::{
+    daemon::{
+        NoPeer, ReachError, Shared, now,
+        serve::{self, Gate, LogReader, Request, UserAnswer, Views},
+    },
+    executor::Isolation,
+    home::Home,
+    transfer::{
+        exchange::{self, Source, Wanted},
+        frame,
+    },
+};
+
+/// Largest JSON body: the ids of a directory of a million files.
+const BODY_BYTES_MAX: usize = 64 << 20;
+/// Shortest job prefix shown or accepted.
+const SHORT_MIN: usize = 4;
+/// How long a newcomer looks around before it founds a pool.
+const LAN_LOOK: std::time::Duration = std::time::Duration::from_secs(2);
+
+type Answered<T> = Result<Json<T>, Failure>;
+
+/// The API on its socket.
+pub(crate) struct Server {
+    listener: UnixListener,
+    router: Router,
+}
+
+impl Server {
+    pub(crate) fn bind(shared: Arc<Shared>) -> anyhow::Result<Self> {
+        remove_socket(&shared.home);
+        let socket = shared.home.api_socket()?;
+        let file = socket.file().to_owned();
+        let listener = UnixListener::bind(socket.usable())
+            .with_context(|| format!("cannot listen on {}", file.display()))?;
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600))
+            .with_context(|| format!("cannot protect {}", file.display()))?;
+        Ok(Self { listener, router: router(shared) })
+    }
+
+    pub(crate) async fn run(self) {
+        if let Err(reason) = axum::serve(self.listener, self.router).await {
+            warn!(%reason, "the API ended");
+        }
+    }
+}
+
+/// The socket of a daemon that has ended, or is ending.
+pub(crate) fn remove_socket(home: &Home) {
+    match home.api_socket().and_then(|socket| std::fs::remove_file(socket.file())) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => warn!(%e, "the old socket stays"),
+        Ok(()) | Err(_) => {}
+    }
+}
+
+fn router(shared: Arc<Shared>) -> Router {
+    let counted = Arc::clone(&shared);
+    Router::new()
+        .route(path::ME, get(me))
+        .route(path::FOUND, post(found))
+        .route(path::JOIN, post(join))
+        .route(path::LAN, get(lan))
+        .route(path::SHUTDOWN, post(shutdown))
+        .route(path::NODES, get(nodes))
+        .route(path::USERS, get(users))
+        .route(path::DRAFT, post(draft))
+        .route(path::STATEMENTS, post(statements))
+        .route(path::PLAN, post(plan))
+        .route(path::MISSING, post(missing))
+        .route(path::UPLOAD, post(upload))
+        .route(path::SUBMIT, post(submit))
+        .route(path::RESOLVE, post(resolve))
+        .route(path::KEEPERS, get(keepers))
+        .route(path::ASK, post(ask))
+        .route(path::WATCH, post(watch))
+        .route(path::LOG, post(log))
+        .route(path::FILES, post(files))
+        .route(path::FETCH, post(fetch))
+        .route(path::PULL, post(pull))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(axum::middleware::from_fn(
+            move |request: axum::extract::Request, next: axum::middleware::Next| {
+                let in_use = counted.in_use();
+                async move {
+                    let response = next.run(request).await;
+                    // A stream is in use until its last byte.
+                    response.map(|body| {
+                        let held = stream::unfold((body.into_data_stream(), in_use), |(mut b, u)| async {
+                            b.next().await.map(|chunk| (chunk, (b, u)))
+                        });
+                        Body::from_stream(held)
+                    })
+                }
+            },
+        ))
+        .with_state(shared)
+}
+
+// ---- this node ------------------------------------------------------------------------
+
+async fn me(State(shared): State<Arc<Shared>>) -> Answered<Me> {
+    Ok(Json(describe(&shared).await?))
+}
+
+async fn describe(shared: &Arc<Shared>) -> Result<Me, Failure> {
+    let known = shared
+        .act(|peer, _| {
+            let state = peer.roster().state();
+            let node = state.nodes.get(&peer.id());
+            let pool = PoolInfo {
+                id: peer.pool(),
+                name: peer.roster().genesis().name.to_string(),
+                nodes: state.nodes.len(),
+                users: state.users.len(),
+            };
+            let name = node.map(|node| node.name.to_string()).unwrap_or_default();
+            (pool, name, node.map(|node| node.owner), peer.board().connected().count())
+        })
+        .await;
+    let (pool, name, owner, connected) = match known {
+        Ok((pool, name, owner, connected)) => (Some(pool), name, owner, connected),
+        Err(NoPeer::NoPool) => (None, String::new(), None, 0),
+        Err(ending @ NoPeer::Ending) => return Err(ending.into()),
+    };
+    let network = shared.network();
+    Ok(Me {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        home: shared.home.path().display().to_string(),
+        node: shared.id(),
+        store: shared.store_id,
+        device: shared.device(),
+        name,
+        owner,
+        client: shared.settings.client,
+        pool,
+        control: network.as_ref().map(|n| n.listen_addrs()).unwrap_or_default(),
+        data: network.as_ref().map(|n| shared.data_addrs(n)).unwrap_or_default(),
+        connected,
+        capacity: shared.capacity.clone(),
+        owner_only: shared.owner_only(),
+        isolation: match &shared.isolation {
+            Isolation::Isolated => "namespaces".to_owned(),
+            Isolation::Shared { reason } => format!("none: {reason}"),
+        },
+        locked_gpus: shared.locked_gpus.clone(),
+        wall_ms: now().wall_ms,
+        warnings: shared.warnings(),
+    })
+}
+
+async fn found(State(shared): State<Arc<Shared>>, Json(found): Json<Found>) -> Answered<Me> {
+    not_yet_member(&shared).await?;
+    shared.found(found.genesis, found.claim, &found.node_name).await.map_err(Failure::request)?;
+    Ok(Json(describe(&shared).await?))
+}
+
+async fn join(State(shared): State<Arc<Shared>>, Json(join): Json<Join>) -> Answered<Me> {
+    not_yet_member(&shared).await?;
+    shared.join(&join.ticket, join.claim, &join.peers).await.map_err(Failure::request)?;
+    Ok(Json(describe(&shared).await?))
+}
+
+async fn not_yet_member(shared: &Shared) -> Result<(), Failure> {
+    match shared.act(|peer, _| peer.roster().genesis().name.to_string()).await {
+        Ok(pool) => Err(Failure::hinted(
+            format!("this home is in the pool `{pool}` already"),
+            "`p2pit leave` leaves it; another `--home` can be in another pool",
+        )),
+        Err(NoPeer::NoPool) => Ok(()),
+        Err(ending @ NoPeer::Ending) => Err(ending.into()),
+    }
+}
+
+async fn lan(State(shared): State<Arc<Shared>>) -> Answered<Vec<LanNode>> {
+    if !shared.settings.mdns {
+        return Ok(Json(Vec::new()));
+    }
+    match crate::network::browse_once(LAN_LOOK).await {
+        Ok(found) => {
+            let others = found.into_iter().filter(|found| found.peer != shared.id());
+            Ok(Json(others.map(|f| LanNode { node: f.peer, door: f.data }).collect()))
+        }
+        Err(reason) => {
+            warn!(reason = format!("{reason:#}"), "the local network cannot be looked at");
+            Ok(Json(Vec::new()))
+        }
+    }
+}
+
+async fn shutdown(State(shared): State<Arc<Shared>>) -> Answered<BTreeMap<(), ()>> {
+    shared.shutdown.notify_one();
+    Ok(Json(BTreeMap::new()))
+}
+
+// ---- the pool -------------------------------------------------------------------------
+
+async fn nodes(State(shared): State<Arc<Shared>>) -> Answered<Vec<NodeInfo>> {
+    let nodes = shared
+        .act(|peer, now| {
+            let state = peer.roster().state();
+            let describe = |(id, node): (&PeerId, &p2pit_protocol::roster::Node)| {
+                let advert = peer.board().get(*id).map(|posted| posted.advert.clone());
+                let reach = if *id == peer.id() {
+                    "self"
+                } else if peer.board().is_connected(*id) {
+                    "online"
+                } else {
+                    "offline"
+                };
+                let age = advert.as_ref().map(|a| now.wall_ms.saturating_sub(a.issued_at_ms) / 1000);
+                let owner_name = state.users.get(&node.owner).map(|u| u.username.to_string());
+                NodeInfo {
+                    node: *id,
+                    name: node.name.to_string(),
+                    owner: node.owner,
+                    owner_name: owner_name.unwrap_or_default(),
+                    client: node.client,
+                    reach: reach.to_owned(),
+                    advert_age_s: age,
+                    capacity: advert.as_ref().map(|a| a.capacity.clone()).unwrap_or_default(),
+                    not_free: advert.as_ref().map(|a| a.not_free.clone()).unwrap_or_default(),
+                    free_cpu_cores: advert.as_ref().map_or(0, |a| a.free_cpu_cores),
+                    free_ram_mib: advert.as_ref().map_or(0, |a| a.free_ram_mib),
+                    owner_only: advert.as_ref().and_then(|a| a.owner_only.clone()),
+                    control: advert.as_ref().map(|a| a.control.clone()).unwrap_or_default(),
+                    data: advert.map(|a| a.data).unwrap_or_default(),
+                }
+            };
+            state.nodes.iter().map(describe).collect::<Vec<_>>()
+        })
+        .await?;
+    Ok(Json(nodes))
+}
+
+async fn users(State(shared): State<Arc<Shared>>) -> Answered<Vec<UserInfo>> {
+    let users = shared
+        .act(|peer, _| {
+            let describe = |(id, user): (&p2pit_protocol::UserId, &p2pit_protocol::roster::User)| {
+                UserInfo {
+                    user: *id,
+                    name: user.username.to_string(),
+                    full_name: user.full_name.clone(),
+                    email: user.email.clone(),
+                    admin: user.admin,
+                }
+            };
+            peer.roster().state().users.iter().map(describe).collect::<Vec<_>>()
+        })
+        .await?;
+    Ok(Json(users))
+}
+
+async fn draft(
+    State(shared): State<Arc<Shared>>,
+    Json(request): Json<DraftRequest>,
+) -> Answered<DraftReply> {
+    let device = shared.device();
+    let draft = shared
+        .act(move |peer, now| {
+            let author = Author::User(request.user);
+            peer.roster().draft(author, device, request.kind, now.wall_ms)
+        })
+        .await?
+        .map_err(|e| Failure::request(e.into()))?;
+    Ok(Json(DraftReply { draft: draft.bytes().to_vec() }))
+}
+
+async fn statements(
+    State(shared): State<Arc<Shared>>,
+    Json(signed): Json<SignedBytes>,
+) -> Answered<BTreeMap<(), ()>> {
+    shared
+        .act(move |peer, now| peer.say(signed, now))
+        .await?
+        .map_err(|e| Failure::request(e.into()))?;
+    Ok(Json(BTreeMap::new()))
+}
+
+// ---- submission -----------------------------------------------------------------------
+
+async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answered<Planned> {
+    let request: ClusterRequest =
+        plan.request.parse().map_err(|e: p2pit_protocol::request::ParseError| {
+            Failure::request(e.into())
+        })?;
+    let user = plan.user;
+    let (member, keeper, planned) = shared
+        .act(move |peer, now| {
+            let unsatisfiable = peer.feasible(&request).err().map(|why| Unsatisfiable {
+                reason: why.reason.to_string(),
+                nearest: why.nearest.map(|nearest| nearest.to_string()),
+            });
+            let candidates = peer.dry_run(&request, now);
+            let member = peer.roster().state().is_member_user(user);
+            (member, peer.propose_keeper(), (peer.pool(), now.wall_ms, unsatisfiable, candidates))
+        })
+        .await?;
+    if !member {
+        return Err(Failure::hinted(
+            format!("user {user} is not a user of this pool"),
+            "join it with a ticket, or name another key with `--identity`",
+        ));
+    }
+    let Some((keeper, keeper_store)) = keeper else {
+        return Err(Failure::hinted(
+            "no node that keeps jobs can be reached from here".to_owned(),
+            "`p2pit show nodes` says which nodes the pool has",
+        ));
+    };
+    let (pool, wall_ms, unsatisfiable, candidates) = planned;
+    Ok(Json(Planned { pool, wall_ms, keeper, keeper_store, unsatisfiable, candidates }))
+}
+
+async fn missing(
+    State(shared): State<Arc<Shared>>,
+    Json(ids): Json<Vec<BlobId>>,
+) -> Answered<Vec<BlobId>> {
+    let store = shared.store.clone();
+    let missing = tokio::task::spawn_blocking(move || exchange::missing(&store, ids)).await;
+    Ok(Json(missing.map_err(|e| Failure::broken(e.into()))?))
+}
+
+async fn upload(State(shared): State<Arc<Shared>>, body: Body) -> Answered<Uploaded> {
+    let mut reader =
+        StreamReader::new(body.into_data_stream().map_err(std::io::Error::other));
+    let received = exchange::receive_any(&shared.store, shared.id(), &mut reader)
+        .await
+        .map_err(|e| Failure::broken(e.into()))?;
+    Ok(Json(Uploaded { blobs: received.blobs, bytes: received.bytes }))
+}
+
+async fn submit(State(shared): State<Arc<Shared>>, Json(submit): Json<Submit>) -> Response {
+    let (events, receiver) = mpsc::channel(64);
+    tokio::spawn(async move {
+        let last = match carry(&shared, submit.spec, &events).await {
+            Ok(last) => last,
+            Err(reason) => SubmitEvent::Refused { error: Failure::request(reason).0 },
+        };
+        // The command may have been interrupted; a submission that was sent stands.
+        let _ = events.send(last).await;
+    });
+    ndjson(tokio_stream(receiver))
+}
+
+/// Bring the inputs to the keeper, then submit.
+async fn carry(
+    shared: &Arc<Shared>,
+    signed: SignedBytes,
+    events: &mpsc::Sender<SubmitEvent>,
+) -> anyhow::Result<SubmitEvent> {
+    let spec = VerifiedSpec::verify(signed.clone())?;
+    let (job, keeper) = (spec.job, spec.spec.keepers[0].0);
+    let mut sent = serve::Pushed::default();
+    for tree in spec.inputs() {
+        if keeper == shared.id() {
+            shared.keep_tree(tree).await?;
+            continue;
+        }
+        let before = sent;
+        let pushed = shared
+            .push_tree(keeper, tree, |now| {
+                // Progress is for watching: what does not fit in the queue is not missed.
+                let _ = events.try_send(SubmitEvent::Transferring {
+                    blobs_done: before.blobs,
+                    bytes_done: before.bytes + now.bytes_done,
+                    blobs: before.blobs + now.blobs,
+                    bytes: before.bytes + now.bytes,
+                });
+            })
+            .await
+            .with_context(|| format!("the job's inputs did not reach its keeper {keeper}"))?;
+        sent.blobs += pushed.blobs;
+        sent.bytes += pushed.bytes;
+        sent.there += pushed.there;
+    }
+    match shared.submit(signed).await.map_err(anyhow::Error::msg)? {
+        Ok(()) => Ok(SubmitEvent::Submitted {
+            job,
+            keeper,
+            blobs_sent: sent.blobs,
+            bytes_sent: sent.bytes,
+            blobs_there: sent.there,
+        }),
+        Err(SubmitError::Refused(reason)) => anyhow::bail!("{reason}"),
+        Err(SubmitError::Unknown) => Ok(SubmitEvent::Unknown { job }),
+    }
+}
+
+// ---- jobs -----------------------------------------------------------------------------
+
+async fn resolve(
+    State(shared): State<Arc<Shared>>,
+    Json(resolve): Json<Resolve>,
+) -> Answered<Resolved> {
+    let (user, wanted) = (resolve.user, resolve.text.to_ascii_lowercase());
+    let is_last = wanted == "@last";
+    if !is_last && wanted.len() < SHORT_MIN {
+        return Err(Failure::hinted(
+            format!("`{}` is too short for a job: at least {SHORT_MIN} characters", resolve.text),
+            "`p2pit show jobs` lists them",
+        ));
+    }
+    let (heads, all) = shared
+        .act(move |peer, _| {
+            let all: Vec<String> = peer.heads().map(|head| head.job.to_string()).collect();
+            let matches = |head: &&p2pit_protocol::message::Head| {
+                if is_last { head.owner == user } else { head.job.to_string().starts_with(&wanted) }
+            };
+            let mut heads: Vec<_> = peer.heads().filter(matches).cloned().collect();
+            if is_last {
+                heads.sort_by_key(|head| core::cmp::Reverse((head.submitted_at_ms, head.job)));
+                heads.truncate(1);
+            }
+            (heads, all)
+        })
+        .await?;
+    match heads.as_slice() {
+        [] if is_last => {
+            Err(Failure::hinted("you have no job in this pool".to_owned(), "`p2pit run` submits one"))
+        }
+        [] => Err(Failure::hinted(
+            format!("no job `{}` is known here", resolve.text),
+            "`p2pit show jobs` lists them; a job submitted elsewhere a moment ago may need a second",
+        )),
+        [head] => Ok(Json(Resolved {
+            job: head.job,
+            short: short_of(&head.job.to_string(), &all),
+            keeper: head.keeper,
+        })),
+        several => {
+            let names: Vec<String> =
+                several.iter().take(10).map(|head| short_of(&head.job.to_string(), &all)).collect();
+            Err(Failure::hinted(
+                format!("`{}` can be any of {} jobs: {}", resolve.text, several.len(), names.join(", ")),
+                "give more characters",
+            ))
+        }
+    }
+}
+
+fn short_of(id: &str, all: &[String]) -> String {
+    let shared_with = |other: &&String| other.as_str() != id;
+    let longest = all
+        .iter()
+        .filter(shared_with)
+        .map(|other| other.bytes().zip(id.bytes()).take_while(|(a, b)| a == b).count())
+        .max()
+        .unwrap_or(0);
+    id.chars().take((longest + 1).max(SHORT_MIN)).collect()
+}
+
+async fn keepers(State(shared): State<Arc<Shared>>) -> Answered<Audience> {
+    let (pool, wall_ms, nodes, jobs) = shared
+        .act(|peer, now| {
+            let mut nodes: std::collections::BTreeSet<PeerId> =
+                peer.heads().map(|head| head.keeper).collect();
+            // A job born a moment ago is known to its keeper before its head is to us.
+            nodes.extend(peer.board().connected().filter(|node| {
+                peer.board().get(*node).is_some_and(|posted| !posted.advert.client)
+            }));
+            nodes.insert(peer.id());
+            let jobs: Vec<JobId> = peer.heads().map(|head| head.job).collect();
+            (peer.pool(), now.wall_ms, nodes, jobs)
+        })
+        .await?;
+    let mut texts: Vec<(String, JobId)> =
+        jobs.into_iter().map(|job| (job.to_string(), job)).collect();
+    texts.sort();
+    let neighbours = |at: usize| {
+        let before = at.checked_sub(1).and_then(|at| texts.get(at));
+        [before, texts.get(at + 1)].into_iter().flatten().map(|(text, _)| text.clone()).collect::<Vec<_>>()
+    };
+    let short = texts
+        .iter()
+        .enumerate()
+        .map(|(at, (text, job))| (*job, short_of(text, &neighbours(at))))
+        .collect();
+    Ok(Json(Audience { pool, wall_ms, nodes: nodes.into_iter().collect(), short }))
+}
+
+async fn ask(State(shared): State<Arc<Shared>>, Json(ask): Json<Ask>) -> Answered<Vec<Answer>> {
+    let asked = ask.nodes.into_iter().map(|node| {
+        let (shared, signed) = (Arc::clone(&shared), ask.signed.clone());
+        async move {
+            let answered = if node == shared.id() {
+                serve::user(&shared, signed).await
+            } else {
+                let asked = shared.ask::<UserAnswer>(node, &Request::User(signed)).await;
+                asked.map_err(anyhow::Error::from)
+            };
+            match answered {
+                Ok(answer) => Answer {
+                    node,
+                    reply: Some(answer.reply),
+                    error: None,
+                    readings: answer.readings,
+                },
+                Err(reason) => Answer {
+                    node,
+                    reply: None,
+                    error: Some(format!("{reason:#}")),
+                    readings: Vec::new(),
+                },
+            }
+        }
+    });
+    Ok(Json(futures::future::join_all(asked).await))
+}
+
+async fn watch(
+    State(shared): State<Arc<Shared>>,
+    Json(watch): Json<Watch>,
+) -> Result<Response, Failure> {
+    if watch.node == shared.id() {
+        let views = Views::open(&shared, watch.signed).await.map_err(Failure::request)?;
+        let stream = stream::try_unfold(views, |mut views| async {
+            Ok(views.next().await?.map(|view| (view, views)))
+        });
+        return Ok(ndjson(until_broken(stream)));
+    }
+    let (_, receive) = shared.open(watch.node, &Request::Watch(watch.signed)).await?;
+    let stream = stream::try_unfold(receive, |mut receive| async {
+        match frame::read_message::<JobView>(&mut receive, usize::MAX).await {
+            Ok(view) => Ok(Some((view, receive))),
+            Err(frame::Error::Closed) => Ok(None),
+            Err(reason) => Err(anyhow::Error::from(reason)),
+        }
+    });
+    Ok(ndjson(until_broken(stream)))
+}
+
+async fn log(State(shared): State<Arc<Shared>>, Json(log): Json<Log>) -> Result<Response, Failure> {
+    if log.node == shared.id() {
+        let reader =
+            LogReader::open(&shared, log.signed, log.follow).await.map_err(Failure::request)?;
+        let stream = stream::try_unfold(reader, |mut reader| async {
+            anyhow::Ok(reader.next().await?.map(|bytes| (Bytes::from(bytes), reader)))
+        });
+        return Ok(octets(stream));
+    }
+    let request = Request::Log { signed: log.signed, follow: log.follow };
+    let (_, receive) = shared.open(log.node, &request).await?;
+    Ok(octets(rest_of(open_gate(log.node, receive).await?)))
+}
+
+async fn files(State(shared): State<Arc<Shared>>, Json(files): Json<Files>) -> Answered<JobFiles> {
+    if files.node == shared.id() {
+        let ranks = serve::job_files(&shared, files.signed).await.map_err(Failure::request)?;
+        return Ok(Json(JobFiles { node: files.node, ranks }));
+    }
+    let (_, receive) = shared.open(files.node, &Request::Files(files.signed)).await?;
+    let mut receive = open_gate(files.node, receive).await?;
+    let bytes = receive
+        .read_to_end(FILES_BYTES_MAX)
+        .await
+        .context("the node's list of files broke off")
+        .map_err(Failure::broken)?;
+    let ranks = serde_json::from_slice(&bytes)
+        .context("the node's list of files is not in order")
+        .map_err(Failure::broken)?;
+    Ok(Json(JobFiles { node: files.node, ranks }))
+}
+
+/// Manifests of all ranks of one node, as base64 in JSON.
+const FILES_BYTES_MAX: usize = 256 << 20;
+
+async fn fetch(
+    State(shared): State<Arc<Shared>>,
+    Json(fetch): Json<Fetch>,
+) -> Result<Response, Failure> {
+    if fetch.node == shared.id() {
+        serve::allow_blobs(&shared, fetch.signed, &fetch.blobs).await.map_err(Failure::request)?;
+        let (reader, mut writer) = tokio::io::duplex(1 << 20);
+        let source: Arc<dyn Source> = Arc::new(shared.store.clone());
+        tokio::spawn(async move {
+            // The reader sees the stream end too early, and says so.
+            if let Err(reason) = exchange::send_blobs(source, fetch.blobs, &mut writer, |_| {}).await {
+                warn!(%reason, "files were not sent");
+            }
+        });
+        return Ok(octets(
+            tokio_util::io::ReaderStream::with_capacity(reader, 256 << 10)
+                .map_err(anyhow::Error::from),
+        ));
+    }
+    let receive = request_blobs(&shared, fetch.node, fetch.signed, &fetch.blobs).await?;
+    Ok(octets(rest_of(receive)))
+}
+
+async fn pull(State(shared): State<Arc<Shared>>, Json(fetch): Json<Fetch>) -> Answered<Uploaded> {
+    if fetch.node == shared.id() {
+        serve::allow_blobs(&shared, fetch.signed, &fetch.blobs).await.map_err(Failure::request)?;
+        return Ok(Json(Uploaded { blobs: 0, bytes: 0 }));
+    }
+    let wanted: Vec<Wanted> =
+        exchange::missing(&shared.store, fetch.blobs.iter().copied())
+            .into_iter()
+            .map(|id| Wanted { id, bytes_max: u64::MAX })
+            .collect();
+    let ids: Vec<BlobId> = wanted.iter().map(|wanted| wanted.id).collect();
+    let mut receive = request_blobs(&shared, fetch.node, fetch.signed, &ids).await?;
+    let received =
+        exchange::receive_blobs(&shared.store, &wanted, fetch.node, &mut receive, |_| {})
+            .await
+            .map_err(|e| Failure::broken(e.into()))?;
+    if let Some(absent) = received.absent.first() {
+        let reason = anyhow::anyhow!("node {} does not have blob {absent} any more", fetch.node);
+        return Err(Failure::broken(reason));
+    }
+    Ok(Json(Uploaded { blobs: received.blobs, bytes: received.bytes }))
+}
+
+async fn request_blobs(
+    shared: &Arc<Shared>,
+    node: PeerId,
+    signed: SignedBytes,
+    ids: &[BlobId],
+) -> Result<quinn::RecvStream, Failure> {
+    let (mut send, receive) = shared.open(node, &Request::Blobs(signed)).await?;
+    let asked = async {
+        exchange::write_ids(&mut send, ids).await?;
+        send.finish()?;
+        anyhow::Ok(())
+    };
+    asked.await.map_err(Failure::broken)?;
+    open_gate(node, receive).await
+}
+
+async fn open_gate(
+    node: PeerId,
+    mut receive: quinn::RecvStream,
+) -> Result<quinn::RecvStream, Failure> {
+    match frame::read_message(&mut receive, usize::MAX).await {
+        Ok(Gate::Open) => Ok(receive),
+        Ok(Gate::Denied(reason)) => Err(Failure::request(anyhow::Error::msg(reason))),
+        Err(reason) => Err(ReachError::Answer(node, reason).into()),
+    }
+}
+
+// ---- streams and errors ---------------------------------------------------------------
+
+fn rest_of(receive: quinn::RecvStream) -> impl Stream<Item = anyhow::Result<Bytes>> + Send {
+    stream::try_unfold(receive, |mut receive| async {
+        let chunk = receive.read_chunk(256 << 10, true).await?;
+        Ok(chunk.map(|chunk| (chunk.bytes, receive)))
+    })
+}
+
+fn octets(stream: impl Stream<Item = anyhow::Result<Bytes>> + Send + 'static) -> Response {
+    let body = Body::from_stream(stream.inspect_err(|reason| {
+        warn!(reason = format!("{reason:#}"), "a stream broke off");
+    }));
+    ([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response()
+}
+
+fn ndjson<T: serde::Serialize>(stream: impl Stream<Item = T> + Send + 'static) -> Response {
+    let lines = stream.map(|value| {
+        let mut line = serde_json::to_vec(&value).map_err(std::io::Error::other)?;
+        line.push(b'\n');
+        Ok::<_, std::io::Error>(Bytes::from(line))
+    });
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
+}
+
+/// The values up to the first error, which the reader sees as an early end.
+fn until_broken<T: Send>(
+    stream: impl Stream<Item = anyhow::Result<T>> + Send,
+) -> impl Stream<Item = T> + Send {
+    stream
+        .map(|value| {
+            value.inspect_err(|reason| warn!(reason = format!("{reason:#}"), "a stream broke off"))
+        })
+        .take_while(|value| std::future::ready(value.is_ok()))
+        .filter_map(|value| std::future::ready(value.ok()))
+}
+
+fn tokio_stream<T: Send>(receiver: mpsc::Receiver<T>) -> impl Stream<Item = T> + Send {
+    stream::unfold(receiver, |mut receiver| async { receiver.recv().await.map(|v| (v, receiver)) })
+}
+
+/// What a request failed of.
+#[derive(Debug)]
+struct Failure(ApiError);
+
+impl Failure {
+    fn request(reason: anyhow::Error) -> Self {
+        Self(ApiError { error: format!("{reason:#}"), hint: None, broken: false })
+    }
+
+    fn hinted(error: String, hint: &str) -> Self {
+        Self(ApiError { error, hint: Some(hint.to_owned()), broken: false })
+    }
+
+    fn broken(reason: anyhow::Error) -> Self {
+        Self(ApiError { error: format!("{reason:#}"), hint: None, broken: true })
+    }
+}
+
+impl From<NoPeer> for Failure {
+    fn from(reason: NoPeer) -> Self {
+        match reason {
+            NoPeer::NoPool => Self::hinted(
+                "this home is in no pool".to_owned(),
+                "`p2pit join TICKET` joins one, `p2pit join` founds one",
+            ),
+            NoPeer::Ending => Self::broken(reason.into()),
+        }
+    }
+}
+
+impl From<ReachError> for Failure {
+    fn from(reason: ReachError) -> Self {
+        let mut failure = Self::broken(reason.into());
+        failure.0.hint = Some("`p2pit show nodes` says which nodes are online".to_owned());
+        failure
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status =
+            if self.0.broken { StatusCode::BAD_GATEWAY } else { StatusCode::BAD_REQUEST };
+        (status, Json(self.0)).into_response()
+    }
+}

@@ -1,0 +1,228 @@
+//! The task that owns the peer.
+//!
+//! Whatever happens arrives as an [`Input`]. A turn takes all that wait, hands them to the
+//! peer, makes its writes durable in one commit, and only then lets anything out: replies
+//! to callers, messages, events. Inputs that arrive during the commit share the next.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use p2pit_protocol::{
+    JobId, Now, Peer, PeerId,
+    message::{Message, Soft},
+    peer::{Event, SubmitError, Transmit},
+    wire,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::{debug, error, info, warn};
+
+use super::{Shared, clock};
+use crate::{
+    journal::{self, JournalHandle, Write},
+    network::{self, Acceptance, Network},
+};
+
+/// Inputs that wait; beyond that their senders do.
+pub(super) const INPUTS_MAX: usize = 4_096;
+/// Inputs of one turn: bounds how long replies wait for each other.
+const TURN_INPUTS_MAX: usize = 512;
+/// How often a journal that has no room is tried again.
+const JOURNAL_RETRY: Duration = Duration::from_secs(1);
+
+type Release = Box<dyn FnOnce() + Send>;
+type Act = Box<dyn FnOnce(&mut State, Now) -> Release + Send>;
+
+/// What can happen to the core.
+pub(super) enum Input {
+    /// Something for the peer; what it returns is called once its writes are durable.
+    Act(Act),
+    /// The network.
+    Network(network::Event),
+    /// The node became a member: there is a peer from now on.
+    Member(Box<Peer>, Vec<Write>, Network, oneshot::Sender<()>),
+    /// End.
+    Shutdown,
+}
+
+/// What the core owns.
+pub(super) struct State {
+    pub(super) peer: Option<Peer>,
+    pub(super) submissions: BTreeMap<JobId, oneshot::Sender<Result<(), SubmitError>>>,
+    /// Bumped at each change of a record kept here.
+    pub(super) watched: BTreeMap<JobId, watch::Sender<u64>>,
+    network: Option<Network>,
+}
+
+/// Run until told to end, or the journal fails.
+pub(super) async fn run(
+    shared: Arc<Shared>,
+    journal: JournalHandle,
+    mut inputs: mpsc::Receiver<Input>,
+) -> anyhow::Result<()> {
+    let mut state =
+        State { peer: None, submissions: BTreeMap::new(), watched: BTreeMap::new(), network: None };
+    let mut batch = Vec::with_capacity(TURN_INPUTS_MAX);
+    loop {
+        let deadline = state.peer.as_ref().and_then(Peer::poll_timeout);
+        let now = clock::now();
+        let wait = deadline.map(|(at_ms, _)| Duration::from_millis(at_ms.saturating_sub(now.boot_ms)));
+        tokio::select! {
+            biased;
+            received = inputs.recv_many(&mut batch, TURN_INPUTS_MAX) => {
+                if received == 0 {
+                    return Ok(());
+                }
+            }
+            () = sleep_or_forever(wait) => {}
+        }
+        let now = clock::now();
+        let mut writes = Vec::new();
+        let mut releases: Vec<Release> = Vec::new();
+        let mut ending = false;
+        for input in batch.drain(..) {
+            match input {
+                Input::Act(act) => releases.push(act(&mut state, now)),
+                Input::Network(event) => on_network(&mut state, event, now),
+                Input::Member(peer, first_writes, network, done) => {
+                    writes.extend(first_writes);
+                    state.peer = Some(*peer);
+                    state.network = Some(network);
+                    releases.push(Box::new(move || {
+                        // The caller may have given up; the membership stands.
+                        let _ = done.send(());
+                    }));
+                }
+                Input::Shutdown => ending = true,
+            }
+        }
+        if let Some(peer) = &mut state.peer {
+            if peer.poll_timeout().is_some_and(|(at_ms, _)| at_ms <= now.boot_ms) {
+                peer.handle_timeout(now);
+            }
+            while let Some(write) = peer.poll_write() {
+                writes.push(Write { key: write.key, value: write.value });
+            }
+        }
+        commit(&journal, writes).await?;
+        releases.into_iter().for_each(|release| release());
+        send(&mut state);
+        while let Some(event) = state.peer.as_mut().and_then(Peer::poll_event) {
+            on_event(&shared, &mut state, event);
+        }
+        if ending {
+            return Ok(());
+        }
+    }
+}
+
+async fn sleep_or_forever(wait: Option<Duration>) {
+    match wait {
+        Some(wait) => tokio::time::sleep(wait).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Nothing leaves the node before this returns. A full disk is waited for, since nothing
+/// was acknowledged; any other failure ends the daemon, because nobody knows any more
+/// what is on the disk.
+async fn commit(journal: &JournalHandle, writes: Vec<Write>) -> anyhow::Result<()> {
+    let mut warned = false;
+    loop {
+        let Err(failure) = journal.commit(writes.clone()).await else {
+            if warned {
+                info!("the journal can be written again");
+            }
+            return Ok(());
+        };
+        if journal::is_poisoned(&failure) {
+            error!(%failure, "the journal failed");
+            return Err(failure).context("the journal cannot be trusted any more: the daemon ends; jobs go on below their supervisors");
+        }
+        if !warned {
+            warn!(%failure, "the journal cannot be written: nothing is acknowledged until it can");
+            warned = true;
+        }
+        tokio::time::sleep(JOURNAL_RETRY).await;
+    }
+}
+
+fn send(state: &mut State) {
+    let State { peer: Some(peer), network: Some(network), .. } = state else { return };
+    while let Some(transmit) = peer.poll_transmit() {
+        match transmit {
+            Transmit::Direct { to, message } => network.send(to, wire::encode(&message)),
+            Transmit::Gossip(item) => network.publish(wire::encode(&item)),
+        }
+    }
+}
+
+fn on_network(state: &mut State, event: network::Event, now: Now) {
+    let Some(peer) = &mut state.peer else { return };
+    match event {
+        network::Event::Connected(node, _) => peer.peer_connected(node, now),
+        network::Event::Disconnected(node) => peer.peer_disconnected(node, now),
+        network::Event::DialFailed(node, reason) => {
+            debug!(%node, reason, "cannot be dialled");
+            peer.peer_unreachable(node, now);
+        }
+        network::Event::Undeliverable { to } => peer.peer_unreachable(to, now),
+        network::Event::Message { from, bytes } => match wire::decode::<Message>(&bytes) {
+            Ok(message) => peer.handle_message(from, message, now),
+            Err(reason) => debug!(%from, %reason, "message not understood"),
+        },
+        network::Event::Gossip { bytes, id, .. } => {
+            let acceptance = match wire::decode::<Soft>(&bytes) {
+                Ok(item) => {
+                    let is_news = peer.handle_gossip(item, now);
+                    if is_news { Acceptance::Accept } else { Acceptance::Ignore }
+                }
+                Err(_) => Acceptance::Reject,
+            };
+            if let Some(network) = &state.network {
+                network.report_gossip(id, acceptance);
+            }
+        }
+        network::Event::ListenAddrs(_) => {}
+    }
+}
+
+fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
+    match event {
+        Event::Prepare { id, spec, assignment } => shared.work.prepare(shared, id, spec, assignment),
+        Event::Execute { id, spec, assignment, nodes, hosts, port } => {
+            shared.work.execute(shared, id, spec, assignment, super::work::Start { nodes, hosts, port });
+        }
+        Event::StopProcess { id, reason } => shared.work.stop(shared, id, reason),
+        Event::Discard { id } => shared.work.discard(shared, id),
+        Event::EndRecorded { id } => shared.work.forget(shared, id),
+        Event::RecordChanged { job } => {
+            if let Some(changed) = state.watched.get(&job) {
+                changed.send_modify(|count| *count += 1);
+            }
+        }
+        Event::Submitted { job, result } => {
+            if let Some(waiting) = state.submissions.remove(&job) {
+                // The submitter's command may have been interrupted: the job stands.
+                let _ = waiting.send(result);
+            }
+        }
+        Event::Wounded { job, by, .. } => debug!(%job, %by, "a higher job took a hold"),
+        Event::RosterChanged => {
+            let Some(peer) = &state.peer else { return };
+            let members: std::collections::BTreeSet<PeerId> =
+                peer.roster().state().nodes.keys().copied().collect();
+            if let Some(network) = &state.network {
+                network.set_members(members.clone());
+            }
+            shared.set_members(members);
+            shared.reach_changed.notify_one();
+        }
+        Event::BoardChanged { node } => {
+            let Some(posted) = state.peer.as_ref().and_then(|peer| peer.board().get(node)) else {
+                return;
+            };
+            shared.remember_addresses(node, &posted.advert, &posted.signed);
+            shared.reach_changed.notify_one();
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! Files and logs of jobs on this node: which there are, and who may have which blob.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
+};
+
+use anyhow::Context as _;
+use p2pit_protocol::{BlobId, JobId, job::{Attempt, Rank}};
+
+use super::{Shared, lock, work};
+use crate::{
+    api::types::{Manifest, RankFiles},
+    transfer::{store::BlobStore, tree::Tree},
+    workspace::Workspace,
+};
+
+/// Trees whose blobs are remembered, so that a transfer of many requests reads each
+/// manifest once.
+const TREES_MAX: usize = 64;
+/// Jobs whose live files are remembered as readable.
+const LIVE_JOBS_MAX: usize = 256;
+const MANIFEST_BYTES_MAX: usize = 128 << 20;
+
+/// Which blobs belong to which tree, for answering whether a blob may be given.
+#[derive(Debug, Default)]
+pub(crate) struct Served {
+    trees: Mutex<BTreeMap<BlobId, Arc<BTreeSet<BlobId>>>>,
+    live: Mutex<BTreeMap<JobId, BTreeSet<BlobId>>>,
+}
+
+impl Served {
+    /// The blobs of a tree, its manifest among them.
+    pub(crate) fn blobs_of(
+        &self,
+        store: &BlobStore,
+        root: BlobId,
+    ) -> anyhow::Result<Arc<BTreeSet<BlobId>>> {
+        if let Some(known) = lock(&self.trees).get(&root) {
+            return Ok(Arc::clone(known));
+        }
+        let manifest = store.read(&root, MANIFEST_BYTES_MAX)?;
+        let tree = Tree::decode(&manifest).with_context(|| format!("tree {root} is damaged"))?;
+        let mut blobs: BTreeSet<BlobId> = tree.blobs().into_keys().collect();
+        blobs.insert(root);
+        let blobs = Arc::new(blobs);
+        let mut trees = lock(&self.trees);
+        if trees.len() >= TREES_MAX {
+            trees.clear();
+        }
+        trees.insert(root, Arc::clone(&blobs));
+        Ok(blobs)
+    }
+
+    fn remember_live(&self, job: JobId, blobs: impl Iterator<Item = BlobId>) {
+        let mut live = lock(&self.live);
+        if live.len() >= LIVE_JOBS_MAX {
+            live.clear();
+        }
+        live.entry(job).or_default().extend(blobs);
+    }
+
+    fn is_live(&self, job: JobId, blob: &BlobId) -> bool {
+        lock(&self.live).get(&job).is_some_and(|blobs| blobs.contains(blob))
+    }
+}
+
+/// The trees of the newest attempt's ranks on this node: as kept where a rank is over, as
+/// they are now where it runs.
+pub(crate) async fn live_trees(shared: &Arc<Shared>, job: JobId) -> anyhow::Result<Vec<RankFiles>> {
+    let (store, job_dir) = (shared.store.clone(), shared.job_dir(job));
+    let shared = Arc::clone(shared);
+    tokio::task::spawn_blocking(move || {
+        let mut ranks = Vec::new();
+        for (attempt, rank) in newest_ranks(&job_dir)? {
+            let id = p2pit_protocol::bidder::WorkId { job, attempt, rank };
+            let workspace = shared.workspace(id);
+            let (keep, artifacts) = trees_of(&shared, &workspace, &store, job)?;
+            ranks.push(RankFiles { rank: rank.0, keep, artifacts });
+        }
+        Ok(ranks)
+    })
+    .await?
+}
+
+/// Whether a blob belongs to what the ranks of `job` left, or have now, on this node.
+pub(crate) fn is_of_job(shared: &Shared, job: JobId, blob: &BlobId) -> anyhow::Result<bool> {
+    if shared.served.is_live(job, blob) {
+        return Ok(true);
+    }
+    for (_, _, dir) in work::rank_dirs(&shared.job_dir(job))? {
+        let Some(result) = work::read_result(&dir)? else { continue };
+        for root in [result.keep, result.artifacts].into_iter().flatten() {
+            if shared.served.blobs_of(&shared.store, root)?.contains(blob) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// Whether a blob is one of a job's inputs.
+pub(crate) fn is_input(
+    shared: &Shared,
+    spec: &p2pit_protocol::job::VerifiedSpec,
+    blob: &BlobId,
+) -> anyhow::Result<bool> {
+    for root in spec.inputs() {
+        if shared.served.blobs_of(&shared.store, root)?.contains(blob) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn trees_of(
+    shared: &Shared,
+    workspace: &Workspace,
+    store: &BlobStore,
+    job: JobId,
+) -> anyhow::Result<(Option<Manifest>, Option<Manifest>)> {
+    let manifest = |root: Option<BlobId>| {
+        root.map(|root| anyhow::Ok(Manifest(store.read(&root, MANIFEST_BYTES_MAX)?))).transpose()
+    };
+    if let Some(result) = work::read_result(workspace.dir())? {
+        return Ok((manifest(result.keep)?, manifest(result.artifacts)?));
+    }
+    let live = workspace.live_files(store, &work::read_spec(&shared.job_dir(job))?)?;
+    for root in [live.keep, live.artifacts].into_iter().flatten() {
+        let blobs = shared.served.blobs_of(store, root)?;
+        shared.served.remember_live(job, blobs.iter().copied());
+    }
+    Ok((manifest(live.keep)?, manifest(live.artifacts)?))
+}
+
+fn newest_ranks(job_dir: &std::path::Path) -> anyhow::Result<Vec<(Attempt, Rank)>> {
+    let dirs = match work::rank_dirs(job_dir) {
+        Ok(dirs) => dirs,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(e).with_context(|| format!("cannot list {}", job_dir.display())),
+    };
+    let newest = dirs.iter().map(|(attempt, ..)| *attempt).max();
+    Ok(dirs
+        .into_iter()
+        .filter(|(attempt, ..)| Some(*attempt) == newest)
+        .map(|(attempt, rank, _)| (attempt, rank))
+        .collect())
+}

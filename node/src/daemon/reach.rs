@@ -1,0 +1,396 @@
+//! Reaching other nodes: knocking at doors, keeping connections, asking on the data plane.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use p2pit_protocol::{
+    BlobId, PeerId, PoolId,
+    door::{Hello, Purpose, Reconcile, RefusalCode, Reply},
+    job::VerifiedSpec,
+    message::Soft,
+    roster::Roster,
+    wire::WIRE_VERSION,
+};
+use tokio::time::timeout;
+use tracing::{debug, info, warn};
+
+use super::{Shared, clock, serve::Request};
+use crate::{
+    network::{Announcement, Lan, LanEvent},
+    transfer::{
+        endpoint::{Connection, DATA, DOOR},
+        exchange::{self, Wanted},
+        frame,
+        tree::Tree,
+    },
+};
+
+/// Turns of one roster reconciliation at a door.
+pub(crate) const ROUNDS_MAX: u32 = 16;
+/// Connections to members this node strives for; beyond that, others dial.
+const CONNECTIONS_WANTED: usize = 48;
+/// How long a door may take to answer.
+const DOOR_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a node may take to answer a request that is not a stream.
+pub(crate) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between tries to reach the same member, at first and at most.
+const RETRY_MS: (u64, u64) = (500, 60_000);
+/// How often members out of reach are looked at.
+const TEND_EVERY: Duration = Duration::from_secs(2);
+/// Largest tree manifest fetched.
+const MANIFEST_BYTES_MAX: u64 = 128 << 20;
+
+/// Why a node could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReachError {
+    #[error("node {0} cannot be reached")]
+    Unreachable(PeerId, #[source] anyhow::Error),
+    #[error("node {0} does not answer")]
+    Silent(PeerId),
+    #[error("the answer of node {0} cannot be read")]
+    Answer(PeerId, #[source] frame::Error),
+}
+
+/// Say hello at a door and hear the answer.
+pub(super) async fn knock(
+    shared: &Shared,
+    peer: PeerId,
+    addrs: &[SocketAddr],
+    hello: &Hello,
+) -> anyhow::Result<Reply> {
+    let talk = async {
+        let connection = shared.endpoint.connect(peer, addrs, DOOR.alpn).await?;
+        let (mut send, mut receive) = connection.open_bi().await?;
+        frame::write_message(&mut send, hello).await?;
+        send.finish()?;
+        let reply = frame::read_message(&mut receive, usize::MAX).await?;
+        anyhow::Ok(reply)
+    };
+    timeout(DOOR_TIMEOUT, talk).await.with_context(|| format!("the door of {peer} is silent"))?
+}
+
+/// One turn of bringing our roster and a member's together; whether they agree.
+pub(super) async fn reconcile_roster(
+    shared: &Shared,
+    roster: &mut Roster,
+    peer: PeerId,
+    addrs: &[SocketAddr],
+) -> anyhow::Result<bool> {
+    let pool = roster.pool();
+    let hello = |reconcile| Hello {
+        versions: (WIRE_VERSION, WIRE_VERSION),
+        pool,
+        store: shared.store_id,
+        boot: shared.boot,
+        wall_ms: clock::now().wall_ms,
+        purpose: Purpose::Reconcile(reconcile),
+    };
+    let mut reply = knock(shared, peer, addrs, &hello(Reconcile::asking(roster))).await?;
+    if let Reply::Refused(refusal) = &reply
+        && refusal.code == RefusalCode::NotAMember
+    {
+        reply = knock(shared, peer, addrs, &hello(Reconcile::introducing(roster))).await?;
+    }
+    match reply {
+        Reply::Reconciled(reconciled) => {
+            let heads = reconciled.heads.clone();
+            let (_, agreed) = reconciled.take(roster);
+            if agreed.context("the member's statements are not in order")? {
+                return Ok(true);
+            }
+            let bringing = hello(Reconcile::bringing(roster, &heads));
+            match knock(shared, peer, addrs, &bringing).await? {
+                Reply::Reconciled(reconciled) => {
+                    let (_, agreed) = reconciled.take(roster);
+                    Ok(agreed.context("the member's statements are not in order")?)
+                }
+                Reply::Refused(refusal) => bail!("{}", refusal.message),
+                Reply::Welcome(_) => bail!("the door misunderstood"),
+            }
+        }
+        Reply::Refused(refusal) => bail!("{}", refusal.message),
+        Reply::Welcome(_) => bail!("the door misunderstood"),
+    }
+}
+
+/// Keep connections to members: whoever is not connected and has a known address is called
+/// at its door, so that both rosters agree, and then dialled.
+pub(super) async fn tend(shared: Arc<Shared>) {
+    let mut tries: BTreeMap<PeerId, (u64, u64)> = BTreeMap::new();
+    let statics = resolve_static(&shared).await;
+    loop {
+        let now_ms = clock::now().boot_ms;
+        let wanted = match shared.act(|peer, _| unconnected(peer)).await {
+            Ok((connected, wanted)) if connected < CONNECTIONS_WANTED => wanted,
+            Ok(_) => Vec::new(),
+            Err(super::NoPeer::NoPool) => Vec::new(),
+            Err(super::NoPeer::Ending) => return,
+        };
+        let names: BTreeSet<PeerId> = wanted.iter().map(|(peer, ..)| *peer).collect();
+        tries.retain(|peer, _| names.contains(peer));
+        for (peer, control, mut data) in wanted {
+            let (next_ms, pause_ms) = tries.get(&peer).copied().unwrap_or((0, RETRY_MS.0));
+            if next_ms > now_ms {
+                continue;
+            }
+            tries.insert(peer, (now_ms + pause_ms, (pause_ms * 2).min(RETRY_MS.1)));
+            let cached = cached_addresses(&shared, peer);
+            data.extend(cached.1.iter().chain(&statics));
+            data.dedup();
+            let control = if control.is_empty() { cached.0 } else { control };
+            if data.is_empty() {
+                continue;
+            }
+            let shared = Arc::clone(&shared);
+            tokio::spawn(async move {
+                if let Err(reason) = meet(&shared, peer, control, data).await {
+                    debug!(%peer, reason = format!("{reason:#}"), "not reached");
+                }
+            });
+        }
+        // Woken by news; otherwise look again soon.
+        let _ = timeout(TEND_EVERY, shared.reach_changed.notified()).await;
+    }
+}
+
+type Unconnected = (usize, Vec<(PeerId, Vec<SocketAddr>, Vec<SocketAddr>)>);
+
+fn unconnected(peer: &p2pit_protocol::Peer) -> Unconnected {
+    let board = peer.board();
+    let nodes = peer.roster().state().nodes.keys();
+    let wanted = nodes.filter(|node| **node != peer.id() && !board.is_connected(**node));
+    let with_addresses = wanted.map(|node| {
+        let posted = board.get(*node);
+        let control = posted.map(|p| p.advert.control.clone()).unwrap_or_default();
+        let data = posted.map(|p| p.advert.data.clone()).unwrap_or_default();
+        (*node, control, data)
+    });
+    (board.connected().count(), with_addresses.collect())
+}
+
+fn cached_addresses(shared: &Shared, peer: PeerId) -> (Vec<SocketAddr>, Vec<SocketAddr>) {
+    match shared.index.peers() {
+        Ok(peers) => peers
+            .into_iter()
+            .find(|(known, _)| *known == peer)
+            .map(|(_, entry)| (entry.control, entry.data))
+            .unwrap_or_default(),
+        Err(reason) => {
+            warn!(%reason, "the peer cache cannot be read");
+            (Vec::new(), Vec::new())
+        }
+    }
+}
+
+async fn resolve_static(shared: &Shared) -> Vec<SocketAddr> {
+    let mut addrs = Vec::new();
+    for peer in &shared.settings.peers {
+        match tokio::net::lookup_host((peer.host.as_str(), peer.port)).await {
+            Ok(found) => addrs.extend(found),
+            Err(reason) => warn!(host = peer.host, %reason, "static peer not found"),
+        }
+    }
+    addrs
+}
+
+/// Agree on the roster at the member's door, then let libp2p connect.
+async fn meet(
+    shared: &Arc<Shared>,
+    peer: PeerId,
+    control: Vec<SocketAddr>,
+    data: Vec<SocketAddr>,
+) -> anyhow::Result<()> {
+    let mut roster = super::roster(shared).await?;
+    let before: BTreeSet<_> = roster.heads().into_iter().collect();
+    for _ in 0..ROUNDS_MAX {
+        if reconcile_roster(shared, &mut roster, peer, &data).await? {
+            break;
+        }
+    }
+    if roster.heads().into_iter().collect::<BTreeSet<_>>() != before {
+        let statements: Vec<_> = roster.statements().into_iter().cloned().collect();
+        shared
+            .act(move |peer, now| {
+                for signed in statements {
+                    peer.handle_gossip(Soft::Statement(signed), now);
+                }
+            })
+            .await?;
+    }
+    let control = if control.is_empty() { ask_control(shared, peer, &data).await? } else { control };
+    if let Some(network) = shared.network() {
+        network.dial(peer, control);
+    }
+    Ok(())
+}
+
+/// Where a member's control plane listens: the first time, only its door is known.
+async fn ask_control(
+    shared: &Shared,
+    peer: PeerId,
+    data: &[SocketAddr],
+) -> anyhow::Result<Vec<SocketAddr>> {
+    let connection = shared.endpoint.connect(peer, data, DATA.alpn).await?;
+    let listens: Vec<SocketAddr> = request(&connection, &Request::Addresses).await?;
+    if listens.is_empty() {
+        bail!("node {peer} does not say where it listens");
+    }
+    Ok(listens)
+}
+
+impl Shared {
+    /// A data-plane connection to a member.
+    pub(crate) async fn connect(&self, peer: PeerId) -> Result<Connection, ReachError> {
+        let advertised = self
+            .act(move |p, _| p.board().get(peer).map(|posted| posted.advert.data.clone()))
+            .await
+            .map_err(|e| ReachError::Unreachable(peer, e.into()))?
+            .unwrap_or_default();
+        let addrs = if advertised.is_empty() { cached_addresses(self, peer).1 } else { advertised };
+        self.endpoint
+            .connect(peer, &addrs, DATA.alpn)
+            .await
+            .map_err(|e| ReachError::Unreachable(peer, e.into()))
+    }
+
+    /// Ask one question and read one answer.
+    pub(crate) async fn ask<R: serde::de::DeserializeOwned>(
+        &self,
+        peer: PeerId,
+        question: &Request,
+    ) -> Result<R, ReachError> {
+        let talk = async {
+            let connection = self.connect(peer).await?;
+            request(&connection, question).await.map_err(|e| match e.downcast::<frame::Error>() {
+                Ok(e) => ReachError::Answer(peer, e),
+                Err(e) => ReachError::Unreachable(peer, e),
+            })
+        };
+        timeout(ASK_TIMEOUT, talk).await.unwrap_or(Err(ReachError::Silent(peer)))
+    }
+
+    /// Open a stream of answers to one question.
+    pub(crate) async fn open(
+        &self,
+        peer: PeerId,
+        question: &Request,
+    ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
+        let talk = async {
+            let connection = self.connect(peer).await?;
+            let unreachable = |e: anyhow::Error| ReachError::Unreachable(peer, e);
+            let (mut send, receive) =
+                connection.open_bi().await.map_err(|e| unreachable(e.into()))?;
+            frame::write_message(&mut send, question).await.map_err(|e| unreachable(e.into()))?;
+            Ok((send, receive))
+        };
+        timeout(ASK_TIMEOUT, talk).await.unwrap_or(Err(ReachError::Silent(peer)))
+    }
+
+    /// Have every blob of an input tree of a job here, fetched from its keeper.
+    pub(crate) async fn fetch_tree(
+        &self,
+        spec: &VerifiedSpec,
+        root: BlobId,
+    ) -> anyhow::Result<()> {
+        let keeper = spec.spec.keepers[0].0;
+        if !self.store.has(&root) {
+            let manifest = Wanted { id: root, bytes_max: MANIFEST_BYTES_MAX };
+            self.fetch_blobs(spec, keeper, &[manifest]).await?;
+        }
+        let bytes = self.store.read(&root, usize::try_from(MANIFEST_BYTES_MAX)?)?;
+        let tree = Tree::decode(&bytes).with_context(|| format!("tree {root} is not in order"))?;
+        let wanted: Vec<Wanted> = tree
+            .blobs()
+            .into_iter()
+            .filter(|(id, _)| !self.store.has(id))
+            .map(|(id, bytes_max)| Wanted { id, bytes_max })
+            .collect();
+        if !wanted.is_empty() {
+            self.fetch_blobs(spec, keeper, &wanted).await?;
+        }
+        // The daemon is ending if nobody listens.
+        let _ = self.act(move |peer, _| peer.tree_stored(root)).await;
+        Ok(())
+    }
+
+    async fn fetch_blobs(
+        &self,
+        spec: &VerifiedSpec,
+        from: PeerId,
+        wanted: &[Wanted],
+    ) -> anyhow::Result<()> {
+        if from == self.id() {
+            bail!("blob {} is not on its keeper", wanted[0].id);
+        }
+        let question = Request::Inputs { job: spec.job };
+        let (mut send, mut receive) = self.open(from, &question).await?;
+        let ids: Vec<BlobId> = wanted.iter().map(|wanted| wanted.id).collect();
+        exchange::write_ids(&mut send, &ids).await?;
+        send.finish()?;
+        let received =
+            exchange::receive_blobs(&self.store, wanted, from, &mut receive, |_| {}).await?;
+        match received.absent.first() {
+            None => Ok(()),
+            Some(absent) => bail!("keeper {from} does not have blob {absent}, or may not give it"),
+        }
+    }
+}
+
+/// One question, one answer, on a connection.
+async fn request<R: serde::de::DeserializeOwned>(
+    connection: &Connection,
+    question: &Request,
+) -> anyhow::Result<R> {
+    let (mut send, mut receive) = connection.open_bi().await?;
+    frame::write_message(&mut send, question).await?;
+    send.finish()?;
+    Ok(frame::read_message(&mut receive, usize::MAX).await?)
+}
+
+/// Announce this node on the local network and take up what is found there.
+pub(super) fn announce_on_lan(shared: &Arc<Shared>, pool: PoolId) {
+    if !shared.settings.mdns {
+        return;
+    }
+    let Some(network) = shared.network() else { return };
+    let announcement = Announcement {
+        peer: shared.id(),
+        control_port: network.listen_addrs().first().map_or(0, SocketAddr::port),
+        data_port: shared.endpoint.local_addr().map_or(0, |addr| addr.port()),
+    };
+    match Lan::start(announcement) {
+        Ok((lan, mut found)) => {
+            info!(%pool, "looking for members on the local network");
+            let shared = Arc::clone(shared);
+            tokio::spawn(async move {
+                let _lan = lan;
+                while let Some(LanEvent::Found { peer, control, data }) = found.recv().await {
+                    if shared.is_member(peer) && peer != shared.id() {
+                        shared.hint(peer, control, data);
+                    }
+                }
+            });
+        }
+        Err(reason) => warn!(reason = format!("{reason:#}"), "no discovery on the local network"),
+    }
+}
+
+impl Shared {
+    /// Addresses that a member may have.
+    fn hint(&self, peer: PeerId, control: Vec<SocketAddr>, data: Vec<SocketAddr>) {
+        let entry = crate::store::PeerEntry {
+            control,
+            data,
+            last_seen_wall_ms: clock::now().wall_ms,
+        };
+        if let Err(reason) = self.index.put_peer(&peer, &entry) {
+            warn!(%peer, %reason, "a hint is not remembered");
+        }
+        self.reach_changed.notify_one();
+    }
+}

@@ -1,0 +1,563 @@
+//! What this node answers other nodes: at its door, and on the data plane.
+//!
+//! Every stream of the data plane opens with one [`Request`]. Users' requests are signed,
+//! and the peer decides; inputs go only to nodes that the job's record names.
+
+use std::{
+    collections::BTreeSet,
+    io::{Read as _, Seek as _, SeekFrom},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use p2pit_protocol::{
+    BlobId, JobId, PeerId, UserId,
+    door::Hello,
+    identity::SignedBytes,
+    job::State,
+    message::{Command, JobView, Reply},
+};
+use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
+use tracing::{debug, warn};
+
+use super::{Shared, files, work};
+use crate::{
+    api::types::{GpuReading, RankFiles},
+    gpu,
+    transfer::{
+        endpoint::{DOOR, Incoming},
+        exchange::{self, Source, Wanted},
+        frame,
+        tree::Tree,
+    },
+};
+
+/// What a stream of the data plane is for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Request {
+    /// Where does your control plane listen? → `Vec<SocketAddr>`.
+    Addresses,
+    /// A user's request → [`UserAnswer`].
+    User(SignedBytes),
+    /// The signed `Job` → [`JobView`], one at once and one for each change, until done.
+    Watch(SignedBytes),
+    /// The signed `Log` → [`Gate`], then the log lines, as bytes.
+    Log {
+        signed: SignedBytes,
+        follow: bool,
+    },
+    /// The signed `Files` → [`Gate`], then `Vec<`[`RankFiles`]`>` as JSON bytes to the end.
+    Files(SignedBytes),
+    /// The signed `Files`, ids behind → [`Gate`], then blobs.
+    Blobs(SignedBytes),
+    /// Ids behind: inputs of a job whose record, kept here, names the asking node → blobs.
+    Inputs {
+        job: JobId,
+    },
+    /// Ids and sizes of a tree, manifest first, → ids that are missing; then those blobs
+    /// → [`Gate`] once all are durable.
+    Push {
+        root: BlobId,
+        sizes: Vec<u64>,
+    },
+}
+
+/// To [`Request::User`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct UserAnswer {
+    pub(crate) reply: Reply,
+    pub(crate) readings: Vec<GpuReading>,
+}
+
+/// Whether what was asked follows.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Gate {
+    Open,
+    Denied(String),
+}
+
+/// How long a newcomer may take to say hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Sizes in one push: bounded by the message that carries them.
+const PUSH_BLOBS_MAX: usize = 100_001;
+const LOG_CHUNK_BYTES: usize = 64 << 10;
+
+/// Take connections until the endpoint closes.
+pub(super) async fn accept(shared: Arc<Shared>) {
+    while let Some(incoming) = shared.endpoint.accept().await {
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            let peer = incoming.peer;
+            let served = if incoming.alpn == DOOR.alpn {
+                door(&shared, &incoming).await
+            } else {
+                data(shared, &incoming).await;
+                Ok(())
+            };
+            if let Err(reason) = served {
+                debug!(%peer, reason = format!("{reason:#}"), "not served");
+            }
+        });
+    }
+}
+
+/// Hear hellos, one a stream, and let the peer judge them.
+async fn door(shared: &Arc<Shared>, incoming: &Incoming) -> anyhow::Result<()> {
+    let from = incoming.peer;
+    loop {
+        let Ok(accepted) = timeout(HELLO_TIMEOUT, incoming.connection.accept_bi()).await else {
+            return Ok(());
+        };
+        let Ok((mut send, mut receive)) = accepted else { return Ok(()) };
+        let hello: Hello =
+            timeout(HELLO_TIMEOUT, frame::read_message(&mut receive, usize::MAX)).await??;
+        let reply = shared.act(move |peer, now| peer.handle_door(from, hello, now)).await?;
+        frame::write_message(&mut send, &reply).await?;
+        send.finish()?;
+    }
+}
+
+async fn data(shared: Arc<Shared>, incoming: &Incoming) {
+    let from = incoming.peer;
+    // Ends with the connection.
+    while let Ok((send, receive)) = incoming.connection.accept_bi().await {
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            if !shared.is_member(from) {
+                return;
+            }
+            if let Err(reason) = answer(&shared, from, send, receive).await {
+                debug!(%from, reason = format!("{reason:#}"), "request not answered");
+            }
+        });
+    }
+}
+
+async fn answer(
+    shared: &Arc<Shared>,
+    from: PeerId,
+    mut send: quinn::SendStream,
+    mut receive: quinn::RecvStream,
+) -> anyhow::Result<()> {
+    match frame::read_message(&mut receive, usize::MAX).await? {
+        Request::Addresses => {
+            let addrs = shared.network().map(|n| n.listen_addrs()).unwrap_or_default();
+            frame::write_message(&mut send, &addrs).await?;
+        }
+        Request::User(signed) => {
+            let answer = user(shared, signed).await?;
+            frame::write_message(&mut send, &answer).await?;
+        }
+        Request::Watch(signed) => {
+            let mut views = Views::open(shared, signed).await?;
+            while let Some(view) = views.next().await? {
+                frame::write_message(&mut send, &view).await?;
+            }
+        }
+        Request::Log { signed, follow } => {
+            let mut log = match LogReader::open(shared, signed, follow).await {
+                Ok(log) => log,
+                Err(reason) => return deny(send, reason).await,
+            };
+            frame::write_message(&mut send, &Gate::Open).await?;
+            while let Some(bytes) = log.next().await? {
+                send.write_all(&bytes).await?;
+            }
+        }
+        Request::Files(signed) => match job_files(shared, signed).await {
+            Ok(files) => {
+                frame::write_message(&mut send, &Gate::Open).await?;
+                send.write_all(&serde_json::to_vec(&files)?).await?;
+            }
+            Err(reason) => return deny(send, reason).await,
+        },
+        Request::Blobs(signed) => {
+            let ids = exchange::read_ids(&mut receive, exchange::IDS_MAX).await?;
+            if let Err(reason) = allow_blobs(shared, signed, &ids).await {
+                return deny(send, reason).await;
+            }
+            frame::write_message(&mut send, &Gate::Open).await?;
+            let source: Arc<dyn Source> = Arc::new(shared.store.clone());
+            exchange::send_blobs(source, ids, &mut send, |_| {}).await?;
+        }
+        Request::Inputs { job } => {
+            let ids = exchange::read_ids(&mut receive, exchange::IDS_MAX).await?;
+            let ids = inputs_for(shared, from, job, ids).await?;
+            let source: Arc<dyn Source> = Arc::new(shared.store.clone());
+            exchange::send_blobs(source, ids, &mut send, |_| {}).await?;
+        }
+        Request::Push { root, sizes } => {
+            take_tree(shared, from, root, &sizes, &mut send, &mut receive).await?;
+        }
+    }
+    send.finish()?;
+    Ok(())
+}
+
+async fn deny(mut send: quinn::SendStream, reason: anyhow::Error) -> anyhow::Result<()> {
+    frame::write_message(&mut send, &Gate::Denied(format!("{reason:#}"))).await?;
+    send.finish()?;
+    Ok(())
+}
+
+/// Carry out a user's request here.
+pub(crate) async fn user(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow::Result<UserAnswer> {
+    let reply = shared.act(move |peer, now| peer.handle_user_request(&signed, now)).await?;
+    let readings = match &reply {
+        Reply::Node(_) => readings(shared),
+        _ => Vec::new(),
+    };
+    Ok(UserAnswer { reply, readings })
+}
+
+fn readings(shared: &Shared) -> Vec<GpuReading> {
+    let known = shared.readings();
+    let describe = |gpu: &p2pit_protocol::inventory::Gpu| {
+        let reading: Option<&gpu::GpuReading> = known.iter().find(|r| r.uuid == gpu.uuid);
+        let processes = reading.and_then(|r| r.compute_processes.clone()).unwrap_or_default();
+        GpuReading {
+            uuid: gpu.uuid.to_string(),
+            simulated: gpu.simulated,
+            utilisation_percent: reading.and_then(|r| r.utilisation_percent),
+            memory_used_bytes: reading.and_then(|r| r.memory_used_bytes),
+            memory_total_bytes: gpu.memory_bytes,
+            temperature_celsius: reading.and_then(|r| r.temperature_celsius),
+            power_milliwatts: reading.and_then(|r| r.power_milliwatts),
+            compute_processes: processes.iter().map(|p| (p.pid, p.memory_used_bytes)).collect(),
+        }
+    };
+    shared.capacity.gpus.iter().map(describe).collect()
+}
+
+/// A record kept here, as it changes.
+pub(crate) struct Views {
+    shared: Arc<Shared>,
+    user: UserId,
+    job: JobId,
+    changes: tokio::sync::watch::Receiver<u64>,
+    last_seq: u64,
+    done: bool,
+}
+
+impl Views {
+    pub(crate) async fn open(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow::Result<Self> {
+        let checked = shared.act(move |peer, now| peer.check_user(&signed, now)).await?;
+        let (user, command) = checked.map_err(anyhow::Error::msg)?;
+        let Command::Job(job) = command else { bail!("the request is not to describe a job") };
+        let changes = shared.watch_record(job).await?;
+        let shared = Arc::clone(shared);
+        Ok(Self { shared, user, job, changes, last_seq: 0, done: false })
+    }
+
+    /// The next view; `None` after the one that says done, or for a job not kept here.
+    pub(crate) async fn next(&mut self) -> anyhow::Result<Option<JobView>> {
+        while !self.done {
+            // Marked as seen before it is read: no change falls in between.
+            self.changes.borrow_and_update();
+            let (user, job) = (self.user, self.job);
+            let view = self.shared.act(move |peer, _| peer.job_view_for(user, job)).await?;
+            let Some(view) = view else { return Ok(None) };
+            if view.seq != self.last_seq {
+                self.last_seq = view.seq;
+                self.done = view.state() == State::Done;
+                return Ok(Some(view));
+            }
+            self.changes.changed().await.context("the daemon is ending")?;
+        }
+        Ok(None)
+    }
+}
+
+/// Whether a signed request lets its user read a job's log and files on this node.
+async fn may_read(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow::Result<(JobId, Command)> {
+    let checked = shared.act(move |peer, now| peer.check_user(&signed, now)).await?;
+    let (user, command) = checked.map_err(anyhow::Error::msg)?;
+    let (Command::Log(job) | Command::Files(job)) = command else {
+        bail!("the request is not to read a job's log or files");
+    };
+    let job_dir = shared.job_dir(job);
+    if !job_dir.exists() {
+        bail!("job {} left nothing on this node", short(job));
+    }
+    let spec = tokio::task::spawn_blocking(move || work::read_spec(&job_dir)).await??;
+    let owner = spec.spec.owner;
+    if !shared.act(move |peer, _| peer.may_read(user, owner)).await? {
+        bail!("only the owner of job {} and admins of the pool may read it", short(job));
+    }
+    Ok((job, command))
+}
+
+fn short(job: JobId) -> String {
+    job.to_string().chars().take(8).collect()
+}
+
+/// The log lines of a job on this node: those of one rank after those of another, and
+/// with `follow` as they come.
+pub(crate) struct LogReader {
+    shared: Arc<Shared>,
+    job: JobId,
+    follow: bool,
+    activity: tokio::sync::watch::Receiver<u64>,
+    read: std::collections::BTreeMap<PathBuf, u64>,
+    queue: std::collections::VecDeque<Vec<u8>>,
+}
+
+impl LogReader {
+    pub(crate) async fn open(
+        shared: &Arc<Shared>,
+        signed: SignedBytes,
+        follow: bool,
+    ) -> anyhow::Result<Self> {
+        let (job, _) = may_read(shared, signed).await?;
+        Ok(Self {
+            shared: Arc::clone(shared),
+            job,
+            follow,
+            activity: shared.work.activity(job),
+            read: std::collections::BTreeMap::new(),
+            queue: std::collections::VecDeque::new(),
+        })
+    }
+
+    /// The next whole lines; `None` at the end.
+    pub(crate) async fn next(&mut self) -> anyhow::Result<Option<Vec<u8>>> {
+        loop {
+            if let Some(bytes) = self.queue.pop_front() {
+                return Ok(Some(bytes));
+            }
+            self.activity.borrow_and_update();
+            // Asked before reading: what ends meanwhile is read completely.
+            let job = self.job;
+            let committed = self.shared.act(move |peer, _| peer.has_work(job)).await?;
+            let over = !committed && !self.shared.work.is_live(job);
+            let job_dir = self.shared.job_dir(job);
+            let mut read = std::mem::take(&mut self.read);
+            let (read, chunks) = tokio::task::spawn_blocking(move || {
+                let chunks = read_on(&job_dir, &mut read);
+                (read, chunks)
+            })
+            .await?;
+            self.read = read;
+            self.queue.extend(chunks?);
+            if self.queue.is_empty() {
+                if over || !self.follow {
+                    return Ok(None);
+                }
+                self.activity.changed().await.context("the daemon is ending")?;
+            }
+        }
+    }
+}
+
+/// What every rank's log has beyond what was read, cut behind its last whole line.
+fn read_on(
+    job_dir: &std::path::Path,
+    read: &mut std::collections::BTreeMap<PathBuf, u64>,
+) -> anyhow::Result<Vec<Vec<u8>>> {
+    let mut chunks = Vec::new();
+    for (_, _, dir) in work::rank_dirs(job_dir)? {
+        let path = dir.join(crate::workspace::LOG_NAME);
+        let mut file = match std::fs::File::open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
+        };
+        let offset = read.entry(path).or_default();
+        file.seek(SeekFrom::Start(*offset))?;
+        let mut bytes = Vec::new();
+        file.take(LOG_CHUNK_BYTES as u64 * 4).read_to_end(&mut bytes)?;
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        bytes.truncate(whole);
+        *offset += whole as u64;
+        if !bytes.is_empty() {
+            chunks.push(bytes);
+        }
+    }
+    Ok(chunks)
+}
+
+/// The trees of a job's ranks on this node.
+pub(crate) async fn job_files(
+    shared: &Arc<Shared>,
+    signed: SignedBytes,
+) -> anyhow::Result<Vec<RankFiles>> {
+    let (job, _) = may_read(shared, signed).await?;
+    files::live_trees(shared, job).await
+}
+
+/// Whether a signed request may have these blobs.
+pub(crate) async fn allow_blobs(
+    shared: &Arc<Shared>,
+    signed: SignedBytes,
+    ids: &[BlobId],
+) -> anyhow::Result<()> {
+    let (job, _) = may_read(shared, signed).await?;
+    let (shared, ids) = (Arc::clone(shared), ids.to_vec());
+    tokio::task::spawn_blocking(move || {
+        for id in ids {
+            if !files::is_of_job(&shared, job, &id)? {
+                bail!("blob {id} is not of job {}", short(job));
+            }
+        }
+        Ok(())
+    })
+    .await?
+}
+
+/// Of the ids asked for, those that are inputs of a job whose record names the asking node.
+async fn inputs_for(
+    shared: &Arc<Shared>,
+    from: PeerId,
+    job: JobId,
+    ids: Vec<BlobId>,
+) -> anyhow::Result<Vec<BlobId>> {
+    let spec = shared
+        .act(move |peer, _| {
+            let kept = peer.record(job)?;
+            let named = kept.value.body.nodes().contains(&from);
+            named.then(|| Arc::clone(&kept.spec))
+        })
+        .await?;
+    let Some(spec) = spec else { bail!("the record of job {} does not name {from}", short(job)) };
+    let shared = Arc::clone(shared);
+    tokio::task::spawn_blocking(move || {
+        for id in &ids {
+            if !files::is_input(&shared, &spec, id)? {
+                bail!("blob {id} is no input of job {}", short(job));
+            }
+        }
+        Ok(ids)
+    })
+    .await?
+}
+
+/// Take in a tree that a submitter's node brings, and say so once all of it is durable.
+async fn take_tree(
+    shared: &Arc<Shared>,
+    from: PeerId,
+    root: BlobId,
+    sizes: &[u64],
+    send: &mut quinn::SendStream,
+    receive: &mut quinn::RecvStream,
+) -> anyhow::Result<()> {
+    let ids = exchange::read_ids(receive, PUSH_BLOBS_MAX).await?;
+    if ids.len() != sizes.len() || ids.first() != Some(&root) {
+        bail!("the tree offered is not in order");
+    }
+    let store = shared.store.clone();
+    let offered = ids.clone();
+    let missing =
+        tokio::task::spawn_blocking(move || exchange::missing(&store, offered)).await?;
+    exchange::write_ids(send, &missing).await?;
+    let lacking: BTreeSet<BlobId> = missing.into_iter().collect();
+    let wanted: Vec<Wanted> = ids
+        .iter()
+        .zip(sizes)
+        .filter(|(id, _)| lacking.contains(id))
+        .map(|(id, size)| Wanted { id: *id, bytes_max: *size })
+        .collect();
+    let gate = match receive_tree(shared, from, root, &wanted, receive).await {
+        Ok(()) => Gate::Open,
+        Err(reason) => {
+            warn!(%from, reason = format!("{reason:#}"), "a submitter's tree was not taken");
+            Gate::Denied(format!("{reason:#}"))
+        }
+    };
+    frame::write_message(send, &gate).await?;
+    Ok(())
+}
+
+async fn receive_tree(
+    shared: &Arc<Shared>,
+    from: PeerId,
+    root: BlobId,
+    wanted: &[Wanted],
+    receive: &mut quinn::RecvStream,
+) -> anyhow::Result<()> {
+    let received =
+        exchange::receive_blobs(&shared.store, wanted, from, receive, |_| {}).await?;
+    if let Some(absent) = received.absent.first() {
+        bail!("{from} offered blob {absent} and does not have it");
+    }
+    shared.keep_tree(root).await
+}
+
+impl Shared {
+    /// Make a tree whose blobs are here durable, and tell the peer that it is.
+    pub(crate) async fn keep_tree(self: &Arc<Self>, root: BlobId) -> anyhow::Result<()> {
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || {
+            let manifest = store.read(&root, 128 << 20)?;
+            let tree =
+                Tree::decode(&manifest).with_context(|| format!("tree {root} is damaged"))?;
+            let mut blobs: Vec<BlobId> = tree.blobs().into_keys().collect();
+            if let Some(missing) = blobs.iter().find(|blob| !store.has(blob)) {
+                bail!("blob {missing} of tree {root} is missing");
+            }
+            blobs.push(root);
+            store.persist(&blobs)?;
+            Ok(())
+        })
+        .await??;
+        self.act(move |peer, _| peer.tree_stored(root)).await?;
+        Ok(())
+    }
+
+    /// Bring a tree that is here to the keeper of a job. What it lacked, and what it had.
+    pub(crate) async fn push_tree(
+        self: &Arc<Self>,
+        to: PeerId,
+        root: BlobId,
+        mut progress: impl FnMut(Pushed) + Send,
+    ) -> anyhow::Result<Pushed> {
+        let store = self.store.clone();
+        let (ids, sizes) = tokio::task::spawn_blocking(move || {
+            let manifest = store.read(&root, 128 << 20)?;
+            let tree =
+                Tree::decode(&manifest).with_context(|| format!("tree {root} is damaged"))?;
+            let blobs = tree.blobs();
+            let ids: Vec<BlobId> = core::iter::once(root).chain(blobs.keys().copied()).collect();
+            let sizes: Vec<u64> =
+                core::iter::once(manifest.len() as u64).chain(blobs.into_values()).collect();
+            anyhow::Ok((ids, sizes))
+        })
+        .await??;
+        let all = ids.len() as u64;
+        let request = Request::Push { root, sizes: sizes.clone() };
+        let (mut send, mut receive) = self.open(to, &request).await?;
+        exchange::write_ids(&mut send, &ids).await?;
+        let missing = exchange::read_ids(&mut receive, ids.len()).await?;
+        let lacking: BTreeSet<BlobId> = missing.iter().copied().collect();
+        let bytes = ids.iter().zip(&sizes).filter(|(id, _)| lacking.contains(id)).map(|(_, s)| s);
+        let mut pushed = Pushed {
+            bytes: bytes.sum(),
+            blobs: missing.len() as u64,
+            there: all - missing.len() as u64,
+            bytes_done: 0,
+        };
+        let source: Arc<dyn Source> = Arc::new(self.store.clone());
+        exchange::send_blobs(source, missing, &mut send, |bytes| {
+            pushed.bytes_done += bytes;
+            progress(pushed);
+        })
+        .await?;
+        send.finish()?;
+        match frame::read_message(&mut receive, usize::MAX).await? {
+            Gate::Open => Ok(pushed),
+            Gate::Denied(reason) => bail!("keeper {to} did not take the inputs: {reason}"),
+        }
+    }
+}
+
+/// How far a push is.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Pushed {
+    pub(crate) blobs: u64,
+    pub(crate) bytes: u64,
+    pub(crate) bytes_done: u64,
+    /// Blobs the keeper had already.
+    pub(crate) there: u64,
+}

@@ -1,0 +1,427 @@
+//! Carries out what the peer decided about ranks on this node: prepare, execute, stop,
+//! clean up, and tell the peer how it went.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use anyhow::Context as _;
+use p2pit_protocol::{
+    BlobId, JobId, PeerId,
+    bidder::WorkId,
+    identity::SignedBytes,
+    job::{Attempt, Ending, Rank, RankAssignment, RankEnd, VerifiedSpec},
+    wire,
+};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::{Shared, clock};
+use crate::{
+    executor::{self, Adopted, Control, ProcessEvent, ProcessId, Running, StartError},
+    workspace::{Collected, Gang, Workspace},
+};
+
+/// What a rank needs to know of the others.
+#[derive(Debug, Clone)]
+pub(crate) struct Start {
+    pub(crate) nodes: Vec<PeerId>,
+    pub(crate) hosts: Vec<String>,
+    pub(crate) port: u16,
+}
+
+/// The ranks of this node that have something running or going on.
+#[derive(Debug, Default)]
+pub(crate) struct Work {
+    live: Mutex<BTreeMap<WorkId, Live>>,
+    /// Bumped whenever a job's log grew or a rank of it ended here.
+    activity: Mutex<BTreeMap<JobId, watch::Sender<u64>>>,
+}
+
+#[derive(Debug, Default)]
+struct Live {
+    pid: Option<u32>,
+    control: Option<Control>,
+    /// Told to stop before there was anything to stop.
+    stop: Option<String>,
+}
+
+/// What is kept beside a rank's log, to serve it after the rank is over.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct RankResult {
+    pub(crate) keep: Option<BlobId>,
+    pub(crate) artifacts: Option<BlobId>,
+}
+
+const SPEC_FILE: &str = "spec";
+const RESULT_FILE: &str = "result.json";
+
+impl Work {
+    /// Fetch inputs and set up directories; the peer hears how it went.
+    pub(crate) fn prepare(
+        &self,
+        shared: &Arc<Shared>,
+        id: WorkId,
+        spec: Option<Box<VerifiedSpec>>,
+        assignment: RankAssignment,
+    ) {
+        let shared = Arc::clone(shared);
+        tokio::spawn(async move {
+            let prepared = match spec {
+                Some(spec) => prepare(&shared, id, &spec, &assignment).await,
+                None => Err(anyhow::anyhow!("the job's spec is not in the book")),
+            };
+            let result = prepared.map_err(|e| format!("{e:#}"));
+            if let Err(reason) = &result {
+                warn!(job = %id.job, rank = %id.rank, reason, "cannot be prepared");
+            }
+            let failed = result.is_err();
+            // The daemon is ending if nobody listens; a restarted one prepares again.
+            let _ = shared.act(move |peer, now| peer.prepared(id, result, now)).await;
+            if failed {
+                shared.work.discard(&shared, id);
+            }
+            shared.work.touch(id.job);
+        });
+    }
+
+    /// Start the process of a rank.
+    pub(crate) fn execute(
+        &self,
+        shared: &Arc<Shared>,
+        id: WorkId,
+        spec: Option<Box<VerifiedSpec>>,
+        assignment: RankAssignment,
+        start: Start,
+    ) {
+        self.live().entry(id).or_default();
+        let shared = Arc::clone(shared);
+        tokio::spawn(async move {
+            let Some(spec) = spec else {
+                return fail(&shared, id, "the job's spec is not in the book".to_owned()).await;
+            };
+            let workspace = shared.workspace(id);
+            let names = shared.names_of(&spec).await;
+            let process = workspace.process_spec(
+                &spec,
+                &assignment,
+                &Gang { nodes: &start.nodes, hosts: &start.hosts, port: start.port },
+                &names,
+                &shared.host_policy(),
+            );
+            match shared.executor.start(&process_id(id), process).await {
+                Ok(running) => follow(shared, id, running).await,
+                // Written into the book before it was started: a restart finds it running.
+                Err(StartError::AlreadyExists(_)) => {
+                    fail(&shared, id, "it was started here before".to_owned()).await;
+                }
+                Err(reason) => {
+                    fail(&shared, id, format!("{:#}", anyhow::Error::from(reason))).await;
+                }
+            }
+        });
+    }
+
+    /// Stop the process of a rank: SIGTERM, the job's grace, SIGKILL.
+    pub(crate) fn stop(&self, shared: &Arc<Shared>, id: WorkId, reason: String) {
+        let mut live = self.live();
+        let entry = live.entry(id).or_default();
+        match entry.control.clone() {
+            Some(control) => {
+                drop(live);
+                let shared = Arc::clone(shared);
+                tokio::spawn(async move {
+                    control.stop(None, &reason).await;
+                    shared.work.touch(id.job);
+                });
+            }
+            None => entry.stop = Some(reason),
+        }
+    }
+
+    /// Remove what was prepared for a rank that will not start.
+    pub(crate) fn discard(&self, shared: &Arc<Shared>, id: WorkId) {
+        let workspace = shared.workspace(id);
+        tokio::task::spawn_blocking(move || {
+            if let Err(reason) = workspace.discard() {
+                warn!(job = %id.job, rank = %id.rank, %reason, "residue of a rank that never ran");
+            }
+        });
+    }
+
+    /// The rank's ending is in the record: the executor need not remember it.
+    pub(crate) fn forget(&self, shared: &Arc<Shared>, id: WorkId) {
+        let shared = Arc::clone(shared);
+        tokio::spawn(async move {
+            if let Err(reason) = shared.executor.forget(&process_id(id)).await {
+                warn!(job = %id.job, rank = %id.rank, reason = format!("{reason:#}"), "run directory stays");
+            }
+        });
+    }
+
+    /// After a restart: take up what an earlier daemon left running or unreported. The
+    /// ranks that need no verdict of the peer.
+    pub(crate) async fn adopt(&self, shared: &Arc<Shared>) -> anyhow::Result<Vec<(WorkId, Option<Running>, Option<executor::Ended>)>> {
+        let mut found = Vec::new();
+        for (process, adopted) in shared.executor.adopt().await? {
+            let Some(id) = work_id(&process) else {
+                warn!(%process, "not a rank of ours");
+                continue;
+            };
+            match adopted {
+                Adopted::Running(running) => {
+                    self.live().entry(id).or_default();
+                    found.push((id, Some(running), None));
+                }
+                Adopted::Ended(ended) => found.push((id, None, Some(ended))),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Go on with what [`Work::adopt`] found, once the peer has resumed.
+    pub(crate) fn take_up(
+        &self,
+        shared: &Arc<Shared>,
+        id: WorkId,
+        running: Option<Running>,
+        ended: Option<executor::Ended>,
+    ) {
+        let shared = Arc::clone(shared);
+        tokio::spawn(async move {
+            match (running, ended) {
+                (Some(running), _) => {
+                    info!(job = %id.job, rank = %id.rank, "adopted");
+                    follow(shared, id, running).await;
+                }
+                (None, Some(ended)) => finish(&shared, id, ended).await,
+                (None, None) => {}
+            }
+        });
+    }
+
+    /// GPUs processes of ours run on are told apart from foreign use by these.
+    pub(crate) fn pids(&self) -> BTreeSet<u32> {
+        self.live().values().filter_map(|live| live.pid).collect()
+    }
+
+    /// Ranks with something going on.
+    pub(crate) fn count(&self) -> usize {
+        self.live().len()
+    }
+
+    /// Whether a rank of `job` has something going on here.
+    pub(crate) fn is_live(&self, job: JobId) -> bool {
+        self.live().keys().any(|id| id.job == job)
+    }
+
+    /// A counter that changes when the job's log grows or a rank of it ends here.
+    pub(crate) fn activity(&self, job: JobId) -> watch::Receiver<u64> {
+        let mut activity = self.lock_activity();
+        activity.retain(|_, sender| sender.receiver_count() > 0);
+        activity.entry(job).or_insert_with(|| watch::channel(0).0).subscribe()
+    }
+
+    pub(crate) fn touch(&self, job: JobId) {
+        if let Some(sender) = self.lock_activity().get(&job) {
+            sender.send_modify(|count| *count += 1);
+        }
+    }
+
+    fn live(&self) -> MutexGuard<'_, BTreeMap<WorkId, Live>> {
+        // Whole between any two of its statements.
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_activity(&self) -> MutexGuard<'_, BTreeMap<JobId, watch::Sender<u64>>> {
+        self.activity.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn prepare(
+    shared: &Arc<Shared>,
+    id: WorkId,
+    spec: &VerifiedSpec,
+    assignment: &RankAssignment,
+) -> anyhow::Result<(u16, String)> {
+    for tree in spec.inputs() {
+        shared.fetch_tree(spec, tree).await.with_context(|| format!("cannot fetch input {tree}"))?;
+    }
+    let workspace = shared.workspace(id);
+    let (store, spec, assignment) = (shared.store.clone(), spec.clone(), assignment.clone());
+    let job_dir = shared.job_dir(id.job);
+    let prepared = tokio::task::spawn_blocking(move || {
+        let prepared = workspace.prepare(&store, &spec, &assignment)?;
+        let path = job_dir.join(SPEC_FILE);
+        crate::home::write_atomic(&path, &wire::encode(&spec.signed))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        anyhow::Ok(prepared)
+    })
+    .await??;
+    Ok((prepared.port, shared.host()))
+}
+
+/// Hand on what a supervisor says until nothing of the process is left.
+async fn follow(shared: Arc<Shared>, id: WorkId, mut running: Running) {
+    let stop = {
+        let mut live = shared.work.live();
+        let entry = live.entry(id).or_default();
+        entry.control = Some(running.control.clone());
+        entry.stop.take()
+    };
+    if let Some(reason) = stop {
+        running.control.stop(None, &reason).await;
+    }
+    let mut last = None;
+    while let Some(event) = running.events.recv().await {
+        match event {
+            ProcessEvent::Started { pid, .. } => {
+                shared.work.live().entry(id).or_default().pid = Some(pid);
+                // See `prepare` about a daemon that is ending.
+                let _ = shared.act(move |peer, now| peer.started(id, now)).await;
+            }
+            ProcessEvent::LogGrew { .. } => shared.work.touch(id.job),
+            ProcessEvent::LogTrouble { reason } => {
+                warn!(job = %id.job, rank = %id.rank, reason, "output is being lost");
+            }
+            ProcessEvent::Ended(ended) => {
+                shared.work.touch(id.job);
+                let _ = shared.act(move |peer, now| peer.draining(id, now)).await;
+                last = Some(ended);
+            }
+            ProcessEvent::Gone => break,
+        }
+    }
+    match last {
+        Some(ended) => finish(&shared, id, ended).await,
+        None => fail(&shared, id, "its supervisor said nothing of its end".to_owned()).await,
+    }
+}
+
+/// Gather results, remove the rest, and report.
+async fn finish(shared: &Arc<Shared>, id: WorkId, ended: executor::Ended) {
+    let workspace = shared.workspace(id);
+    let (store, job_dir) = (shared.store.clone(), shared.job_dir(id.job));
+    let gathered = tokio::task::spawn_blocking(move || gather(&workspace, &store, &job_dir)).await;
+    let collected = gathered.unwrap_or_else(|e| Collected {
+        note: Some(format!("results could not be gathered: {e}")),
+        ..Collected::default()
+    });
+    let end = RankEnd {
+        ending: ending_of(ended.ending),
+        result: collected.result,
+        keep: collected.keep,
+        artifacts: collected.artifacts,
+        note: join_notes([collected.note, ended.log.trouble, ended.unsaved]),
+        at_ms: ended.wall_ms,
+    };
+    report(shared, id, end).await;
+}
+
+fn gather(
+    workspace: &Workspace,
+    store: &crate::transfer::store::BlobStore,
+    job_dir: &std::path::Path,
+) -> Collected {
+    let spec = match read_spec(job_dir) {
+        Ok(spec) => spec,
+        Err(reason) => {
+            return Collected { note: Some(format!("{reason:#}")), ..Collected::default() };
+        }
+    };
+    let mut collected = workspace.collect(store, &spec);
+    let result = RankResult { keep: collected.keep, artifacts: collected.artifacts };
+    let path = workspace.dir().join(RESULT_FILE);
+    let written = serde_json::to_vec(&result)
+        .map_err(anyhow::Error::from)
+        .and_then(|bytes| Ok(crate::home::write_atomic(&path, &bytes)?));
+    if let Err(reason) = written {
+        let reason = format!("cannot write {}: {reason:#}", path.display());
+        collected.note = join_notes([collected.note, Some(reason)]);
+    }
+    if let Err(residue) = workspace.clean() {
+        collected.note = join_notes([collected.note, Some(format!("residue: {residue}"))]);
+    }
+    collected
+}
+
+async fn fail(shared: &Arc<Shared>, id: WorkId, reason: String) {
+    warn!(job = %id.job, rank = %id.rank, reason, "could not be started");
+    let end = RankEnd::bare(Ending::FailedToStart { reason }, clock::now().wall_ms);
+    shared.work.discard(shared, id);
+    report(shared, id, end).await;
+}
+
+async fn report(shared: &Arc<Shared>, id: WorkId, end: RankEnd) {
+    shared.work.live().remove(&id);
+    // See `prepare` about a daemon that is ending: the run directory keeps the result.
+    let _ = shared.act(move |peer, now| peer.ended(id, end, now)).await;
+    shared.work.touch(id.job);
+}
+
+/// The spec of a job that has, or had, a rank on this node.
+pub(crate) fn read_spec(job_dir: &std::path::Path) -> anyhow::Result<VerifiedSpec> {
+    let path = job_dir.join(SPEC_FILE);
+    let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let signed: SignedBytes =
+        wire::decode(&bytes).with_context(|| format!("{} is damaged", path.display()))?;
+    VerifiedSpec::verify(signed).with_context(|| format!("{} is damaged", path.display()))
+}
+
+/// The directories of ranks of a job on this node: attempt, rank, path, in order.
+pub(crate) fn rank_dirs(job_dir: &std::path::Path) -> std::io::Result<Vec<(Attempt, Rank, PathBuf)>> {
+    let mut dirs = Vec::new();
+    for entry in std::fs::read_dir(job_dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let parsed = name.to_str().and_then(|name| name.split_once('-')).and_then(|(a, r)| {
+            Some((Attempt(a.parse().ok()?), Rank(r.parse().ok()?)))
+        });
+        if let Some((attempt, rank)) = parsed {
+            dirs.push((attempt, rank, entry.path()));
+        }
+    }
+    dirs.sort();
+    Ok(dirs)
+}
+
+/// What a rank that is over left in the store.
+pub(crate) fn read_result(rank_dir: &std::path::Path) -> anyhow::Result<Option<RankResult>> {
+    let path = rank_dir.join(RESULT_FILE);
+    match std::fs::read(&path) {
+        Ok(bytes) => Ok(Some(
+            serde_json::from_slice(&bytes)
+                .with_context(|| format!("{} is damaged", path.display()))?,
+        )),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
+    }
+}
+
+fn process_id(id: WorkId) -> ProcessId {
+    ProcessId { job: id.job.to_string(), attempt: id.attempt.0, rank: id.rank.0 }
+}
+
+fn work_id(process: &ProcessId) -> Option<WorkId> {
+    let job = process.job.parse().ok()?;
+    Some(WorkId { job, attempt: Attempt(process.attempt), rank: Rank(process.rank) })
+}
+
+fn ending_of(ending: executor::Ending) -> Ending {
+    match ending {
+        executor::Ending::Exited { code } => Ending::Exited { code },
+        executor::Ending::Signaled { signal } => Ending::Signaled { signal },
+        executor::Ending::TimedOut { .. } => Ending::TimedOut,
+        executor::Ending::Stopped { .. } => Ending::Stopped,
+        executor::Ending::FailedToStart { reason } => Ending::FailedToStart { reason },
+        executor::Ending::Lost { reason } => Ending::Lost { reason },
+    }
+}
+
+fn join_notes<const N: usize>(notes: [Option<String>; N]) -> Option<String> {
+    let notes: Vec<String> = notes.into_iter().flatten().collect();
+    (!notes.is_empty()).then(|| notes.join("; "))
+}

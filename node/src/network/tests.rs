@@ -1,0 +1,370 @@
+//! Networks on loopback, several in one process.
+
+use std::{
+    collections::BTreeSet,
+    net::{SocketAddr, TcpListener, UdpSocket},
+    time::{Duration, Instant},
+};
+
+use p2pit_protocol::{PeerId, PoolId, identity::KeyPair, wire::MESSAGE_BYTES_MAX};
+use tokio::{sync::mpsc, time::timeout};
+
+use super::{
+    Acceptance, EVENTS_MAX, Event, GOSSIP_BYTES_MAX, GossipId, Network, NetworkConfig,
+    behaviour::MESSAGE_TIMEOUT, driver::CONNECTED_WANTED,
+};
+
+#[tokio::test]
+async fn members_connect_and_talk_both_ways() {
+    let [mut alice, mut bob] = members([1, 2]).await;
+    alice.connect(&mut bob).await;
+    alice.network.send(bob.id, b"question".to_vec());
+    assert_eq!(bob.message().await, (alice.id, b"question".to_vec()));
+    bob.network.send(alice.id, b"answer".to_vec());
+    assert_eq!(alice.message().await, (bob.id, b"answer".to_vec()));
+    alice.network.send(bob.id, Vec::new());
+    assert_eq!(bob.message().await, (alice.id, Vec::new()));
+    let largest = vec![7; MESSAGE_BYTES_MAX];
+    alice.network.send(bob.id, largest.clone());
+    assert_eq!(bob.message().await, (alice.id, largest));
+}
+
+#[tokio::test]
+async fn a_send_dials_by_itself_where_an_address_is_known() {
+    let [alice, mut bob] = members([1, 2]).await;
+    alice.network.dial(bob.id, bob.addrs());
+    // Not connected yet: they wait until it is.
+    for _ in 0..10 {
+        alice.network.send(bob.id, b"early".to_vec());
+    }
+    for _ in 0..10 {
+        assert_eq!(bob.message().await.1, b"early");
+    }
+}
+
+#[tokio::test]
+async fn gossip_reaches_all_and_goes_on_only_when_it_was_accepted() {
+    let [mut alice, mut bob, mut carol] = members([1, 2, 3]).await;
+    // A line: what Carol gets, Bob has passed on.
+    alice.connect(&mut bob).await;
+    carol.connect(&mut bob).await;
+    let id = loop {
+        // Until the neighbours know what each other listens to, gossip is lost.
+        alice.network.publish(format!("news {:?}", Instant::now()).into_bytes());
+        if let Some((from, _, id)) = bob.gossip_within(Duration::from_millis(50)).await {
+            assert_eq!(from, alice.id);
+            break id;
+        }
+    };
+    bob.network.report_gossip(id, Acceptance::Accept);
+    let (from, bytes, _) = carol.gossip_within(PATIENCE).await.unwrap();
+    assert_eq!(from, bob.id);
+    assert_eq!(bytes[..4], *b"news");
+
+    let kept = |n: usize| format!("kept {n}").into_bytes();
+    for (n, judgement) in [Acceptance::Ignore, Acceptance::Reject].into_iter().enumerate() {
+        alice.network.publish(kept(n));
+        let id = bob.gossip_that_is(&kept(n)).await;
+        bob.network.report_gossip(id, judgement);
+    }
+    alice.network.publish(b"last".to_vec());
+    let id = bob.gossip_that_is(b"last").await;
+    bob.network.report_gossip(id, Acceptance::Accept);
+    let (_, bytes, _) = carol.gossip_within(PATIENCE).await.unwrap();
+    assert_eq!(bytes, b"last", "what was not accepted went on");
+    bob.network.publish(vec![0; GOSSIP_BYTES_MAX + 1]);
+    bob.network.publish(b"after one too large".to_vec());
+    carol.gossip_that_is(b"after one too large").await;
+}
+
+#[tokio::test]
+async fn a_stranger_is_refused_and_a_former_member_is_cut_off() {
+    let [mut alice, mut bob] = members([1, 2]).await;
+    let mut mallory = Node::start(9).await;
+    mallory.network.set_members([alice.id, mallory.id].into());
+    mallory.network.dial(alice.id, alice.addrs());
+    // The refusal comes after the handshake, so Mallory may think for a moment that she is
+    // in.
+    loop {
+        match mallory.event().await {
+            Event::Connected(..) => {}
+            Event::Disconnected(_) | Event::DialFailed(..) => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    mallory.network.send(alice.id, b"let me in".to_vec());
+    mallory.undeliverable(alice.id).await;
+    alice.network.dial(mallory.id, mallory.addrs());
+    let Event::DialFailed(peer, reason) = alice.event().await else { panic!("dialled a stranger") };
+    assert_eq!((peer, reason.as_str()), (mallory.id, "not a member"));
+    alice.network.send(mallory.id, b"psst".to_vec());
+    alice.undeliverable(mallory.id).await;
+
+    alice.connect(&mut bob).await;
+    alice.network.set_members([alice.id].into());
+    bob.disconnected(alice.id).await;
+    alice.disconnected(bob.id).await;
+    alice.network.send(bob.id, b"and yet".to_vec());
+    alice.undeliverable(bob.id).await;
+}
+
+#[tokio::test]
+async fn whoever_answers_as_somebody_else_is_not_the_peer() {
+    let [mut alice, bob, carol] = members([1, 2, 3]).await;
+    alice.network.dial(carol.id, bob.addrs());
+    let Event::DialFailed(peer, reason) = alice.event().await else {
+        panic!("took the wrong peer")
+    };
+    assert_eq!(peer, carol.id);
+    assert!(!reason.is_empty());
+}
+
+#[tokio::test]
+async fn an_oversized_message_is_undeliverable_and_harms_nothing() {
+    let [mut alice, mut bob] = members([1, 2]).await;
+    alice.connect(&mut bob).await;
+    alice.network.send(bob.id, vec![0; MESSAGE_BYTES_MAX + 1]);
+    alice.undeliverable(bob.id).await;
+    alice.network.send(bob.id, b"small".to_vec());
+    assert_eq!(bob.message().await.1, b"small");
+}
+
+#[tokio::test]
+async fn a_peer_that_is_gone_is_noticed_and_messages_to_it_are_undeliverable() {
+    let [mut alice, mut bob] = members([1, 2]).await;
+    alice.connect(&mut bob).await;
+    let addrs = bob.addrs();
+    bob.network.close().await;
+    alice.disconnected(bob.id).await;
+    alice.network.send(bob.id, b"hello?".to_vec());
+    let before = Instant::now();
+    let Event::DialFailed(peer, reason) = alice.event().await else { panic!("whom?") };
+    assert_eq!(peer, bob.id);
+    assert!(reason.contains(&format!("/ip4/127.0.0.1/tcp/{}", addrs[0].port())), "{reason}");
+    alice.undeliverable(bob.id).await;
+    assert!(before.elapsed() < MESSAGE_TIMEOUT + Duration::from_secs(2));
+    let nobody = id(77);
+    alice.network.set_members([bob.id, nobody].into());
+    alice.network.send(nobody, b"where are you?".to_vec());
+    let Event::DialFailed(_, reason) = alice.event().await else { panic!("whom?") };
+    assert_eq!(reason, "no address is known");
+    alice.undeliverable(nobody).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_restarts_on_its_port_is_connected_again() {
+    let [mut alice, mut bob] = members([1, 2]).await;
+    alice.connect(&mut bob).await;
+    let addr = bob.addrs()[0];
+    bob.network.close().await;
+    drop(bob);
+    alice.disconnected(id(2)).await;
+    let mut bob = Node::start_at(2, addr).await;
+    bob.network.set_members([alice.id, bob.id].into());
+    assert_eq!(bob.addrs(), [addr]);
+    alice.network.send(bob.id, b"back?".to_vec());
+    assert_eq!(bob.message().await.1, b"back?");
+}
+
+#[tokio::test]
+async fn a_second_start_of_a_peer_takes_the_place_of_the_first() {
+    let [mut alice, mut bob] = members([1, 2]).await;
+    alice.connect(&mut bob).await;
+    // As after a crash: the old connection looks alive.
+    let mut again = Node::start(2).await;
+    again.network.set_members([alice.id].into());
+    again.network.dial(alice.id, alice.addrs());
+    again.connected(alice.id).await;
+    alice.disconnected(again.id).await;
+    bob.disconnected(alice.id).await;
+    let addr = alice.connected(again.id).await;
+    assert_eq!(addr, again.addrs()[0]);
+    for _ in 0..10 {
+        alice.network.send(again.id, b"to the living".to_vec());
+        assert_eq!(again.message().await.1, b"to the living");
+    }
+}
+
+#[tokio::test]
+async fn tcp_is_taken_where_udp_does_not_get_through() {
+    let [mut alice, mut bob] = members([1, 2]).await;
+    // Bob's TCP port, and a UDP port where nobody answers.
+    let tcp = bob.addrs()[0];
+    let relay = TcpListener::bind("127.0.0.1:0").unwrap();
+    let front = relay.local_addr().unwrap();
+    let silent = UdpSocket::bind(front).unwrap();
+    relay.set_nonblocking(true).unwrap();
+    let relay = tokio::net::TcpListener::from_std(relay).unwrap();
+    let relaying = tokio::spawn(async move {
+        let (mut inner, _) = relay.accept().await.unwrap();
+        let mut outer = tokio::net::TcpStream::connect(tcp).await.unwrap();
+        tokio::io::copy_bidirectional(&mut inner, &mut outer).await
+    });
+    alice.network.dial(bob.id, vec![front]);
+    assert_eq!(alice.connected(bob.id).await, front);
+    bob.connected(alice.id).await;
+    alice.network.send(bob.id, b"by TCP".to_vec());
+    assert_eq!(bob.message().await.1, b"by TCP");
+    relaying.abort();
+    drop(silent);
+}
+
+#[tokio::test]
+async fn one_port_serves_quic_and_tcp_and_a_taken_one_is_an_error() {
+    let alice = Node::start(1).await;
+    let [addr] = alice.addrs()[..] else { panic!("{:?}", alice.addrs()) };
+    assert_ne!(addr.port(), 0);
+    assert!(TcpListener::bind(addr).is_err());
+    assert!(UdpSocket::bind(addr).is_err());
+    let taken = Network::start(config(2, addr)).await.unwrap_err();
+    assert!(format!("{taken:#}").contains(&addr.port().to_string()), "{taken:#}");
+}
+
+#[tokio::test]
+async fn an_unspecified_address_is_shown_as_those_of_the_interfaces() {
+    let node = Node::start_at(1, "0.0.0.0:0".parse().unwrap()).await;
+    let addrs = node.addrs();
+    let port = addrs[0].port();
+    assert!(addrs.contains(&SocketAddr::from(([127, 0, 0, 1], port))));
+    assert!(addrs.iter().all(|addr| addr.port() == port && !addr.ip().is_unspecified()));
+}
+
+#[tokio::test]
+async fn a_daemon_that_leaves_events_lying_makes_senders_wait_and_loses_nothing_acknowledged() {
+    let [mut alice, mut bob] = members([1, 2]).await;
+    alice.connect(&mut bob).await;
+    // More than fits into Bob's queue, and less than Alice may have waiting.
+    let count = EVENTS_MAX + 32;
+    let message = |n: usize| u32::try_from(n).unwrap().to_be_bytes().to_vec();
+    for n in 0..count {
+        alice.network.send(bob.id, message(n));
+    }
+    let mut heard = BTreeSet::new();
+    while heard.len() < count {
+        heard.insert(bob.message().await.1);
+    }
+    assert_eq!(heard, (0..count).map(message).collect());
+}
+
+#[tokio::test]
+async fn ending_the_last_handle_ends_the_network() {
+    let [mut alice, mut bob] = members([1, 2]).await;
+    alice.connect(&mut bob).await;
+    let Node { network, mut events, id, .. } = bob;
+    drop(network.clone());
+    drop(network);
+    alice.disconnected(id).await;
+    while timeout(PATIENCE, events.recv()).await.unwrap().is_some() {}
+}
+
+#[test]
+fn the_bounds_fit_together() {
+    const { assert!(CONNECTED_WANTED >= 4 * 12, "neighbours in gossip are never let go of") };
+}
+
+/// How long a test waits for what is to happen in milliseconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Node {
+    id: PeerId,
+    network: Network,
+    events: mpsc::Receiver<Event>,
+}
+
+/// Nodes that know each other as members, and have no connection yet.
+async fn members<const N: usize>(seeds: [u8; N]) -> [Node; N] {
+    let nodes = futures::future::join_all(seeds.map(Node::start)).await;
+    let ids: BTreeSet<PeerId> = seeds.map(id).into();
+    for node in &nodes {
+        node.network.set_members(ids.clone());
+    }
+    nodes.try_into().map_err(|_| "as many as seeds").unwrap()
+}
+
+fn id(seed: u8) -> PeerId {
+    PeerId(KeyPair::from_seed(&[seed; 32]).public())
+}
+
+fn config(seed: u8, listen: SocketAddr) -> NetworkConfig {
+    NetworkConfig { key: KeyPair::from_seed(&[seed; 32]), pool: PoolId([7; 32]), listen }
+}
+
+impl Node {
+    async fn start(seed: u8) -> Self {
+        Self::start_at(seed, "127.0.0.1:0".parse().unwrap()).await
+    }
+
+    /// A port of a network that has just ended may be busy for a moment.
+    async fn start_at(seed: u8, listen: SocketAddr) -> Self {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match Network::start(config(seed, listen)).await {
+                Ok((network, events)) => return Self { id: id(seed), network, events },
+                Err(reason) if Instant::now() > deadline => panic!("{reason:#}"),
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        }
+    }
+
+    fn addrs(&self) -> Vec<SocketAddr> {
+        self.network.listen_addrs()
+    }
+
+    async fn connect(&mut self, other: &mut Self) {
+        self.network.dial(other.id, other.addrs());
+        assert_eq!(self.connected(other.id).await, other.addrs()[0]);
+        other.connected(self.id).await;
+    }
+
+    async fn event(&mut self) -> Event {
+        timeout(PATIENCE, self.events.recv()).await.expect("nothing happens").expect("ended")
+    }
+
+    async fn connected(&mut self, peer: PeerId) -> SocketAddr {
+        loop {
+            if let Event::Connected(who, addr) = self.event().await
+                && who == peer
+            {
+                return addr;
+            }
+        }
+    }
+
+    async fn disconnected(&mut self, peer: PeerId) {
+        while !matches!(self.event().await, Event::Disconnected(who) if who == peer) {}
+    }
+
+    async fn undeliverable(&mut self, peer: PeerId) {
+        while !matches!(self.event().await, Event::Undeliverable { to } if to == peer) {}
+    }
+
+    async fn message(&mut self) -> (PeerId, Vec<u8>) {
+        loop {
+            match self.event().await {
+                Event::Message { from, bytes } => return (from, bytes.to_vec()),
+                Event::Undeliverable { to } => panic!("a message to {to} was lost"),
+                _ => {}
+            }
+        }
+    }
+
+    async fn gossip_within(&mut self, patience: Duration) -> Option<(PeerId, Vec<u8>, GossipId)> {
+        let waiting = async {
+            loop {
+                if let Event::Gossip { from, bytes, id } = self.events.recv().await.unwrap() {
+                    return (from, bytes.to_vec(), id);
+                }
+            }
+        };
+        timeout(patience, waiting).await.ok()
+    }
+
+    async fn gossip_that_is(&mut self, expected: &[u8]) -> GossipId {
+        loop {
+            let (_, bytes, id) = self.gossip_within(PATIENCE).await.expect("no such gossip");
+            if bytes == expected {
+                return id;
+            }
+        }
+    }
+}
