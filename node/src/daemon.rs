@@ -16,6 +16,7 @@ mod work;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::fd::OwnedFd,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
@@ -96,7 +97,7 @@ pub(crate) struct Shared {
     requests: AtomicUsize,
     last_request_ms: AtomicU64,
     served: files::Served,
-    _gpu_locks: Vec<GpuLock>,
+    gpu_locks: Vec<GpuLock>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -177,7 +178,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         requests: AtomicUsize::new(0),
         last_request_ms: AtomicU64::new(clock::now().boot_ms),
         served: files::Served::default(),
-        _gpu_locks: locks,
+        gpu_locks: locks,
     });
     let mut core = tokio::spawn(core::run(Arc::clone(&shared), journal, received));
     resume(&shared, &recovered.entries).await?;
@@ -443,6 +444,13 @@ impl Shared {
         });
         let username = known.await.ok().flatten().unwrap_or_else(|| owner.to_string());
         Names { username }
+    }
+
+    /// Copies of the machine-wide locks of these GPUs, for a process to hold.
+    pub(crate) fn locks_of(&self, gpus: &[GpuUuid]) -> std::io::Result<Vec<OwnedFd>> {
+        use std::os::fd::AsFd as _;
+        let of_gpus = self.gpu_locks.iter().filter(|lock| gpus.contains(lock.uuid()));
+        of_gpus.map(|lock| lock.as_fd().try_clone_to_owned()).collect()
     }
 
     pub(crate) fn readings(&self) -> Vec<GpuReading> {

@@ -86,6 +86,28 @@ const PROBE_PREFIX: &str = "probe~";
 /// A sandbox is made in milliseconds, or not at all.
 const PROBE_WITHIN_MS: u64 = 20_000;
 
+/// A standard error that nobody reads, in whose queue `held` lie: descriptors in flight
+/// stay open as long as the socket that could receive them, which is the supervisor's and
+/// its guard's, and no program of the job can take them out of it (see unix(7)).
+fn hand_down(held: &[OwnedFd]) -> anyhow::Result<Stdio> {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    if held.is_empty() {
+        return Ok(Stdio::null());
+    }
+    anyhow::ensure!(held.len() <= HELD_MAX, "{} descriptors to be held", held.len());
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    let borrowed: Vec<_> = held.iter().map(std::os::fd::AsFd::as_fd).collect();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(HELD_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    anyhow::ensure!(control.push(SendAncillaryMessage::ScmRights(&borrowed)), "too many descriptors");
+    sendmsg(&ours, &[io::IoSlice::new(b".")], &mut control, SendFlags::empty())
+        .context("cannot hand down descriptors")?;
+    Ok(Stdio::from(OwnedFd::from(theirs)))
+}
+
+/// Descriptors that one process can hold: one for each GPU it may be given.
+const HELD_MAX: usize = 64;
+
 /// Starts and finds the processes of one daemon.
 #[derive(Debug, Clone)]
 pub struct Executor {
@@ -218,9 +240,20 @@ impl Executor {
     /// Starts one process. Its id is used up, unless this fails with
     /// [`StartError::Invalid`] or [`StartError::Supervisor`].
     pub async fn start(&self, id: &ProcessId, spec: ProcessSpec) -> Result<Running, StartError> {
+        self.start_holding(id, spec, Vec::new()).await
+    }
+
+    /// As [`Executor::start`]. The descriptors stay open until the supervisor and the whole
+    /// tree are gone, whatever becomes of this daemon: locks of what the process uses.
+    pub async fn start_holding(
+        &self,
+        id: &ProcessId,
+        spec: ProcessSpec,
+        held: Vec<OwnedFd>,
+    ) -> Result<Running, StartError> {
         // Files and a vfork: too long for a thread that has other things to do.
         let (executor, own_id) = (self.clone(), id.clone());
-        tokio::task::spawn_blocking(move || executor.start_here(own_id, spec)).await.unwrap_or_else(
+        tokio::task::spawn_blocking(move || executor.start_here(own_id, spec, &held)).await.unwrap_or_else(
             |error| Err(StartError::Supervisor { id: id.clone(), source: error.into() }),
         )
     }
@@ -275,7 +308,12 @@ impl Executor {
         run_dir.remove().with_context(|| format!("cannot remove {}", run_dir.path().display()))
     }
 
-    fn start_here(&self, id: ProcessId, spec: ProcessSpec) -> Result<Running, StartError> {
+    fn start_here(
+        &self,
+        id: ProcessId,
+        spec: ProcessSpec,
+        held: &[OwnedFd],
+    ) -> Result<Running, StartError> {
         if let Err(reason) = self.check(&id, &spec) {
             return Err(StartError::Invalid { id, reason });
         }
@@ -293,7 +331,7 @@ impl Executor {
         }
         let (boot_id, run_root) = (self.boot_id.clone(), self.run_root.clone());
         let launch = Launch { id: id.clone(), boot_id, run_root, spec };
-        self.spawn(&run_dir, &launch).map_err(|source| StartError::Supervisor {
+        self.spawn(&run_dir, &launch, held).map_err(|source| StartError::Supervisor {
             id,
             // A directory that cannot be removed is found, and reported as a failed start,
             // by the next adoption.
@@ -356,7 +394,12 @@ impl Executor {
 
     /// Starts the supervisor with its end of a connection and with the lock, which this
     /// process gives up by closing its copy.
-    fn spawn(&self, run_dir: &RunDir, launch: &Launch) -> anyhow::Result<Running> {
+    fn spawn(
+        &self,
+        run_dir: &RunDir,
+        launch: &Launch,
+        held: &[OwnedFd],
+    ) -> anyhow::Result<Running> {
         let lock = run_dir.try_lock()?.context("its run directory is in use")?;
         run_dir.write_launch(launch)?;
         let (own, theirs) = std::os::unix::net::UnixStream::pair()?;
@@ -370,7 +413,7 @@ impl Executor {
             .envs(self.supervisor.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::from(OwnedFd::from(lock)))
-            .stderr(Stdio::null())
+            .stderr(hand_down(held)?)
             .kill_on_drop(false)
             .spawn()
             .with_context(|| format!("cannot execute {}", self.supervisor.exe.display()))?;

@@ -8,6 +8,7 @@
 //!     tmp/        the process's own scratch, with its HOME and the result file
 //!     log         what the process and the daemon said; stays
 //!     port        the port this node keeps free for the job
+//!     collected.json   what the rank left, once it is in the store; stays
 //! <home>/data/
 //!     shared/     the same for every job of this node, read-only
 //!     users/USER/ writable by the jobs of one owner

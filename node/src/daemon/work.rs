@@ -112,7 +112,11 @@ impl Work {
                 &names,
                 &shared.host_policy(),
             );
-            match shared.executor.start(&process_id(id), process).await {
+            let locks = match shared.locks_of(&assignment.grant.gpus) {
+                Ok(locks) => locks,
+                Err(e) => return fail(&shared, id, format!("its GPU locks: {e}")).await,
+            };
+            match shared.executor.start_holding(&process_id(id), process, locks).await {
                 Ok(running) => follow(shared, id, running).await,
                 // Written into the book before it was started: a restart finds it running.
                 Err(StartError::AlreadyExists(_)) => {

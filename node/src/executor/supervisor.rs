@@ -67,7 +67,7 @@ const EXIT_REFUSED: i32 = 1;
 ///
 /// To be called before the program makes a thread. Standard input is a connected socket to
 /// the daemon, standard output the locked lock file of the run directory; both are replaced
-/// by `/dev/null`. The exit status tells the daemon nothing that the run directory does not.
+/// by `/dev/null`. Standard error is never written, and holds what the process holds. The exit status tells the daemon nothing that the run directory does not.
 #[must_use]
 pub fn supervise_main(run_dir: &Path) -> i32 {
     match begin(run_dir) {
@@ -86,7 +86,8 @@ fn begin(run_dir: &Path) -> Result<Option<(Supervisor, Result<()>)>> {
     let (daemon, lock) = sys::take_stdin_stdout()?;
     let [daemon, lock] = sys::keep_only([daemon, lock])?;
     let null = std::fs::File::options().read(true).write(true).open("/dev/null")?.into();
-    sys::set_stdio(&null, &null)?;
+    // Standard error stays what the daemon made it: what it holds lies in its queue.
+    sys::set_stdin_stdout(&null)?;
     drop(null);
     // The starter made it no group leader, so this cannot fail.
     rustix::process::setsid()?;

@@ -281,7 +281,16 @@ pub(super) fn take_stdin_stdout() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Makes standard input, output and error copies of the given descriptors. Only makes
 /// async-signal-safe calls.
 pub(super) fn set_stdio(input: &OwnedFd, output: &OwnedFd) -> io::Result<()> {
-    for (fd, target) in [(input, 0), (output, 1), (output, 2)] {
+    set_numbered(&[(input, 0), (output, 1), (output, 2)])
+}
+
+/// Makes standard input and output copies of the given descriptor.
+pub(super) fn set_stdin_stdout(fd: &OwnedFd) -> io::Result<()> {
+    set_numbered(&[(fd, 0), (fd, 1)])
+}
+
+fn set_numbered(places: &[(&OwnedFd, RawFd)]) -> io::Result<()> {
+    for (fd, target) in places.iter().copied() {
         // SAFETY: 0 to 2 are ours to replace; the source stays open.
         if unsafe { libc::dup2(fd.as_raw_fd(), target) } < 0 {
             return Err(io::Error::last_os_error());

@@ -31,6 +31,36 @@ extern "C" fn become_supervisor() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_process_holds_is_held_until_it_is_gone_and_no_longer() {
+    use rustix::fs::{FlockOperation, flock};
+    let host = Host::new().await;
+    let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+    let open = || std::fs::OpenOptions::new().create(true).append(true).open(&path).unwrap();
+    let locked = open();
+    flock(&locked, FlockOperation::NonBlockingLockExclusive).unwrap();
+    let id = host.new_id();
+    let mut running =
+        host.executor.start_holding(&id, host.spec("echo up; sleep 600"), vec![locked.into()]).await.unwrap();
+    loop {
+        match running.events.recv().await.unwrap() {
+            ProcessEvent::Started { .. } => break,
+            event => assert!(matches!(event, ProcessEvent::LogGrew { .. }), "{event:?}"),
+        }
+    }
+    let other = open();
+    assert!(flock(&other, FlockOperation::NonBlockingLockExclusive).is_err());
+    running.control.kill("enough").await;
+    while running.events.recv().await.is_some() {}
+    // The supervisor leaves right after its last word.
+    let mut tries = 0;
+    while flock(&other, FlockOperation::NonBlockingLockExclusive).is_err() {
+        tries += 1;
+        assert!(tries < 500, "still held");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+}
+
 #[tokio::test]
 async fn the_exit_code_of_a_command_is_passed_on() {
     let host = Host::new().await;

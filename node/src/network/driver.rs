@@ -303,7 +303,10 @@ impl Driver {
         }
         self.members = members;
         let is_member = |peer: &PeerId| self.members.contains(peer);
-        let gone: Vec<_> = self.peers.extract_if(.., |peer, _| !is_member(peer)).collect();
+        let known = std::mem::take(&mut self.peers);
+        let (kept, gone): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            known.into_iter().partition(|(peer, _)| is_member(peer));
+        self.peers = kept;
         for (to, mut peer) in gone {
             if peer.give_up() {
                 self.emit(Event::Undeliverable { to });

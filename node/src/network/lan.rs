@@ -239,3 +239,121 @@ fn is_usable(ip: &IpAddr) -> bool {
     let is_link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
     !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || is_link_local)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use p2pit_protocol::identity::KeyPair;
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+    use super::*;
+
+    #[test]
+    fn nodes_on_one_network_find_each_other_with_the_ports_they_announced() {
+        in_own_network(async {
+            let [alice, bob] = [announcement(1), announcement(2)];
+            let (first, mut found_by_alice) = Lan::start(alice).unwrap();
+            let (_second, mut found_by_bob) = Lan::start(bob).unwrap();
+            assert_eq!(next(&mut found_by_alice).await, expected(&bob));
+            assert_eq!(next(&mut found_by_bob).await, expected(&alice));
+            let all = browse_once(Duration::from_secs(2)).await.unwrap();
+            assert_eq!(all.len(), 2, "{all:?}");
+            drop(first);
+            let deadline = tokio::time::Instant::now() + PATIENCE;
+            loop {
+                let left = browse_once(Duration::from_secs(1)).await.unwrap();
+                if left.iter().all(|found| found.peer == bob.peer) && left.len() == 1 {
+                    break;
+                }
+                assert!(tokio::time::Instant::now() < deadline, "still there: {left:?}");
+            }
+        });
+    }
+
+    #[test]
+    fn an_announcement_that_is_not_ours_is_not_taken() {
+        let good = announcement(1);
+        let resolved = |change: fn(&mut Vec<(&str, String)>), ip: &str| {
+            let mut properties = vec![
+                (PEER, good.peer.to_string()),
+                (CONTROL, "4001".to_owned()),
+                (DATA, "4002".to_owned()),
+            ];
+            change(&mut properties);
+            let properties = &properties[..];
+            let info = ServiceInfo::new(SERVICE, "x", "x.local.", ip, 1, properties).unwrap();
+            found(&info.as_resolved_service())
+        };
+        let taken = resolved(|_| {}, "10.0.0.1,127.0.0.1,fe80::1").unwrap();
+        assert_eq!(taken.data, ["10.0.0.1:4002".parse().unwrap()]);
+        assert_eq!(resolved(|_| {}, "127.0.0.1"), None);
+        assert_eq!(resolved(|p| p[0].1 = "nobody".to_owned(), "10.0.0.1"), None);
+        assert_eq!(resolved(|p| p[1].1 = "0".to_owned(), "10.0.0.1"), None);
+        assert_eq!(resolved(|p| p[2].1 = "65536".to_owned(), "10.0.0.1"), None);
+        assert_eq!(resolved(|p| p.truncate(2), "10.0.0.1"), None);
+        let many: Vec<_> = (1..100).map(|n| format!("10.0.0.{n}")).collect();
+        assert_eq!(resolved(|_| {}, &many.join(",")).unwrap().control.len(), ADDRESSES_MAX);
+    }
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+    const IP: &str = "10.77.0.1";
+
+    fn announcement(seed: u8) -> Announcement {
+        Announcement {
+            peer: PeerId(KeyPair::from_seed(&[seed; 32]).public()),
+            control_port: 4000 + u16::from(seed),
+            data_port: 5000 + u16::from(seed),
+        }
+    }
+
+    fn expected(announcement: &Announcement) -> LanEvent {
+        let at = |port| vec![SocketAddr::new(IP.parse().unwrap(), port)];
+        LanEvent::Found {
+            peer: announcement.peer,
+            control: at(announcement.control_port),
+            data: at(announcement.data_port),
+        }
+    }
+
+    async fn next(events: &mut mpsc::Receiver<LanEvent>) -> LanEvent {
+        timeout(PATIENCE, events.recv()).await.expect("nothing found").unwrap()
+    }
+
+    /// On a thread in a network namespace of its own, so that nothing goes out. Threads
+    /// and processes that it starts are in there, too.
+    fn in_own_network(test: impl Future<Output = ()> + Send + 'static) {
+        let run = move || {
+            if let Err(reason) = own_network() {
+                println!("skipped: {reason}");
+                let required = std::env::var("P2PIT_TEST_REQUIRE").unwrap_or_default();
+                assert!(!required.contains("namespaces"), "namespaces are required: {reason}");
+                return;
+            }
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(test);
+        };
+        std::thread::spawn(run).join().unwrap();
+    }
+
+    fn own_network() -> Result<(), String> {
+        // SAFETY: only this thread's network changes, and it holds no socket.
+        let unshared = unsafe { unshare_unsafe(UnshareFlags::NEWNET) };
+        unshared.map_err(|e| format!("no network namespace: {e}"))?;
+        for arguments in [
+            "link set lo up",
+            "link add lan0 type veth peer name lan1",
+            &format!("address add {IP}/24 dev lan0"),
+            "link set lan0 up",
+            "link set lan1 up",
+        ] {
+            let output = Command::new("ip").args(arguments.split(' ')).output();
+            let output = output.map_err(|e| format!("`ip` cannot be run: {e}"))?;
+            if !output.status.success() {
+                return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+            }
+        }
+        Ok(())
+    }
+}

@@ -92,6 +92,9 @@ impl Workspace {
             None
         });
         let mut collected = Collected { keep, artifacts, result, note: joined(notes) };
+        if collected == Collected::default() {
+            return collected;
+        }
         let memory = self.dir.join(COLLECTED);
         let bytes = serde_json::to_vec(&collected).map_err(io::Error::other);
         if let Err(error) = bytes.and_then(|bytes| write_atomic(&memory, &bytes)) {
@@ -104,7 +107,8 @@ impl Workspace {
         collected
     }
 
-    /// What [`Self::collect`] gave, after the directories are removed too.
+    /// What [`Self::collect`] gave, after the directories are removed too; `None` where that
+    /// was nothing at all.
     #[must_use]
     pub fn collected(&self) -> Option<Collected> {
         // Missing or damaged, it is as if there had been none: another try does no harm.

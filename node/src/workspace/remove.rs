@@ -195,7 +195,7 @@ mod tests {
         fs::write(tree_path.join(".p2pit-removed-1"), "").unwrap();
         fs::create_dir_all(tree_path.join(".p2pit-removed-2/full")).unwrap();
         let mut at = open(CWD, &tree_path, ResolveFlags::empty()).unwrap();
-        for _ in 0..20_000 {
+        for _ in 0..3_000 {
             rustix::fs::mkdirat(&at, "d", Mode::RWXU).unwrap();
             at = open(&at, c"d", ResolveFlags::NO_XDEV).unwrap();
         }
