@@ -122,6 +122,10 @@ pub(crate) enum NoPeer {
 /// What kept it from starting, or broke it.
 pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Result<()> {
     let Options { home, settings, idle_exit } = options;
+    // libp2p's QUIC would write the secrets of its connections there.
+    if std::env::var_os("SSLKEYLOGFILE").is_some() {
+        anyhow::bail!("SSLKEYLOGFILE is set: unset it, or the pool's traffic could be read");
+    }
     let (journal, recovered) = Journal::open(&home.journal())?;
     for note in &recovered.notes {
         warn!(note, "journal");
@@ -205,6 +209,9 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
     };
     api.abort();
     crate::api::server::remove_socket(&shared.home);
+    if let Some(network) = shared.network() {
+        network.close().await;
+    }
     shared.endpoint.close().await;
     if let Err(reason) = shared.index.flush() {
         warn!(%reason, "the index was not flushed");

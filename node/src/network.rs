@@ -140,7 +140,8 @@ impl Network {
     }
 
     /// Sends an encoded message, dialling where there is no connection but an address.
-    /// Either it is acknowledged, or [`Event::Undeliverable`] follows.
+    /// Either it is acknowledged, or [`Event::Undeliverable`] follows: at once, after 5 s
+    /// without a connection, or 5 s after it was sent.
     pub fn send(&self, to: PeerId, message: Vec<u8>) {
         let fits = message.len() <= MESSAGE_BYTES_MAX;
         let payload = if fits { self.outbound.try_take(message) } else { None };

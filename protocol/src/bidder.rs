@@ -212,11 +212,13 @@ impl Bidder {
     /// A rank is over here and nothing of it is left: what it was given is free again.
     pub(crate) fn end(&mut self, id: WorkId, end: RankEnd, now: Now, out: &mut Outbox) {
         let Some(work) = self.book.work.remove(&id) else { return };
-        out.remove(&id.slot());
         self.timers.cancel(&Timer::Start(id));
-        self.bury(id.job, id.attempt, now, out);
+        // In this order a crash in between leaves the rank twice, which the next start
+        // sees, and never not at all, which nobody would.
         let unreported = UnreportedEnd { steward: work.steward, end };
         out.put(&id.end_slot(), &unreported);
+        out.remove(&id.slot());
+        self.bury(id.job, id.attempt, now, out);
         self.ends.insert(id, unreported);
         self.send_end(id, now, out);
         self.room_appeared(now, out);
@@ -230,6 +232,13 @@ impl Bidder {
         }
         let ids: Vec<WorkId> = self.book.work.keys().copied().collect();
         for id in ids {
+            if self.ends.contains_key(&id) {
+                self.book.work.remove(&id);
+                out.remove(&id.slot());
+                self.timers.cancel(&Timer::Start(id));
+                self.bury(id.job, id.attempt, now, out);
+                continue;
+            }
             if alive.contains(&id) {
                 self.started(id, out);
                 continue;

@@ -804,6 +804,31 @@ fn apply_reports(body: &mut Body, observed: &Observed, now: Now) {
             rank.end = Some(end.clone());
         }
     }
+    let texts = ENDS_BYTES_MAX / body.ranks.len().max(1);
+    for end in body.ranks.iter_mut().filter_map(|rank| rank.end.as_mut()) {
+        shorten(&mut end.result, texts / 2);
+        shorten(&mut end.note, texts / 4);
+        if let Ending::FailedToStart { reason } | Ending::Lost { reason } = &mut end.ending {
+            cut(reason, texts / 4);
+        }
+    }
+}
+
+/// What the ranks' own words may take of a record, which must fit into one message.
+const ENDS_BYTES_MAX: usize = 256 << 10;
+
+fn shorten(text: &mut Option<String>, bytes_max: usize) {
+    if let Some(text) = text {
+        cut(text, bytes_max);
+    }
+}
+
+fn cut(text: &mut String, bytes_max: usize) {
+    let mut end = bytes_max.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
 }
 
 /// A node that knows nothing of an attempt has buried it: what ran there is lost, and

@@ -51,8 +51,9 @@ use crate::{
 const BODY_BYTES_MAX: usize = 64 << 20;
 /// Shortest job prefix shown or accepted.
 const SHORT_MIN: usize = 4;
-/// How long a newcomer looks around before it founds a pool.
-const LAN_LOOK: std::time::Duration = std::time::Duration::from_secs(2);
+/// How long a newcomer looks around before it founds a pool: mDNS asks at 0, 1 and 3 s,
+/// and who answered a second ago does not answer again.
+const LAN_LOOK: std::time::Duration = std::time::Duration::from_secs(4);
 
 type Answered<T> = Result<Json<T>, Failure>;
 
@@ -209,7 +210,7 @@ async fn not_yet_member(shared: &Shared) -> Result<(), Failure> {
 }
 
 async fn lan(State(shared): State<Arc<Shared>>) -> Answered<Vec<LanNode>> {
-    if !shared.settings.mdns {
+    if !shared.settings.mdns || shared.settings.listen.ip().is_loopback() {
         return Ok(Json(Vec::new()));
     }
     match crate::network::browse_once(LAN_LOOK).await {

@@ -88,8 +88,9 @@ pub(crate) fn is_of_job(shared: &Shared, job: JobId, blob: &BlobId) -> anyhow::R
     if shared.served.is_live(job, blob) {
         return Ok(true);
     }
-    for (_, _, dir) in work::rank_dirs(&shared.job_dir(job))? {
-        let Some(result) = work::read_result(&dir)? else { continue };
+    for (attempt, rank, _) in work::rank_dirs(&shared.job_dir(job))? {
+        let id = p2pit_protocol::bidder::WorkId { job, attempt, rank };
+        let Some(result) = shared.workspace(id).collected() else { continue };
         for root in [result.keep, result.artifacts].into_iter().flatten() {
             if shared.served.blobs_of(&shared.store, root)?.contains(blob) {
                 return Ok(true);
@@ -122,7 +123,7 @@ fn trees_of(
     let manifest = |root: Option<BlobId>| {
         root.map(|root| anyhow::Ok(Manifest(store.read(&root, MANIFEST_BYTES_MAX)?))).transpose()
     };
-    if let Some(result) = work::read_result(workspace.dir())? {
+    if let Some(result) = workspace.collected() {
         return Ok((manifest(result.keep)?, manifest(result.artifacts)?));
     }
     let live = workspace.live_files(store, &work::read_spec(&shared.job_dir(job))?)?;

@@ -358,6 +358,10 @@ pub(super) fn announce_on_lan(shared: &Arc<Shared>, pool: PoolId) {
         return;
     }
     let Some(network) = shared.network() else { return };
+    // A node that only this machine can reach is nobody else's business.
+    if network.listen_addrs().iter().all(|addr| addr.ip().is_loopback()) {
+        return;
+    }
     let announcement = Announcement {
         peer: shared.id(),
         control_port: network.listen_addrs().first().map_or(0, SocketAddr::port),

@@ -9,13 +9,12 @@ use std::{
 
 use anyhow::Context as _;
 use p2pit_protocol::{
-    BlobId, JobId, PeerId,
+    JobId, PeerId,
     bidder::WorkId,
     identity::SignedBytes,
     job::{Attempt, Ending, Rank, RankAssignment, RankEnd, VerifiedSpec},
     wire,
 };
-use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
@@ -49,15 +48,7 @@ struct Live {
     stop: Option<String>,
 }
 
-/// What is kept beside a rank's log, to serve it after the rank is over.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(crate) struct RankResult {
-    pub(crate) keep: Option<BlobId>,
-    pub(crate) artifacts: Option<BlobId>,
-}
-
 const SPEC_FILE: &str = "spec";
-const RESULT_FILE: &str = "result.json";
 
 impl Work {
     /// Fetch inputs and set up directories; the peer hears how it went.
@@ -151,7 +142,8 @@ impl Work {
         let workspace = shared.workspace(id);
         tokio::task::spawn_blocking(move || {
             if let Err(reason) = workspace.discard() {
-                warn!(job = %id.job, rank = %id.rank, %reason, "residue of a rank that never ran");
+                let reason = format!("{:#}", anyhow::Error::from(reason));
+                warn!(job = %id.job, rank = %id.rank, reason, "residue of a rank that never ran");
             }
         });
     }
@@ -337,17 +329,8 @@ fn gather(
         }
     };
     let mut collected = workspace.collect(store, &spec);
-    let result = RankResult { keep: collected.keep, artifacts: collected.artifacts };
-    let path = workspace.dir().join(RESULT_FILE);
-    let written = serde_json::to_vec(&result)
-        .map_err(anyhow::Error::from)
-        .and_then(|bytes| Ok(crate::home::write_atomic(&path, &bytes)?));
-    if let Err(reason) = written {
-        let reason = format!("cannot write {}: {reason:#}", path.display());
-        collected.note = join_notes([collected.note, Some(reason)]);
-    }
     if let Err(residue) = workspace.clean() {
-        collected.note = join_notes([collected.note, Some(format!("residue: {residue}"))]);
+        collected.note = join_notes([collected.note, Some(format!("residue: {:#}", anyhow::Error::from(residue)))]);
     }
     collected
 }
@@ -390,19 +373,6 @@ pub(crate) fn rank_dirs(job_dir: &std::path::Path) -> std::io::Result<Vec<(Attem
     }
     dirs.sort();
     Ok(dirs)
-}
-
-/// What a rank that is over left in the store.
-pub(crate) fn read_result(rank_dir: &std::path::Path) -> anyhow::Result<Option<RankResult>> {
-    let path = rank_dir.join(RESULT_FILE);
-    match std::fs::read(&path) {
-        Ok(bytes) => Ok(Some(
-            serde_json::from_slice(&bytes)
-                .with_context(|| format!("{} is damaged", path.display()))?,
-        )),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
-    }
 }
 
 fn process_id(id: WorkId) -> ProcessId {

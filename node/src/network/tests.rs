@@ -222,11 +222,20 @@ async fn one_port_serves_quic_and_tcp_and_a_taken_one_is_an_error() {
 
 #[tokio::test]
 async fn an_unspecified_address_is_shown_as_those_of_the_interfaces() {
-    let node = Node::start_at(1, "0.0.0.0:0".parse().unwrap()).await;
-    let addrs = node.addrs();
-    let port = addrs[0].port();
-    assert!(addrs.contains(&SocketAddr::from(([127, 0, 0, 1], port))));
-    assert!(addrs.iter().all(|addr| addr.port() == port && !addr.ip().is_unspecified()));
+    let [any_v4, any_v6] = ["0.0.0.0:0", "[::]:0"].map(|any| any.parse().unwrap());
+    let node = Node::start_at(1, any_v4).await;
+    let port = node.addrs()[0].port();
+    let loopback_v4 = |port| SocketAddr::from(([127, 0, 0, 1], port));
+    assert!(node.addrs().contains(&loopback_v4(port)));
+    assert!(node.addrs().iter().all(|addr| addr.port() == port && !addr.ip().is_unspecified()));
+    if let Err(reason) = UdpSocket::bind("[::1]:0") {
+        return println!("skipped for IPv6: {reason}");
+    }
+    let node = Node::start_at(2, any_v6).await;
+    let port = node.addrs()[0].port();
+    assert!(node.addrs().contains(&loopback_v4(port)));
+    assert!(node.addrs().contains(&format!("[::1]:{port}").parse().unwrap()));
+    assert!(node.addrs().iter().all(|addr| addr.port() == port));
 }
 
 #[tokio::test]
