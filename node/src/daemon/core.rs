@@ -82,7 +82,14 @@ pub(super) async fn run(
         for input in batch.drain(..) {
             match input {
                 Input::Act(act) => releases.push(act(&mut state, now)),
-                Input::Network(event) => on_network(&mut state, event, now),
+                Input::Network(event) => {
+                    // A node that went away comes back, if it does, as another process: its
+                    // data-plane connections would only be found dead by their timeouts.
+                    if let network::Event::Disconnected(node) = &event {
+                        shared.endpoint.forget(node);
+                    }
+                    on_network(&mut state, event, now);
+                }
                 Input::Member(peer, first_writes, network, done) => {
                     writes.extend(first_writes);
                     state.peer = Some(*peer);

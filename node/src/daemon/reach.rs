@@ -271,7 +271,11 @@ impl Shared {
                 Err(e) => ReachError::Unreachable(peer, e),
             })
         };
-        timeout(ASK_TIMEOUT, talk).await.unwrap_or(Err(ReachError::Silent(peer)))
+        let answer = timeout(ASK_TIMEOUT, talk).await.unwrap_or(Err(ReachError::Silent(peer)));
+        if answer.is_err() {
+            self.endpoint.forget(&peer);
+        }
+        answer
     }
 
     /// Open a stream of answers to one question.
@@ -288,7 +292,11 @@ impl Shared {
             frame::write_message(&mut send, question).await.map_err(|e| unreachable(e.into()))?;
             Ok((send, receive))
         };
-        timeout(ASK_TIMEOUT, talk).await.unwrap_or(Err(ReachError::Silent(peer)))
+        let opened = timeout(ASK_TIMEOUT, talk).await.unwrap_or(Err(ReachError::Silent(peer)));
+        if opened.is_err() {
+            self.endpoint.forget(&peer);
+        }
+        opened
     }
 
     /// Have every blob of an input tree of a job here, fetched from its keeper.

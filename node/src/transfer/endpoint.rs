@@ -273,6 +273,12 @@ impl Endpoint {
         }
     }
 
+    /// Takes the pooled connections with `peer` out of the pool, as after it fell silent:
+    /// the next use dials anew. What still goes on in them goes on.
+    pub fn forget(&self, peer: &PeerId) {
+        drop(self.shared.pool().remove_peer(peer));
+    }
+
     /// Closes all connections and returns once the peers have been told.
     pub async fn close(&self) {
         self.shared.pool().connections.clear();
