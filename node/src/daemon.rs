@@ -94,6 +94,8 @@ pub(crate) struct Shared {
     network: Mutex<Option<Network>>,
     readings: Mutex<Vec<GpuReading>>,
     warnings: Mutex<Vec<String>>,
+    /// GPUs whose last process left something behind.
+    quarantined: Mutex<BTreeSet<GpuUuid>>,
     requests: AtomicUsize,
     last_request_ms: AtomicU64,
     served: files::Served,
@@ -179,6 +181,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         network: Mutex::default(),
         readings: Mutex::default(),
         warnings: Mutex::new(recovered.notes.clone()),
+        quarantined: Mutex::default(),
         requests: AtomicUsize::new(0),
         last_request_ms: AtomicU64::new(clock::now().boot_ms),
         served: files::Served::default(),
@@ -460,6 +463,29 @@ impl Shared {
         of_gpus.map(|lock| lock.as_fd().try_clone_to_owned()).collect()
     }
 
+    /// GPUs that must not be given to anybody now.
+    fn unusable(&self) -> Vec<GpuUuid> {
+        let mut unusable = in_foreign_use(&lock(&self.readings), &self.work.pids());
+        unusable.extend(lock(&self.quarantined).iter().cloned());
+        unusable.into_iter().collect()
+    }
+
+    /// Offer these GPUs to nobody until the daemon is restarted: a process that had them
+    /// left something behind.
+    pub(crate) async fn quarantine(&self, gpus: Vec<GpuUuid>, evidence: String) {
+        if gpus.is_empty() {
+            return;
+        }
+        let names: Vec<String> = gpus.iter().map(ToString::to_string).collect();
+        let warning = format!("quarantined {}: {evidence}", names.join(", "));
+        warn!(warning);
+        lock(&self.warnings).push(warning);
+        lock(&self.quarantined).extend(gpus);
+        let unusable = self.unusable();
+        // The daemon is ending if nobody listens.
+        let _ = self.act(move |peer, now| peer.set_foreign(unusable, now)).await;
+    }
+
     pub(crate) fn readings(&self) -> Vec<GpuReading> {
         lock(&self.readings).clone()
     }
@@ -598,8 +624,8 @@ fn watch_gpus(shared: &Arc<Shared>, source: GpuSource) -> anyhow::Result<()> {
     tokio::spawn(async move {
         let mut known: Option<Vec<GpuUuid>> = None;
         while let Some(reading) = readings.recv().await {
-            let unusable = unusable(&reading, &shared.work.pids());
             *lock(&shared.readings) = reading;
+            let unusable = shared.unusable();
             let held = shared
                 .act(|peer, _| {
                     let (_, work) = peer.book();
@@ -619,16 +645,15 @@ fn watch_gpus(shared: &Arc<Shared>, source: GpuSource) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn unusable(readings: &[GpuReading], ours: &BTreeSet<u32>) -> Vec<GpuUuid> {
+/// GPUs that processes of others compute on, and those that are gone.
+fn in_foreign_use(readings: &[GpuReading], ours: &BTreeSet<u32>) -> BTreeSet<GpuUuid> {
     let pids = readings.iter().flat_map(|r| r.compute_processes.iter().flatten()).map(|p| p.pid);
     let own: BTreeSet<u32> = pids
         .filter(|pid| ours.iter().any(|root| crate::executor::descends_from(*pid, *root)))
         .collect();
     let foreign = foreign_use(readings, &own);
     let gone = readings.iter().filter(|r| matches!(r.health, Health::Gone(_)));
-    let mut unusable: BTreeSet<GpuUuid> = foreign.into_keys().collect();
-    unusable.extend(gone.map(|reading| reading.uuid.clone()));
-    unusable.into_iter().collect()
+    foreign.into_keys().chain(gone.map(|reading| reading.uuid.clone())).collect()
 }
 
 /// Returns once nothing has been asked of an on-demand daemon for its idle time.

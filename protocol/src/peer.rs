@@ -571,6 +571,13 @@ impl Peer {
         (book.holds.values(), book.work.values())
     }
 
+    /// The GPUs that a rank has here.
+    #[must_use]
+    pub fn gpus_of(&self, id: WorkId) -> Vec<GpuUuid> {
+        let work = self.bidder.book().work.get(&id);
+        work.map(|work| work.assignment.grant.gpus.clone()).unwrap_or_default()
+    }
+
     /// Whether a rank of `job` is committed to or runs here.
     #[must_use]
     pub fn has_work(&self, job: JobId) -> bool {

@@ -302,16 +302,21 @@ async fn finish(shared: &Arc<Shared>, id: WorkId, ended: executor::Ended) {
     let workspace = shared.workspace(id);
     let (store, job_dir) = (shared.store.clone(), shared.job_dir(id.job));
     let gathered = tokio::task::spawn_blocking(move || gather(&workspace, &store, &job_dir)).await;
-    let collected = gathered.unwrap_or_else(|e| Collected {
-        note: Some(format!("results could not be gathered: {e}")),
-        ..Collected::default()
+    let (collected, residue) = gathered.unwrap_or_else(|e| {
+        let note = Some(format!("results could not be gathered: {e}"));
+        (Collected { note, ..Collected::default() }, None)
     });
+    // Before the peer hears of the end, and gives the GPUs to somebody else.
+    if let Some(evidence) = &residue {
+        let gpus = shared.act(move |peer, _| peer.gpus_of(id)).await.unwrap_or_default();
+        shared.quarantine(gpus, evidence.clone()).await;
+    }
     let end = RankEnd {
         ending: ending_of(ended.ending),
         result: collected.result,
         keep: collected.keep,
         artifacts: collected.artifacts,
-        note: join_notes([collected.note, ended.log.trouble, ended.unsaved]),
+        note: join_notes([collected.note, residue, ended.log.trouble, ended.unsaved]),
         at_ms: ended.wall_ms,
     };
     report(shared, id, end).await;
@@ -321,18 +326,13 @@ fn gather(
     workspace: &Workspace,
     store: &crate::transfer::store::BlobStore,
     job_dir: &std::path::Path,
-) -> Collected {
-    let spec = match read_spec(job_dir) {
-        Ok(spec) => spec,
-        Err(reason) => {
-            return Collected { note: Some(format!("{reason:#}")), ..Collected::default() };
-        }
+) -> (Collected, Option<String>) {
+    let collected = match read_spec(job_dir) {
+        Ok(spec) => workspace.collect(store, &spec),
+        Err(reason) => Collected { note: Some(format!("{reason:#}")), ..Collected::default() },
     };
-    let mut collected = workspace.collect(store, &spec);
-    if let Err(residue) = workspace.clean() {
-        collected.note = join_notes([collected.note, Some(format!("residue: {:#}", anyhow::Error::from(residue)))]);
-    }
-    collected
+    let residue = workspace.clean().err();
+    (collected, residue.map(|residue| format!("residue: {:#}", anyhow::Error::from(residue))))
 }
 
 async fn fail(shared: &Arc<Shared>, id: WorkId, reason: String) {
