@@ -1,0 +1,350 @@
+//! `p2pit join`: this machine as a node of a pool.
+
+use std::{net::SocketAddr, pin::pin, sync::Arc};
+
+use anyhow::Context as _;
+use p2pit_node::{
+    api::types::{Found, Join, LanNode, Me, UserInfo, path},
+    config::Settings,
+    daemon::{self, Options},
+    home::Home,
+};
+use p2pit_protocol::{
+    PoolId,
+    roster::{Founder, Genesis, JoinClaim, Name, Ticket},
+};
+use tokio::sync::oneshot;
+
+use crate::{
+    args::Globals,
+    client::Client,
+    daemon_log, daemon_process, home,
+    identity::{Identity, login_name, random},
+    node_flags::NodeFlags,
+    output::{Output, duration_s},
+    problem::Problem,
+    status::Status,
+    tickets,
+    view::gpu_summary,
+};
+
+/// Make this machine a node of a pool, and run it
+///
+/// Without a ticket, a home that is in a pool is started again; else a pool is founded,
+/// unless p2pit nodes answer on the local network. Your key is made on first use.
+///
+/// What is said here about the machine is kept in the home's config.yaml for later starts,
+/// where there is none yet.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    p2pit join                               found a pool, or start again\n  \
+    p2pit join pit1…                         join the pool of a ticket\n  \
+    p2pit join pit1… --detach --name lab2    … in the background\n  \
+    p2pit --home /tmp/n1 join --gpus sim:2xv100 --found")]
+pub(crate) struct Args {
+    /// One word that begins with `pit1`, from `p2pit invite`
+    #[arg(value_name = "TICKET")]
+    ticket: Option<String>,
+    /// Your name in the pool [default: your login]
+    #[arg(long, value_name = "NAME")]
+    user_name: Option<Name>,
+    /// Your name in full
+    #[arg(long, value_name = "TEXT")]
+    full_name: Option<String>,
+    /// The pool's name where one is founded [default: `<you>-pool`]
+    #[arg(long, value_name = "NAME")]
+    pool_name: Option<Name>,
+    /// Found a pool although others answer on the local network
+    #[arg(long, conflicts_with = "ticket")]
+    found: bool,
+    /// Run in the background; `p2pit daemon --stop` ends it
+    #[arg(long)]
+    detach: bool,
+    #[command(flatten)]
+    flags: NodeFlags,
+}
+
+pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
+    // Before anything is made for it.
+    let ticket = args.ticket.as_deref().map(parse_ticket).transpose()?;
+    let location = home::locate(globals)?;
+    let home = home::open_or_create(&location)?;
+    let (identity, is_new) = Identity::load_or_create(&location.identity)?;
+    if is_new {
+        let path = location.identity.display();
+        out.note(&format!("made your key in {path}: keep it, it is who you are"));
+    }
+    if args.flags.remember(&home)? {
+        let path = home.config_file();
+        out.note(&format!("wrote what you said of this machine to {}", path.display()));
+    }
+    let settings = args.flags.resolve(&home)?;
+    let newcomer = Newcomer { out, home: &home, identity: &identity, settings: &settings };
+    let wish = newcomer.wish(&args, ticket);
+    if let Some(client) = end_on_demand(&home, out).await? {
+        return newcomer.meet_running(Arc::new(client), &wish, args.detach).await;
+    }
+    if args.detach {
+        let client = Arc::new(daemon_process::start(&home, &args.flags.to_args()).await?);
+        return newcomer.detached(client, &wish).await;
+    }
+    // What the daemon tells is for its log; here only what may need a hand.
+    let filter = if settings.log == "info" && out.verbose == 0 { "warn" } else { &settings.log };
+    daemon_log::to_stderr(filter, out.colour_talk())?;
+    newcomer.foreground(&wish).await
+}
+
+fn parse_ticket(text: &str) -> anyhow::Result<(String, Ticket)> {
+    let ticket = text.parse::<Ticket>().map_err(|e| Problem::request(e.to_string()))?;
+    Ok((text.trim().to_owned(), ticket))
+}
+
+/// The daemon that runs in the home, unless a command had started it for itself: that one
+/// is ended.
+async fn end_on_demand(home: &Home, out: &Output) -> anyhow::Result<Option<Client>> {
+    let Some(client) = Client::connect(home).await? else { return Ok(None) };
+    let me: Me = client.get(path::ME).await?;
+    if !daemon_process::is_on_demand(&me) {
+        return Ok(Some(client));
+    }
+    out.note("ending the client node that a command had started here");
+    daemon_process::end(&client, &me).await?;
+    Ok(None)
+}
+
+/// What is to become of a home that is in no pool.
+#[derive(Debug)]
+struct Wish {
+    ticket: Option<(String, Ticket)>,
+    username: Name,
+    full_name: Option<String>,
+    pool_name: Name,
+    found: bool,
+}
+
+#[derive(Debug)]
+struct Newcomer<'a> {
+    out: &'a Output,
+    home: &'a Home,
+    identity: &'a Identity,
+    settings: &'a Settings,
+}
+
+impl Newcomer<'_> {
+    fn wish(&self, args: &Args, ticket: Option<(String, Ticket)>) -> Wish {
+        let username = args.user_name.clone().unwrap_or_else(login_name);
+        let pool_name =
+            args.pool_name.clone().unwrap_or_else(|| Name::from_any(&format!("{username}-pool")));
+        let (full_name, found) = (args.full_name.clone(), args.found);
+        Wish { ticket, username, full_name, pool_name, found }
+    }
+
+    /// Runs the daemon here, while this command is its own first client.
+    async fn foreground(&self, wish: &Wish) -> anyhow::Result<Status> {
+        let (ready, is_ready) = oneshot::channel();
+        let options =
+            Options { home: self.home.clone(), settings: self.settings.clone(), idle_exit: None };
+        let mut daemon = pin!(daemon::run(options, move || {
+            // Nobody waits where the command is ending.
+            let _ = ready.send(());
+        }));
+        let mut entering = pin!(async {
+            if is_ready.await.is_err() {
+                // The daemon says why it did not come so far.
+                return std::future::pending().await;
+            }
+            let client = Client::connect(self.home).await?;
+            let client = client.context("the daemon's own API does not answer")?;
+            let entered = self.enter(&client, wish).await;
+            if entered.is_err() {
+                client.post_empty(path::SHUTDOWN).await?;
+            }
+            entered
+        });
+        let entered = tokio::select! {
+            ended = &mut daemon => return ended.map(|()| Status::DONE),
+            entered = &mut entering => entered,
+        };
+        if entered.is_ok() {
+            self.out.note("press Ctrl-C to stop");
+        }
+        daemon.await?;
+        entered.map(|()| Status::DONE)
+    }
+
+    async fn detached(&self, client: Arc<Client>, wish: &Wish) -> anyhow::Result<Status> {
+        if let Err(error) = self.enter(&client, wish).await {
+            let me: Me = client.get(path::ME).await?;
+            daemon_process::end(&client, &me).await?;
+            return Err(error);
+        }
+        self.out.note("runs in the background; `p2pit daemon --stop` ends it");
+        Ok(Status::DONE)
+    }
+
+    /// A daemon runs here already.
+    async fn meet_running(
+        &self,
+        client: Arc<Client>,
+        wish: &Wish,
+        detach: bool,
+    ) -> anyhow::Result<Status> {
+        if detach {
+            self.enter(&client, wish).await?;
+            self.out.note("it had been running already");
+            return Ok(Status::DONE);
+        }
+        let me: Me = client.get(path::ME).await?;
+        let home = self.home.path().display();
+        Err(Problem::request(format!("a daemon runs in {home} already (process {})", me.pid))
+            .hint("`p2pit daemon --stop` ends it; `--home` names another home")
+            .into())
+    }
+
+    /// Makes the node a member where it is none, and says what it is.
+    async fn enter(&self, client: &Client, wish: &Wish) -> anyhow::Result<()> {
+        let mut me: Me = client.get(path::ME).await?;
+        match (&me.pool, &wish.ticket) {
+            (None, Some((word, ticket))) => me = self.join(client, &me, wish, word, ticket).await?,
+            (None, None) => me = self.found(client, &me, wish).await?,
+            (Some(pool), Some((_, ticket))) if ticket.pool != pool.id => {
+                let message = format!("this home is in the pool `{}` already", pool.name);
+                return Err(Problem::request(message)
+                    .hint("`p2pit leave` leaves it; another `--home` can be in another pool")
+                    .into());
+            }
+            (Some(_), Some(_) | None) => {}
+        }
+        self.introduce(client, &me).await
+    }
+
+    async fn join(
+        &self,
+        client: &Client,
+        me: &Me,
+        wish: &Wish,
+        word: &str,
+        ticket: &Ticket,
+    ) -> anyhow::Result<Me> {
+        let claim = self.claim(ticket.pool, me, wish)?;
+        let join = Join {
+            ticket: word.to_owned(),
+            claim: JoinClaim::sign(claim.to_bytes(), self.identity.key())
+                .map_err(|e| Problem::request(e.to_string()))?,
+            peers: self.peers().await,
+        };
+        client.post(path::JOIN, &join).await
+    }
+
+    async fn found(&self, client: &Client, me: &Me, wish: &Wish) -> anyhow::Result<Me> {
+        if !wish.found {
+            self.look_around(client).await?;
+        }
+        let genesis = Genesis {
+            name: wish.pool_name.clone(),
+            founders: vec![Founder {
+                user: self.identity.user(),
+                username: wish.username.clone(),
+                full_name: wish.full_name.clone(),
+            }],
+            threshold: 1,
+            created_wall_ms: me.wall_ms,
+            nonce: random()?,
+        };
+        let genesis = genesis.to_bytes().map_err(|e| Problem::request(e.to_string()))?;
+        let claim = self.claim(PoolId::of(&genesis), me, wish)?;
+        let found = Found {
+            genesis,
+            node_name: claim.node_name.to_string(),
+            claim: JoinClaim::sign(claim.to_bytes(), self.identity.key())
+                .map_err(|e| Problem::request(e.to_string()))?,
+        };
+        client.post(path::FOUND, &found).await
+    }
+
+    async fn look_around(&self, client: &Client) -> anyhow::Result<()> {
+        if !self.settings.mdns {
+            return Ok(());
+        }
+        self.out.note("looking for p2pit nodes on the local network");
+        let nodes: Vec<LanNode> = client.get(path::LAN).await?;
+        if nodes.is_empty() {
+            return Ok(());
+        }
+        let doors: Vec<String> =
+            nodes.iter().flat_map(|node| node.door.first()).map(ToString::to_string).collect();
+        Err(Problem::request(format!(
+            "p2pit nodes answer on the local network: {}",
+            doors.join(", ")
+        ))
+        .hint(
+            "ask their admin for a ticket (`p2pit invite`) and `p2pit join TICKET`, or found a \
+             separate pool with `p2pit join --found`",
+        )
+        .into())
+    }
+
+    fn claim(&self, pool: PoolId, me: &Me, wish: &Wish) -> anyhow::Result<JoinClaim> {
+        Ok(JoinClaim {
+            pool,
+            user: self.identity.user(),
+            username: wish.username.clone(),
+            full_name: wish.full_name.clone(),
+            node: me.node,
+            node_name: Name::from_any(self.settings.name.as_str()),
+            client: self.settings.client,
+            wall_ms: me.wall_ms,
+            nonce: random()?,
+        })
+    }
+
+    /// Where the peers named by the settings are; names that mean nothing are passed over.
+    async fn peers(&self) -> Vec<SocketAddr> {
+        let mut addrs = Vec::new();
+        for peer in &self.settings.peers {
+            match tokio::net::lookup_host((peer.host.as_str(), peer.port)).await {
+                Ok(found) => addrs.extend(found),
+                Err(reason) => self.out.warn(&format!("{peer} cannot be found: {reason}")),
+            }
+        }
+        addrs
+    }
+
+    async fn introduce(&self, client: &Client, me: &Me) -> anyhow::Result<()> {
+        let users: Vec<UserInfo> = client.get(path::USERS).await?;
+        let user = users.iter().find(|user| user.user == self.identity.user());
+        let (pool, nodes) = match &me.pool {
+            Some(pool) => (pool.name.as_str(), pool.nodes),
+            None => ("none", 0),
+        };
+        let plural = if nodes == 1 { "" } else { "s" };
+        let client_note = if me.client { " (a client: offers nothing)" } else { "" };
+        let mut text = format!("Node:   {}{client_note}\n", me.name);
+        text.push_str(&format!("GPUs:   {}\n", gpu_summary(&me.capacity.gpus)));
+        text.push_str(&format!("Pool:   {pool} ({nodes} node{plural})\n"));
+        let admin = user.is_some_and(|user| user.admin);
+        let role = if admin { ", admin" } else { "" };
+        let name = user.map_or("not of this pool", |user| user.name.as_str());
+        text.push_str(&format!("User:   {name}{role}\n"));
+        if admin {
+            let ticket = tickets::reuse_or_issue(client, self.identity, self.home, me).await?;
+            let left_s = ticket.expires_wall_ms.saturating_sub(me.wall_ms) / 1000;
+            text.push_str(&format!("Ticket: {}\n", *ticket.to_word()));
+            self.out.data(text)?;
+            self.out.note(&format!(
+                "others join with `p2pit join TICKET`; this ticket is good for {}",
+                duration_s(left_s)
+            ));
+        } else {
+            self.out.data(text)?;
+            self.out.note("tickets for others come from an admin: `p2pit invite`");
+        }
+        if let Some(reason) = &me.owner_only {
+            self.out.warn(&format!("this node runs only its owner's jobs: {reason}"));
+        }
+        for text in me.locked_gpus.iter().chain(&me.warnings) {
+            self.out.warn(text);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,165 @@
+//! `p2pit leave`: this node out of its pool.
+
+use std::{fs, io, path::Path, time::Duration};
+
+use anyhow::Context as _;
+use p2pit_node::{
+    api::types::{Me, NodeInfo, path},
+    home::Home,
+};
+use p2pit_protocol::{
+    PeerId,
+    job::RankState,
+    job::State,
+    message::JobFilter,
+    roster::{Kind, Leave},
+};
+
+use crate::{
+    args::Globals,
+    daemon_process,
+    jobs::{self, Gathered},
+    output::Output,
+    problem::Problem,
+    processes,
+    session::Session,
+    status::Status,
+    tickets,
+    view::Job,
+};
+
+/// Take this node out of its pool, and end its daemon
+///
+/// The home stays yours: its key, settings and blobs remain, and `p2pit join` can use it
+/// for another pool.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  p2pit leave\n  p2pit leave --force    also while jobs run \
+    here: they are lost")]
+pub(crate) struct Args {
+    /// Leave although jobs run here or are kept here; they are lost
+    #[arg(long)]
+    force: bool,
+}
+
+/// How long the others may take to hear of it.
+const HEARD_WITHIN: Duration = Duration::from_secs(3);
+const HEARD_POLL: Duration = Duration::from_millis(50);
+/// For processes of jobs that are lost by leaving.
+const END_WITHIN: Duration = Duration::from_secs(5);
+
+pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
+    let session = Session::open(globals, out).await?;
+    let me = session.me().await?;
+    if !args.force {
+        refuse_with_jobs(&session, me.node).await?;
+    }
+    let others: Vec<NodeInfo> = session.client.get(path::NODES).await?;
+    let others: Vec<&NodeInfo> = others.iter().filter(|node| node.node != me.node).collect();
+    let is_alone = !others.iter().any(|node| node.reach == "online");
+    if is_alone && !others.is_empty() && !args.force {
+        return Err(Problem::request("no other node of the pool is online to hear of it")
+            .hint("`p2pit leave --force` leaves; the others go on expecting this node")
+            .into());
+    }
+    // Which claims end is for the daemon to fill in; what it drafts is checked.
+    let leave = Leave { node: me.node, claims: Vec::new() };
+    tickets::state(&session.client, &session.identity, Kind::Leave(leave)).await?;
+    if !is_alone {
+        wait_until_heard(&session).await?;
+    }
+    daemon_process::end(&session.client, &me).await?;
+    let home = session.home.clone();
+    tokio::task::spawn_blocking(move || forget_pool(&home)).await??;
+    out.note(&format!("node {} has left {}", me.name, pool_name(&me)));
+    Ok(Status::DONE)
+}
+
+fn pool_name(me: &Me) -> &str {
+    me.pool.as_ref().map_or("its pool", |pool| &pool.name)
+}
+
+async fn refuse_with_jobs(session: &Session, me: PeerId) -> anyhow::Result<()> {
+    let filter = JobFilter { owner: None, done_max: 0 };
+    let Gathered { jobs, names, .. } = jobs::gather(session, filter).await?;
+    let name = names.node(me);
+    let here = |job: &&Job| concerns(job, me, &name);
+    let here: Vec<&str> = jobs.jobs.iter().filter(here).map(|job| job.short.as_str()).collect();
+    if here.is_empty() {
+        return Ok(());
+    }
+    let message = format!("jobs run here or are kept here: {}", here.join(", "));
+    Err(Problem::request(message)
+        .hint("wait for them or `p2pit stop` them; `p2pit leave --force` leaves, and they are lost")
+        .into())
+}
+
+fn concerns(job: &Job, me: PeerId, name: &str) -> bool {
+    let runs_here = job.ranks.iter().any(|r| r.node_id == me && r.state != RankState::Ended);
+    job.state != State::Done && (runs_here || job.keepers.iter().any(|keeper| keeper == name))
+}
+
+/// Returns once every node that was connected has let go of this one, which they do when
+/// they hear that it left; or when they had time enough.
+async fn wait_until_heard(session: &Session) -> anyhow::Result<()> {
+    let deadline = tokio::time::Instant::now() + HEARD_WITHIN;
+    while tokio::time::Instant::now() < deadline && session.me().await?.connected > 0 {
+        tokio::time::sleep(HEARD_POLL).await;
+    }
+    Ok(())
+}
+
+/// Removes what makes the home a member's, once no daemon uses it.
+fn forget_pool(home: &Home) -> anyhow::Result<()> {
+    processes::end_below(&home.run(), END_WITHIN)?;
+    for dir in [home.journal(), home.index(), home.run()] {
+        remove(&dir, fs::remove_dir_all)?;
+    }
+    remove(&home.path().join("ports.json"), fs::remove_file)?;
+    remove(&tickets::file_of(home), fs::remove_file)
+}
+
+fn remove<P: AsRef<Path>>(path: P, remove: impl FnOnce(P) -> io::Result<()>) -> anyhow::Result<()> {
+    let shown = path.as_ref().display().to_string();
+    match remove(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("cannot remove {shown}"))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::samples::{self, peer};
+
+    #[test]
+    fn a_job_concerns_the_node_that_runs_it_or_keeps_it_until_it_is_done() {
+        let mut job = samples::job(State::Running, None);
+        let keeper = job.keepers[0].clone();
+        assert!(concerns(&job, peer(1), "n1"), "it runs here");
+        assert!(concerns(&job, peer(2), &keeper), "it is kept here");
+        assert!(!concerns(&job, peer(2), "n2"));
+        job.ranks[0].state = RankState::Ended;
+        assert!(!concerns(&job, peer(1), "n1"));
+        let done = samples::job(State::Done, None);
+        assert!(!concerns(&done, peer(1), &keeper));
+    }
+
+    #[test]
+    fn what_made_a_home_a_members_is_removed_and_the_rest_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::open_or_create(&directory.path().join("home")).unwrap();
+        for name in ["journal/1", "ports.json", "ticket", "config.yaml", "node.key"] {
+            fs::write(home.path().join(name), "x").unwrap();
+        }
+        forget_pool(&home).unwrap();
+        for gone in ["journal", "index", "ports.json", "ticket"] {
+            assert!(!home.path().join(gone).exists(), "{gone}");
+        }
+        for kept in ["config.yaml", "node.key", "blobs", "p2pit-home"] {
+            assert!(home.path().join(kept).exists(), "{kept}");
+        }
+        forget_pool(&home).unwrap();
+    }
+}

@@ -1,0 +1,54 @@
+//! `p2pit ls`: the files of a job.
+
+use p2pit_protocol::message::Command;
+
+use crate::{
+    args::Globals,
+    files::{Left, parse_path},
+    jobs::Found,
+    output::Output,
+    session::Session,
+    status::Status,
+};
+
+/// List what a job keeps: `keep/` and `artifacts/`, of all its processes together
+///
+/// Each line is D, F or L for a directory, file or link, its size in bytes, and its path.
+/// Where processes left different files under one path, each stands under `rank<i>/`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  p2pit ls @last\n  p2pit ls k3qz keep/checkpoints")]
+pub(crate) struct Args {
+    /// A unique prefix of its id, or `@last` for your newest job
+    #[arg(value_name = "JOB")]
+    job: String,
+    /// A file or directory [default: the top]
+    #[arg(default_value = "", hide_default_value = true)]
+    path: String,
+    /// One JSON array
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
+    let path = parse_path(&args.path)?;
+    let session = Session::open(globals, out).await?;
+    let left = gather(&session, out, &args.job).await?.1;
+    let files = left.list(path.as_ref())?;
+    out.data(out.format(args.json).files(&files))?;
+    Ok(Status::DONE)
+}
+
+/// The files of the job that a user named.
+pub(super) async fn gather(
+    session: &Session,
+    out: &Output,
+    job: &str,
+) -> anyhow::Result<(Found, Left)> {
+    let found = Found::by_text(session, job).await?;
+    let view = found.view_to_read(session, &Command::Files(found.job())).await?;
+    let left = Left::gather(session, found.pool, &view).await?;
+    for reason in &left.silent {
+        out.warn(&format!("files are missing: {reason}"));
+    }
+    Ok((found, left))
+}

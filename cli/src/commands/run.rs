@@ -1,0 +1,296 @@
+//! `p2pit run`: submit the current directory as a job.
+
+use std::{cell::Cell, collections::BTreeMap, io::Read as _, path::Path};
+
+use anyhow::Context as _;
+use p2pit_node::config::Period;
+use p2pit_protocol::{
+    job::{Command, Grace},
+    request::{Request, TEXT_BYTES_MAX},
+};
+
+use super::Interrupts;
+use crate::{
+    args::Globals,
+    follow::Reading,
+    names::{Names, short_job},
+    output::Output,
+    problem::Problem,
+    session::Session,
+    status::Status,
+    submission::{self, Prepared, Wish},
+    view::{Plan, Submission},
+};
+
+/// Submit the current directory as a job
+///
+/// Submitted are all files that `.gitignore` and `.pitignore` do not name; only what the
+/// pool does not have travels. The job runs `.compute`, in every one of its processes.
+///
+/// TITLE is for people. REQUEST says which processes, and what each needs on its node:
+/// `2:[8:gtx1070]` is two processes with eight GPUs each, `[2:gpu,16:cpu,64:ram]` one with
+/// any two GPUs, 16 cores and 64 GiB, `[4:gpu>=24g]` one with four GPUs of 24 GB or more,
+/// `2:[],4:[v100]` two kinds of processes. `[]` is one process without a GPU.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "The job's id is printed on standard output as soon as it is submitted; \
+    from then on this machine may be switched off. With --log the log is printed instead, and the \
+    exit code is the job's: 143 where it was stopped, 124 where it ran into its time limit, 125 \
+    where it was lost. Ctrl-C then leaves the job running.\n\n\
+    Examples:\n  p2pit run \"My task\" 2:[8:gtx1070]\n  \
+    p2pit run \"My command\" [] -d 'hostname; env' -l\n  \
+    p2pit run \"More epochs\" -c @last --time 12h --env EPOCHS=20")]
+pub(crate) struct Args {
+    title: String,
+    /// What the job needs [default: the content of `.pitrequest.txt`, else `[]`]
+    request: Option<String>,
+    /// Run these commands through bash instead of `.compute`
+    #[arg(long, short, value_name = "COMMANDS", allow_hyphen_values = true)]
+    direct: Option<String>,
+    /// Follow the log until the job is done
+    #[arg(long, short)]
+    log: bool,
+    /// Show title and command to nobody but admins
+    #[arg(long, short)]
+    private: bool,
+    /// Start with what this job has in `keep/`
+    #[arg(long = "continue", short, value_name = "JOB")]
+    continues: Option<String>,
+    /// Keep these paths of the work directory when a process ends
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    artifact: Vec<String>,
+    /// Set an environment variable; may be given several times
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_env)]
+    env: Vec<(String, String)>,
+    /// End the job after this long, such as `2h`
+    #[arg(long, value_name = "DURATION")]
+    time: Option<Period>,
+    /// Between SIGTERM and SIGKILL when the job is ended [default: 30s]
+    #[arg(long, value_name = "DURATION")]
+    grace: Option<Period>,
+    /// Say what would be asked of whom, and submit nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// One JSON object instead of the id
+    #[arg(long, conflicts_with = "log")]
+    json: bool,
+}
+
+/// The default request of a directory.
+const REQUEST_FILE: &str = ".pitrequest.txt";
+
+pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
+    let dir = std::env::current_dir().context("the current directory is gone")?;
+    let snapshot = submission::start_snapshot(&dir);
+    let (follows, json, dry_run) = (args.log, args.json, args.dry_run);
+    let wish = wish(args, &dir)?;
+    let mut interrupts = Interrupts::new()?;
+    let sent = Cell::new(None);
+    let submitting = async {
+        let session = Session::open(globals, out).await?;
+        let prepared = submission::prepare(&session, &wish, snapshot).await?;
+        for note in &prepared.snapshot.notes {
+            out.warn(note);
+        }
+        if dry_run {
+            let names = Names::load(&session.client).await?;
+            out.data(out.format(json).plan(&plan(&wish, &prepared, &names)))?;
+            return Ok(None);
+        }
+        let pool = prepared.planned.pool;
+        let submission = submission::submit(&session, out, wish, prepared, &sent).await?;
+        anyhow::Ok(Some((session, pool, submission)))
+    };
+    let submitted = tokio::select! {
+        submitted = submitting => submitted?,
+        status = interrupts.next() => {
+            out.note(&match sent.get() {
+                None => "interrupted: nothing was submitted".to_owned(),
+                Some(job) => format!(
+                    "interrupted: whether job {job} was submitted, `p2pit show job:{}` tells",
+                    short_job(job)
+                ),
+            });
+            return Ok(status);
+        }
+    };
+    let Some((session, pool, submission)) = submitted else { return Ok(Status::DONE) };
+    if !follows {
+        out.data(out.format(json).submission(&submission))?;
+        out.submission(&submission);
+        out.note(&format!("follow it with `p2pit log {} -f`", short_job(submission.id)));
+        return Ok(Status::DONE);
+    }
+    out.submission(&submission);
+    out.note(&format!("Job:     {}", submission.id));
+    let Submission { id: job, keeper, .. } = submission;
+    let reading = Reading { session: &session, out, pool, job, keeper, worker: None };
+    tokio::select! {
+        outcome = reading.follow() => Ok(Status::of_outcome(&outcome?)),
+        status = interrupts.next() => {
+            let job = short_job(job);
+            out.note(&format!("detached: job {job} goes on; `p2pit log {job} -f` follows it again"));
+            Ok(status)
+        }
+    }
+}
+
+fn wish(args: Args, dir: &Path) -> anyhow::Result<Wish> {
+    let Args { title, request, direct, private, continues, artifact, env, time, grace, .. } = args;
+    let (text, from) = match request {
+        Some(text) => (text, "the request"),
+        None => (read_request_file(dir)?, "`.pitrequest.txt`"),
+    };
+    let milliseconds = |period: Period| u64::try_from(period.0.as_millis()).unwrap_or(u64::MAX);
+    Ok(Wish {
+        title,
+        request: parse_request(&text, from)?,
+        command: direct.map_or(Command::Script, Command::Direct),
+        continues,
+        artifacts: artifact,
+        env: env.into_iter().collect::<BTreeMap<_, _>>(),
+        private,
+        time_limit_ms: time.map(milliseconds),
+        grace: grace.map_or_else(Grace::default, |period| Grace(milliseconds(period))),
+    })
+}
+
+/// Nothing where there is no such file.
+fn read_request_file(dir: &Path) -> anyhow::Result<String> {
+    let path = dir.join(REQUEST_FILE);
+    let mut text = String::new();
+    match std::fs::File::open(&path) {
+        Ok(file) => {
+            // One byte more than is read anyway, so that too long a file is noticed.
+            let read = file.take(TEXT_BYTES_MAX as u64 + 1).read_to_string(&mut text);
+            read.with_context(|| format!("cannot read {}", path.display()))?;
+            Ok(text)
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(text),
+        Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
+    }
+}
+
+fn parse_request(text: &str, from: &str) -> anyhow::Result<Request> {
+    Request::parse(text).map_err(|error| {
+        Problem::request(format!("{from} cannot be understood"))
+            .excerpt(error.caret())
+            .hint("`p2pit run --help` shows how requests are written")
+            .into()
+    })
+}
+
+fn parse_env(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        Some(_) | None => Err("expected NAME=VALUE".to_owned()),
+    }
+}
+
+fn plan(wish: &Wish, prepared: &Prepared, names: &Names) -> Plan {
+    let Prepared { planned, snapshot, missing } = prepared;
+    Plan {
+        title: wish.title.clone(),
+        request: wish.request.to_string(),
+        processes: wish.request.process_count(),
+        command: wish.command.clone(),
+        source: submission::source_of(snapshot),
+        files: snapshot.tree.file_count(),
+        bytes: snapshot.tree.total_bytes(),
+        missing_blobs: missing.len() as u64,
+        missing_bytes: missing.iter().map(|(_, size)| size).sum(),
+        keeper: names.node(planned.keeper),
+        candidates: planned
+            .candidates
+            .iter()
+            .map(|(node, processes)| (names.node(*node), *processes))
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::problem::explain;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn args(line: &[&str]) -> Args {
+        Line::try_parse_from([&["run"], line].concat()).unwrap().args
+    }
+
+    #[test]
+    fn everything_on_the_command_line_becomes_part_of_the_job() {
+        let line = [
+            "My task",
+            "2:[v100]",
+            "-d",
+            "-x; true",
+            "-p",
+            "-c",
+            "@last",
+            "--env",
+            "A=1=2",
+            "--env",
+            "B=",
+            "--time",
+            "2h",
+            "--grace",
+            "5s",
+            "--artifact",
+            "out",
+            "x.txt",
+        ];
+        let wish = wish(args(&line), Path::new("/nonexistent")).unwrap();
+        assert_eq!(wish.title, "My task");
+        assert_eq!(wish.request.to_string(), "2:[v100]");
+        assert_eq!(wish.command, Command::Direct("-x; true".to_owned()));
+        assert_eq!(wish.continues.as_deref(), Some("@last"));
+        assert_eq!(wish.artifacts, ["out", "x.txt"]);
+        let env = [("A".to_owned(), "1=2".to_owned()), ("B".to_owned(), String::new())];
+        assert_eq!(wish.env, env.into());
+        assert_eq!(
+            (wish.private, wish.time_limit_ms, wish.grace),
+            (true, Some(7_200_000), Grace(5_000))
+        );
+    }
+
+    #[test]
+    fn the_request_comes_from_the_argument_else_the_file_else_is_one_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let request = |line: &[&str]| wish(args(line), dir.path()).unwrap().request.to_string();
+        assert_eq!(request(&["t"]), "[]");
+        std::fs::write(dir.path().join(REQUEST_FILE), " 2:[gpu]\n").unwrap();
+        assert_eq!(request(&["t"]), "2:[gpu]");
+        assert_eq!(request(&["t", "[v100]"]), "[v100]");
+    }
+
+    #[test]
+    fn a_request_that_is_none_is_shown_with_a_caret() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = wish(args(&["t", "2:[v100"]), dir.path()).unwrap_err();
+        let (status, explanation) = explain(&error);
+        let explanation = explanation.unwrap();
+        assert_eq!(status, Status::FAILED);
+        assert_eq!(explanation.message, "the request cannot be understood");
+        let excerpt = explanation.excerpt.unwrap();
+        assert!(excerpt.starts_with("2:[v100\n       ^ expected"), "{excerpt}");
+        std::fs::write(dir.path().join(REQUEST_FILE), "nonsense").unwrap();
+        let error = wish(args(&["t"]), dir.path()).unwrap_err();
+        assert!(error.to_string().starts_with("`.pitrequest.txt`"), "{error}");
+        std::fs::write(dir.path().join(REQUEST_FILE), " ".repeat(TEXT_BYTES_MAX + 100)).unwrap();
+        assert!(wish(args(&["t"]), dir.path()).is_err());
+    }
+
+    #[test]
+    fn a_bad_variable_is_bad_usage() {
+        for text in ["A", "=1"] {
+            assert!(Line::try_parse_from(["run", "t", "--env", text]).is_err(), "{text}");
+        }
+    }
+}

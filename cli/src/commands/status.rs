@@ -1,0 +1,64 @@
+//! `p2pit status`: what runs, what waits, what was done last.
+
+use std::time::Duration;
+
+use p2pit_protocol::message::JobFilter;
+
+use crate::{
+    args::Globals,
+    jobs::{self, Gathered},
+    output::Output,
+    session::Session,
+    status::Status,
+};
+
+/// Finished jobs that are shown.
+const DONE_MAX: u32 = 20;
+const WATCH_EVERY: Duration = Duration::from_secs(2);
+
+/// Show running, waiting and recently finished jobs
+///
+/// UC% and UM% say how much of its GPUs' compute and memory a job uses.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  p2pit status\n  p2pit status --watch\n  \
+    p2pit status --json | jq '.[] | select(.state == \"RUNNING\") | .title'")]
+pub(crate) struct Args {
+    /// Show it anew every two seconds until Ctrl-C
+    #[arg(long, conflicts_with = "json")]
+    watch: bool,
+    /// One JSON array
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
+    let session = Session::open(globals, out).await?;
+    if !args.watch {
+        let gathered = gather(&session).await?;
+        out.data(out.format(args.json).status(&gathered.jobs))?;
+        warn_of_silence(out, &gathered.silent);
+        return Ok(Status::DONE);
+    }
+    let mut ticks = tokio::time::interval(WATCH_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let gathered = gather(&session).await?;
+        out.screen(&out.format(false).status(&gathered.jobs))?;
+        warn_of_silence(out, &gathered.silent);
+    }
+}
+
+async fn gather(session: &Session) -> anyhow::Result<Gathered> {
+    let filter = JobFilter { owner: None, done_max: DONE_MAX };
+    let mut gathered = jobs::gather(session, filter).await?;
+    jobs::read_usage(session, &mut gathered).await?;
+    Ok(gathered)
+}
+
+pub(crate) fn warn_of_silence(out: &Output, silent: &[String]) {
+    if !silent.is_empty() {
+        let nodes = silent.join(", ");
+        out.warn(&format!("jobs kept by {nodes} are missing here: no answer"));
+    }
+}

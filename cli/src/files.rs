@@ -1,0 +1,296 @@
+//! What the ranks of a job left, as one tree: `keep/` and `artifacts/`, each the union of
+//! all ranks' with conflicting paths under `rank<i>/`.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context as _;
+use p2pit_node::{
+    api::types::{Fetch, Files, JobFiles, RankFiles, Uploaded, path},
+    transfer::{
+        BlobStore, Tree, TreePath,
+        exchange::{self, ReceiveError, Wanted},
+        tree::{Entry, Kind, Listed, ListedKind},
+    },
+};
+use p2pit_protocol::{
+    BlobId, JobId, PeerId, PoolId,
+    message::{Command, JobView},
+};
+
+use crate::{
+    client::pipe,
+    follow::nodes_of,
+    names::Names,
+    output::Progress,
+    problem::Problem,
+    session::Session,
+    view::{File, FileKind},
+};
+
+pub(crate) const KEEP: &str = "keep";
+pub(crate) const ARTIFACTS: &str = "artifacts";
+
+/// The files of a job and who has which.
+#[derive(Debug)]
+pub(crate) struct Left {
+    pool: PoolId,
+    job: JobId,
+    pub(crate) tree: Tree,
+    holders: BTreeMap<BlobId, PeerId>,
+    /// Nodes that could not be asked, and why: their files are missing.
+    pub(crate) silent: Vec<String>,
+}
+
+impl Left {
+    /// Asks every node of the job's ranks.
+    pub(crate) async fn gather(
+        session: &Session,
+        pool: PoolId,
+        view: &JobView,
+    ) -> anyhow::Result<Self> {
+        let nodes = nodes_of(view);
+        let signed = session.sign(pool, &nodes, &Command::Files(view.job))?;
+        let asked = nodes.iter().map(|&node| {
+            let files = Files { node, signed: signed.clone() };
+            async move { session.client.post::<JobFiles>(path::FILES, &files).await }
+        });
+        let answers = futures::future::join_all(asked).await;
+        let mut ranks = Vec::new();
+        let mut silent = Vec::new();
+        for (node, answer) in nodes.iter().zip(answers) {
+            match answer {
+                Ok(files) => ranks.extend(files.ranks.into_iter().map(|rank| (*node, rank))),
+                Err(reason) => silent.push((*node, reason)),
+            }
+        }
+        if ranks.is_empty()
+            && let Some((_, reason)) = silent.pop()
+        {
+            return Err(reason.context("no node of the job can show its files"));
+        }
+        // Names are only for saying who is missing.
+        let names =
+            if silent.is_empty() { Names::default() } else { Names::load(&session.client).await? };
+        let silent = silent
+            .iter()
+            .map(|(node, reason)| format!("node {}: {reason:#}", names.node(*node)))
+            .collect();
+        let (tree, holders) = unite(ranks)?;
+        Ok(Self { pool, job: view.job, tree, holders, silent })
+    }
+
+    /// What is at `path`, or everything.
+    pub(crate) fn at(&self, path: Option<&TreePath>) -> anyhow::Result<Tree> {
+        let Some(path) = path else { return Ok(self.tree.clone()) };
+        self.tree.subtree(path).ok_or_else(|| no_such_path(path).into())
+    }
+
+    /// What stands directly in `dir`, or at the top.
+    pub(crate) fn list(&self, dir: Option<&TreePath>) -> anyhow::Result<Vec<File>> {
+        let listed = self
+            .tree
+            .list(dir)
+            .ok_or_else(|| no_such_path_at(dir.map(ToString::to_string).unwrap_or_default()))?;
+        let is_file =
+            |path: &TreePath| self.tree.get(path).is_some_and(|entry| entry.kind != Kind::Dir);
+        let prefix = match dir {
+            Some(dir) if is_file(dir) => {
+                let (parent, _) = split_name(dir);
+                parent
+            }
+            Some(dir) => format!("{dir}/"),
+            None => String::new(),
+        };
+        Ok(listed.into_iter().map(|listed| file_of(&prefix, listed)).collect())
+    }
+
+    /// Brings the blobs of `tree`, verified, into `store`.
+    pub(crate) async fn fetch(
+        &self,
+        session: &Session,
+        tree: &Tree,
+        store: &BlobStore,
+        progress: &Progress,
+    ) -> anyhow::Result<()> {
+        for (node, wanted) in self.by_holder(tree)? {
+            let blobs = wanted.iter().map(|wanted| wanted.id).collect();
+            let signed = session.sign(self.pool, &[node], &Command::Files(self.job))?;
+            let fetch = Fetch { node, signed, blobs };
+            let stream = session.client.post_bytes(path::FETCH, &fetch).await?;
+            let (writer, mut reader) = pipe();
+            let bar = progress.clone();
+            let receiving =
+                exchange::receive_blobs(store, &wanted, node, &mut reader, move |n| bar.add(n));
+            let (pumped, received) = tokio::join!(stream.pump(writer), receiving);
+            // What cut the stream short says more than that it was.
+            if matches!(received, Err(ReceiveError::Truncated { .. })) {
+                pumped?;
+            }
+            if let Some(blob) = received?.absent.first() {
+                let message = format!("node {node} does not have blob {blob} any more");
+                return Err(Problem::broken(message).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the daemon bring the blobs of `tree` into its own store.
+    pub(crate) async fn pull(&self, session: &Session, tree: &Tree) -> anyhow::Result<()> {
+        for (node, wanted) in self.by_holder(tree)? {
+            let blobs = wanted.iter().map(|wanted| wanted.id).collect();
+            let signed = session.sign(self.pool, &[node], &Command::Files(self.job))?;
+            let _: Uploaded =
+                session.client.post(path::PULL, &Fetch { node, signed, blobs }).await?;
+        }
+        Ok(())
+    }
+
+    fn by_holder(&self, tree: &Tree) -> anyhow::Result<BTreeMap<PeerId, Vec<Wanted>>> {
+        let mut by_holder: BTreeMap<PeerId, Vec<Wanted>> = BTreeMap::new();
+        for (id, bytes_max) in tree.blobs() {
+            let holder = self.holders.get(&id).with_context(|| format!("nobody has blob {id}"))?;
+            by_holder.entry(*holder).or_default().push(Wanted { id, bytes_max });
+        }
+        Ok(by_holder)
+    }
+}
+
+/// A path inside a job's files as a person writes it; `None` is the top.
+pub(crate) fn parse_path(text: &str) -> anyhow::Result<Option<TreePath>> {
+    let trimmed = text.trim_start_matches('/');
+    if trimmed.is_empty() || trimmed.trim_end_matches('/') == "." {
+        return Ok(None);
+    }
+    let path = TreePath::from_path(std::path::Path::new(trimmed));
+    Ok(Some(path.map_err(|e| Problem::request(e.to_string()))?))
+}
+
+fn no_such_path(path: &TreePath) -> Problem {
+    no_such_path_at(path.to_string())
+}
+
+fn no_such_path_at(path: String) -> Problem {
+    Problem::request(format!("the job has no file `{path}`"))
+        .hint("`p2pit ls JOB` lists what it has")
+}
+
+fn split_name(path: &TreePath) -> (String, String) {
+    let text = path.to_string();
+    match text.rsplit_once('/') {
+        Some((parent, name)) => (format!("{parent}/"), name.to_owned()),
+        None => (String::new(), text),
+    }
+}
+
+fn file_of(prefix: &str, Listed { name, kind }: Listed) -> File {
+    let path = format!("{prefix}{}", String::from_utf8_lossy(&name));
+    let kind = match kind {
+        ListedKind::Dir { files, bytes } => FileKind::Dir { files, bytes },
+        ListedKind::File { size, executable, .. } => FileKind::File { bytes: size, executable },
+        ListedKind::Symlink { target } => {
+            FileKind::Link { target: String::from_utf8_lossy(target.as_bytes()).into_owned() }
+        }
+    };
+    File { path, kind }
+}
+
+type United = (Tree, BTreeMap<BlobId, PeerId>);
+
+fn unite(ranks: Vec<(PeerId, RankFiles)>) -> anyhow::Result<United> {
+    let mut holders = BTreeMap::new();
+    let (mut keeps, mut artifacts) = (Vec::new(), Vec::new());
+    for (node, RankFiles { rank, keep, artifacts: left }) in ranks {
+        for (manifest, trees) in [(keep, &mut keeps), (left, &mut artifacts)] {
+            let Some(manifest) = manifest else { continue };
+            let tree = Tree::decode(&manifest.0)
+                .with_context(|| format!("the files of rank {rank} on node {node} are damaged"))?;
+            for blob in tree.blobs().into_keys() {
+                holders.entry(blob).or_insert(node);
+            }
+            trees.push((rank, tree));
+        }
+    }
+    let mut entries = Vec::new();
+    for (name, trees) in [(KEEP, keeps), (ARTIFACTS, artifacts)] {
+        if trees.is_empty() {
+            continue;
+        }
+        let dir = TreePath::from_bytes(name)?;
+        let trees: Vec<(u32, &Tree)> = trees.iter().map(|(rank, tree)| (*rank, tree)).collect();
+        let union = Tree::union(&trees).context("the files of the ranks cannot be united")?;
+        for Entry { path, kind } in union.entries() {
+            entries.push(Entry { path: path.under(&dir)?, kind: kind.clone() });
+        }
+        // Gives way where there is something in it.
+        entries.push(Entry { path: dir, kind: Kind::Dir });
+    }
+    Ok((Tree::new(entries)?, holders))
+}
+
+#[cfg(test)]
+mod tests {
+    use p2pit_node::api::types::Manifest;
+
+    use super::*;
+    use crate::view::samples::peer;
+
+    fn tree(files: &[(&str, &str)]) -> Option<Manifest> {
+        let entry = |(path, content): &(&str, &str)| Entry {
+            path: TreePath::from_bytes(*path).unwrap(),
+            kind: Kind::File {
+                blob: BlobId::of(content.as_bytes()),
+                size: content.len() as u64,
+                executable: false,
+            },
+        };
+        let tree = Tree::new(files.iter().map(entry).collect()).unwrap();
+        Some(Manifest(tree.encode().unwrap()))
+    }
+
+    fn left() -> Left {
+        let rank = |rank, keep, artifacts| RankFiles { rank, keep, artifacts };
+        let (tree, holders) = unite(vec![
+            (peer(1), rank(0, tree(&[("log", "a"), ("same", "s"), ("d/x", "xyz")]), tree(&[]))),
+            (peer(2), rank(1, tree(&[("log", "b"), ("same", "s")]), None)),
+        ])
+        .unwrap();
+        Left { pool: PoolId([0; 32]), job: JobId([0; 32]), tree, holders, silent: Vec::new() }
+    }
+
+    #[test]
+    fn conflicting_files_stand_apart_and_the_rest_is_one() {
+        let left = left();
+        let paths: Vec<String> =
+            left.tree.entries().iter().map(|entry| entry.path.to_string()).collect();
+        let expected = ["artifacts", "keep/d/x", "keep/rank0/log", "keep/rank1/log", "keep/same"];
+        assert_eq!(paths, expected);
+    }
+
+    #[test]
+    fn a_listing_names_whole_paths() {
+        let left = left();
+        let paths = |dir: &str| -> Vec<String> {
+            let dir = parse_path(dir).unwrap();
+            left.list(dir.as_ref()).unwrap().into_iter().map(|file| file.path).collect()
+        };
+        assert_eq!(paths(""), ["artifacts", "keep"]);
+        assert_eq!(paths("/keep/"), ["keep/d", "keep/rank0", "keep/rank1", "keep/same"]);
+        assert_eq!(paths("./keep/d/x"), ["keep/d/x"]);
+        let missing = left.list(parse_path("nope").unwrap().as_ref()).unwrap_err();
+        assert_eq!(missing.to_string(), "the job has no file `nope`");
+        assert!(parse_path("../secret").is_err());
+    }
+
+    #[test]
+    fn every_blob_is_asked_of_a_node_that_has_it() {
+        let left = left();
+        let by_holder = left.by_holder(&left.tree).unwrap();
+        let of = |node| {
+            let mut ids: Vec<BlobId> = by_holder[&peer(node)].iter().map(|w| w.id).collect();
+            ids.sort();
+            ids
+        };
+        assert_eq!(of(2), [BlobId::of(b"b")]);
+        assert_eq!(of(1).len(), 3);
+    }
+}

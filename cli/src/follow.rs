@@ -1,0 +1,602 @@
+//! A job's log: the keeper's history of it, and what the nodes of its ranks wrote.
+//!
+//! Following joins one stream of views from the keeper with one stream of lines from each
+//! node that the views name. Either may break and is opened again; lines that were shown
+//! are counted by their label, `worker 0` and the like, and passed over then. The line
+//! that says DONE is held back until every node's stream has ended.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use p2pit_node::api::types::{Log, Watch, path};
+use p2pit_protocol::{
+    JobId, PeerId, PoolId,
+    job::{Attempt, Change, Outcome, RankState, State},
+    message::{Command, JobView},
+};
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+
+use crate::{
+    client::Client,
+    names::{Names, short_job},
+    output::{Output, iso8601, plain},
+    problem::Problem,
+    session::Session,
+};
+
+/// Events of all streams that are not shown yet.
+const EVENTS_MAX: usize = 64;
+/// A node that is being prepared, or does not answer, is asked again after this.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// How often a node is asked for its lines once the job is over.
+const TRIES_AFTER_END: u32 = 3;
+/// A keeper that restarts is back within this.
+const KEEPER_PATIENCE: Duration = Duration::from_secs(120);
+/// Logs larger than this together are not put in order.
+const MERGE_BYTES_MAX: usize = 256 << 20;
+/// Nodes write shorter lines than this.
+const LINE_BYTES_MAX: usize = 1 << 20;
+
+/// Which job's log, for whom, and how much of it.
+#[derive(Debug)]
+pub(crate) struct Reading<'a> {
+    pub(crate) session: &'a Session,
+    pub(crate) out: &'a Output,
+    pub(crate) pool: PoolId,
+    pub(crate) job: JobId,
+    pub(crate) keeper: PeerId,
+    /// Only this rank's own lines.
+    pub(crate) worker: Option<u32>,
+}
+
+impl Reading<'_> {
+    /// Shows lines as they come until the job is done.
+    pub(crate) async fn follow(&self) -> anyhow::Result<Outcome> {
+        let (sender, events) = mpsc::channel(EVENTS_MAX);
+        let mut follower = Follower {
+            reading: self,
+            sender,
+            tasks: JoinSet::new(),
+            taps: BTreeMap::new(),
+            view: None,
+            shown: 0,
+            watch: Watching::Open,
+            last_view_at: Instant::now(),
+        };
+        follower.open_watch()?;
+        follower.run(events).await
+    }
+
+    /// Shows what there is, in the order of time.
+    pub(crate) async fn read(&self, view: &JobView) -> anyhow::Result<()> {
+        let nodes = nodes_of(view);
+        let logs = futures::future::join_all(nodes.iter().map(|node| self.read_node(*node))).await;
+        let mut lines = Vec::new();
+        if self.worker.is_none() {
+            lines.extend(view.history.iter().map(|change| history_line(change).into_bytes()));
+        }
+        let mut too_large = false;
+        for (node, log) in nodes.iter().zip(logs) {
+            match log {
+                Ok(Some(bytes)) => lines.push(bytes),
+                Ok(None) => too_large = true,
+                Err(reason) => self.warn_unreadable(*node, &reason).await,
+            }
+        }
+        if too_large {
+            self.out.warn("the log is too large to be put in order: it is shown node by node");
+            return self.read_unordered(view, &nodes).await;
+        }
+        self.out.data(merge(&lines, self.worker))
+    }
+
+    /// A node's lines; `None` where they are more than can be put in order.
+    async fn read_node(&self, node: PeerId) -> anyhow::Result<Option<Vec<u8>>> {
+        let mut stream = self.session.client.post_bytes(path::LOG, &self.log(node, false)?).await?;
+        let mut log = Vec::new();
+        while let Some(bytes) = stream.next().await? {
+            log.extend_from_slice(&bytes);
+            if log.len() > MERGE_BYTES_MAX {
+                return Ok(None);
+            }
+        }
+        Ok(Some(log))
+    }
+
+    async fn read_unordered(&self, view: &JobView, nodes: &[PeerId]) -> anyhow::Result<()> {
+        if self.worker.is_none() {
+            self.out.data(view.history.iter().map(history_line).collect::<String>())?;
+        }
+        for node in nodes {
+            let mut tap = Tap::default();
+            let log = self.log(*node, false)?;
+            let mut stream = match self.session.client.post_bytes(path::LOG, &log).await {
+                Ok(stream) => stream,
+                Err(reason) => {
+                    self.warn_unreadable(*node, &reason).await;
+                    continue;
+                }
+            };
+            while let Some(bytes) = stream.next().await? {
+                self.out.data(tap.take(&bytes, self.worker))?;
+            }
+            self.out.data(tap.rest(self.worker))?;
+        }
+        Ok(())
+    }
+
+    fn log(&self, node: PeerId, follow: bool) -> anyhow::Result<Log> {
+        let signed = self.session.sign(self.pool, &[node], &Command::Log(self.job))?;
+        Ok(Log { node, signed, follow })
+    }
+
+    async fn warn_unreadable(&self, node: PeerId, reason: &anyhow::Error) {
+        // A name is a courtesy; the warning must come without one.
+        let names = Names::load(&self.session.client).await.unwrap_or_default();
+        let name = names.node(node);
+        self.out.warn(&format!("the lines of node {name} cannot be read: {reason:#}"));
+    }
+}
+
+/// The nodes of the current attempt, each once, by rank.
+pub(crate) fn nodes_of(view: &JobView) -> Vec<PeerId> {
+    let mut seen = BTreeSet::new();
+    let nodes = view.attempt.ranks.iter().map(|rank| rank.node);
+    nodes.filter(|node| seen.insert(*node)).collect()
+}
+
+/// A state of a job as a line of its log.
+fn history_line(change: &Change) -> String {
+    let Change { state, at_ms, reason } = change;
+    let reason = plain(reason).replace('\n', " ");
+    let colon = if reason.is_empty() { "" } else { ": " };
+    format!("[{}] [daemon] {state}{colon}{reason}\n", iso8601(*at_ms))
+}
+
+enum Event {
+    View(Box<JobView>),
+    WatchEnded(anyhow::Result<()>),
+    Lines(PeerId, Bytes),
+    LinesEnded(PeerId, Attempt, anyhow::Result<()>),
+}
+
+struct Follower<'a> {
+    reading: &'a Reading<'a>,
+    sender: mpsc::Sender<Event>,
+    /// Ended with this.
+    tasks: JoinSet<()>,
+    taps: BTreeMap<PeerId, Tap>,
+    view: Option<JobView>,
+    /// Changes of the history that were shown.
+    shown: usize,
+    watch: Watching,
+    last_view_at: Instant,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Watching {
+    Open,
+    Again(Instant),
+}
+
+impl Follower<'_> {
+    async fn run(&mut self, mut events: mpsc::Receiver<Event>) -> anyhow::Result<Outcome> {
+        loop {
+            if let Some(outcome) = self.outcome_to_show() {
+                self.show_history(true)?;
+                return Ok(outcome);
+            }
+            let due = self.next_due();
+            tokio::select! {
+                biased;
+                event = events.recv() => {
+                    // This holds a sender.
+                    let Some(event) = event else { continue };
+                    self.handle(event).await?;
+                }
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                    self.handle_due()?;
+                }
+            }
+        }
+    }
+
+    async fn handle(&mut self, event: Event) -> anyhow::Result<()> {
+        match event {
+            Event::View(view) => {
+                self.view = Some(*view);
+                self.last_view_at = Instant::now();
+                self.show_history(false)?;
+                self.open_taps()
+            }
+            Event::WatchEnded(result) => self.watch_ended(result),
+            Event::Lines(node, bytes) => {
+                let tap = self.taps.entry(node).or_default();
+                let lines = tap.take(&bytes, self.reading.worker);
+                if lines.is_empty() { Ok(()) } else { self.reading.out.data(lines) }
+            }
+            Event::LinesEnded(node, attempt, result) => {
+                let worker = self.reading.worker;
+                self.reading.out.data(self.taps.entry(node).or_default().rest(worker))?;
+                self.lines_ended(node, attempt, result).await
+            }
+        }
+    }
+
+    fn handle_due(&mut self) -> anyhow::Result<()> {
+        let now = Instant::now();
+        if matches!(self.watch, Watching::Again(at) if at <= now) {
+            self.open_watch()?;
+        }
+        let due: Vec<PeerId> = self
+            .taps
+            .iter()
+            .filter(|(_, tap)| matches!(tap.phase, Phase::Again(at) if at <= now))
+            .map(|(node, _)| *node)
+            .collect();
+        due.into_iter().try_for_each(|node| self.open_tap(node))
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        let watch = match self.watch {
+            Watching::Again(at) => Some(at),
+            Watching::Open => None,
+        };
+        let taps = self.taps.values().filter_map(|tap| match tap.phase {
+            Phase::Again(at) => Some(at),
+            Phase::New | Phase::Open | Phase::Ended(_) | Phase::GivenUp => None,
+        });
+        taps.chain(watch).min()
+    }
+
+    /// The outcome, once nothing more is to be shown before it.
+    fn outcome_to_show(&self) -> Option<Outcome> {
+        let view = self.view.as_ref().filter(|view| view.state() == State::Done)?;
+        let attempt = view.attempt.number;
+        let is_settled = |node: &PeerId| match self.taps.get(node).map(|tap| &tap.phase) {
+            Some(Phase::Ended(ended)) => *ended >= attempt,
+            Some(Phase::GivenUp) => true,
+            Some(Phase::New | Phase::Open | Phase::Again(_)) | None => false,
+        };
+        let lost = || Outcome::Lost { reason: "its outcome is not known".to_owned() };
+        nodes_of(view).iter().all(is_settled).then(|| view.outcome.clone().unwrap_or_else(lost))
+    }
+
+    fn show_history(&mut self, with_end: bool) -> anyhow::Result<()> {
+        let Some(view) = &self.view else { return Ok(()) };
+        let new = view.history.get(self.shown..).unwrap_or_default();
+        let new: Vec<&Change> =
+            new.iter().filter(|change| with_end || change.state != State::Done).collect();
+        self.shown += new.len();
+        if self.reading.worker.is_some() || new.is_empty() {
+            return Ok(());
+        }
+        self.reading.out.data(new.into_iter().map(history_line).collect::<String>())
+    }
+
+    fn open_watch(&mut self) -> anyhow::Result<()> {
+        let Reading { session, pool, job, keeper, .. } = *self.reading;
+        let signed = session.sign(pool, &[keeper], &Command::Job(job))?;
+        let watch = Watch { node: keeper, signed };
+        let (client, sender) = (Arc::clone(&session.client), self.sender.clone());
+        self.watch = Watching::Open;
+        self.tasks.spawn(async move {
+            let result = watch_views(&client, &watch, &sender).await;
+            // Nobody listens where the command is ending.
+            let _ = sender.send(Event::WatchEnded(result)).await;
+        });
+        Ok(())
+    }
+
+    fn watch_ended(&mut self, result: anyhow::Result<()>) -> anyhow::Result<()> {
+        let job = short_job(self.reading.job);
+        if self.view.as_ref().is_some_and(|view| view.state() == State::Done) {
+            return Ok(());
+        }
+        let is_refused = result.as_ref().err().is_some_and(|reason| {
+            reason.downcast_ref::<Problem>().is_some_and(Problem::is_request)
+        });
+        if self.view.is_none() && (result.is_ok() || is_refused) {
+            result?;
+            return Err(Problem::broken(format!("the keeper of job {job} does not know it")).into());
+        }
+        if self.last_view_at.elapsed() < KEEPER_PATIENCE {
+            self.watch = Watching::Again(Instant::now() + ASK_AGAIN);
+            return Ok(());
+        }
+        let reason = match result {
+            Err(reason) => format!("{reason:#}"),
+            Ok(()) => "its keeper stopped telling of it".to_owned(),
+        };
+        Err(Problem::broken(format!("job {job} is out of sight: {reason}"))
+            .hint(format!("it goes on; `p2pit log {job} -f` follows it again"))
+            .into())
+    }
+
+    /// Opens what the view says is there to be read.
+    fn open_taps(&mut self) -> anyhow::Result<()> {
+        let Some(view) = &self.view else { return Ok(()) };
+        let (attempt, state) = (view.attempt.number, view.state());
+        let mut ready = BTreeMap::new();
+        for rank in &view.attempt.ranks {
+            let is_ready = rank.state != RankState::Assigned || state > State::Preparing;
+            *ready.entry(rank.node).or_insert(false) |= is_ready;
+        }
+        for (node, is_ready) in ready {
+            let tap = self.taps.entry(node).or_default();
+            let is_wanted = match tap.phase {
+                Phase::New | Phase::Again(_) => true,
+                Phase::Ended(ended) => ended < attempt,
+                Phase::Open | Phase::GivenUp => false,
+            };
+            if is_wanted && is_ready {
+                self.open_tap(node)?;
+            } else if is_wanted && !matches!(tap.phase, Phase::Again(_)) {
+                // What it says while it fetches code and data is worth a look, not haste.
+                tap.phase = Phase::Again(Instant::now() + ASK_AGAIN);
+            }
+        }
+        Ok(())
+    }
+
+    fn open_tap(&mut self, node: PeerId) -> anyhow::Result<()> {
+        let attempt = self.view.as_ref().map_or(Attempt(0), |view| view.attempt.number);
+        let log = self.reading.log(node, true)?;
+        let (client, sender) = (Arc::clone(&self.reading.session.client), self.sender.clone());
+        self.taps.entry(node).or_default().open();
+        self.tasks.spawn(async move {
+            let result = read_lines(&client, &log, &sender).await;
+            // Nobody listens where the command is ending.
+            let _ = sender.send(Event::LinesEnded(node, attempt, result)).await;
+        });
+        Ok(())
+    }
+
+    async fn lines_ended(
+        &mut self,
+        node: PeerId,
+        attempt: Attempt,
+        result: anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let is_done = self.view.as_ref().is_some_and(|view| view.state() == State::Done);
+        let tap = self.taps.entry(node).or_default();
+        let Err(reason) = result else {
+            tap.phase = Phase::Ended(attempt);
+            return self.open_taps();
+        };
+        if is_done {
+            tap.failures += 1;
+        }
+        if tap.failures >= TRIES_AFTER_END {
+            tap.phase = Phase::GivenUp;
+            self.reading.warn_unreadable(node, &reason).await;
+        } else {
+            tap.phase = Phase::Again(Instant::now() + ASK_AGAIN);
+        }
+        Ok(())
+    }
+}
+
+async fn watch_views(
+    client: &Client,
+    watch: &Watch,
+    sender: &mpsc::Sender<Event>,
+) -> anyhow::Result<()> {
+    let mut views = client.post_lines::<JobView>(path::WATCH, watch).await?;
+    while let Some(view) = views.next().await? {
+        if sender.send(Event::View(Box::new(view))).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+async fn read_lines(
+    client: &Client,
+    log: &Log,
+    sender: &mpsc::Sender<Event>,
+) -> anyhow::Result<()> {
+    let mut stream = client.post_bytes(path::LOG, log).await?;
+    while let Some(bytes) = stream.next().await? {
+        if sender.send(Event::Lines(log.node, bytes)).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// One node's lines, across all streams that were opened for them.
+#[derive(Debug, Default)]
+struct Tap {
+    phase: Phase,
+    failures: u32,
+    /// The beginning of a line.
+    partial: Vec<u8>,
+    /// Lines taken so far, by label, and how many of those this stream repeats.
+    taken: BTreeMap<Vec<u8>, u64>,
+    repeated: BTreeMap<Vec<u8>, u64>,
+}
+
+#[derive(Debug, Default)]
+enum Phase {
+    #[default]
+    New,
+    Open,
+    /// To be opened again then.
+    Again(Instant),
+    /// All lines of this attempt are here.
+    Ended(Attempt),
+    GivenUp,
+}
+
+impl Tap {
+    fn open(&mut self) {
+        self.phase = Phase::Open;
+        self.partial.clear();
+        self.repeated = self.taken.clone();
+    }
+
+    /// The whole lines that are new and wanted.
+    fn take(&mut self, bytes: &[u8], worker: Option<u32>) -> Vec<u8> {
+        self.partial.extend_from_slice(bytes);
+        let end = match self.partial.iter().rposition(|byte| *byte == b'\n') {
+            Some(at) => at + 1,
+            None if self.partial.len() > LINE_BYTES_MAX => self.partial.len(),
+            None => return Vec::new(),
+        };
+        let rest = self.partial.split_off(end);
+        let whole = std::mem::replace(&mut self.partial, rest);
+        let mut wanted = Vec::with_capacity(whole.len());
+        for line in whole.split_inclusive(|byte| *byte == b'\n') {
+            if self.is_new(line) && is_of(line, worker) {
+                wanted.extend_from_slice(line);
+            }
+        }
+        wanted
+    }
+
+    /// A last line without its end.
+    fn rest(&mut self, worker: Option<u32>) -> Vec<u8> {
+        if self.partial.is_empty() { Vec::new() } else { self.take(b"\n", worker) }
+    }
+
+    fn is_new(&mut self, line: &[u8]) -> bool {
+        let label = label(line).unwrap_or_default();
+        if let Some(left) = self.repeated.get_mut(label)
+            && *left > 0
+        {
+            *left -= 1;
+            return false;
+        }
+        *self.taken.entry(label.to_vec()).or_default() += 1;
+        true
+    }
+}
+
+/// `worker 0` of `[time] [worker 0] text`.
+fn label(line: &[u8]) -> Option<&[u8]> {
+    let rest = line.strip_prefix(b"[")?;
+    let close = rest.iter().position(|byte| *byte == b']')?;
+    let rest = rest[close + 1..].strip_prefix(b" [")?;
+    let close = rest.iter().position(|byte| *byte == b']')?;
+    Some(&rest[..close])
+}
+
+fn is_of(line: &[u8], worker: Option<u32>) -> bool {
+    worker.is_none_or(|worker| label(line) == Some(format!("worker {worker}").as_bytes()))
+}
+
+/// `2025-06-15T15:06:40.123Z`, which sorts as it reads.
+const STAMP_BYTES: usize = 24;
+
+fn stamp(line: &[u8]) -> Option<&[u8]> {
+    let stamp = line.strip_prefix(b"[")?.get(..=STAMP_BYTES)?;
+    let stamp = stamp.strip_suffix(b"]")?;
+    stamp[0].is_ascii_digit().then_some(stamp)
+}
+
+/// All lines of several logs by time; those of one log and time stay in their order.
+fn merge(logs: &[Vec<u8>], worker: Option<u32>) -> Vec<u8> {
+    let mut lines: Vec<(&[u8], &[u8])> = Vec::new();
+    for log in logs {
+        let mut last: &[u8] = b"";
+        for line in log.split_inclusive(|byte| *byte == b'\n') {
+            last = stamp(line).unwrap_or(last);
+            if is_of(line, worker) {
+                lines.push((last, line));
+            }
+        }
+    }
+    lines.sort_by_key(|(stamp, _)| *stamp);
+    let mut merged = Vec::with_capacity(lines.iter().map(|(_, line)| line.len() + 1).sum());
+    for (_, line) in lines {
+        merged.extend_from_slice(line);
+        if !line.ends_with(b"\n") {
+            merged.push(b'\n');
+        }
+    }
+    merged
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIME: &str = "2025-06-15T15:06:40.12";
+
+    fn text(bytes: Vec<u8>) -> String {
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn lines_come_out_whole_whatever_the_pieces() {
+        let log = format!("[{TIME}3Z] [worker 0] one\n[{TIME}4Z] [worker 0] two\nrest");
+        for size in 1..log.len() {
+            let mut tap = Tap::default();
+            let mut shown: Vec<u8> =
+                log.as_bytes().chunks(size).flat_map(|piece| tap.take(piece, None)).collect();
+            shown.extend(tap.rest(None));
+            assert_eq!(text(shown), format!("{log}\n"));
+        }
+    }
+
+    #[test]
+    fn a_stream_that_is_opened_again_repeats_nothing() {
+        let mut tap = Tap::default();
+        let line = |worker: u8, n: u8| format!("[{TIME}3Z] [worker {worker}] {n}\n");
+        tap.open();
+        let first = [line(0, 1), line(1, 1), line(0, 2)].concat();
+        assert_eq!(text(tap.take(first.as_bytes(), None)), first);
+        tap.take(b"[cut", None);
+        tap.open();
+        // The second time, the lines of two ranks come one rank after the other.
+        let again = [line(0, 1), line(0, 2), line(0, 3), line(1, 1), line(1, 2)].concat();
+        let expected = [line(0, 3), line(1, 2)].concat();
+        assert_eq!(text(tap.take(again.as_bytes(), None)), expected);
+    }
+
+    #[test]
+    fn only_the_lines_of_a_worker_are_shown_where_one_is_named() {
+        let log = format!(
+            "[{TIME}3Z] [worker 1] a\n[{TIME}3Z] [worker 11] b\n[{TIME}3Z] [daemon] c\nnaked\n"
+        );
+        let shown = Tap::default().take(log.as_bytes(), Some(1));
+        assert_eq!(text(shown), format!("[{TIME}3Z] [worker 1] a\n"));
+        assert_eq!(
+            text(merge(&[log.into_bytes()], Some(11))),
+            format!("[{TIME}3Z] [worker 11] b\n")
+        );
+    }
+
+    #[test]
+    fn logs_of_several_nodes_are_put_in_the_order_of_time() {
+        let line = |ms: u8, text: &str| format!("[{TIME}{ms}Z] [x] {text}\n");
+        let first = format!("{}continued\n{}", line(1, "a"), line(5, "d"));
+        let second = [line(1, "b"), line(3, "c")].concat() + "no end";
+        let merged = merge(&[first.into_bytes(), second.into_bytes()], None);
+        let order = [&line(1, "a"), "continued\n", &line(1, "b"), &line(3, "c"), "no end\n"];
+        assert_eq!(text(merged), order.concat() + &line(5, "d"));
+    }
+
+    #[test]
+    fn a_change_of_state_is_a_line_of_the_daemon() {
+        let change = |reason: &str| Change {
+            state: State::Waiting,
+            at_ms: 1_750_000_000_123,
+            reason: reason.to_owned(),
+        };
+        assert_eq!(
+            history_line(&change("no\nroom")),
+            "[2025-06-15T15:06:40.123Z] [daemon] WAITING: no room\n"
+        );
+        assert!(history_line(&change("")).ends_with("[daemon] WAITING\n"));
+    }
+}

@@ -1,0 +1,633 @@
+//! Tables and lines for people.
+
+use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
+use p2pit_node::api::types::{GpuReading, NodeInfo, UserInfo};
+use p2pit_protocol::{
+    inventory::Gpu,
+    job::{Command, Outcome, RankState, Source, State},
+    message::GpuState,
+};
+
+use super::{Format, bytes, duration_s, iso8601, plain, text::line};
+use crate::view::{
+    File, FileKind, Job, Jobs, MeAndNode, Node, NodeGpu, Plan, Rank, Submission, Wait, gpu_summary,
+};
+
+/// Characters of a title in a table.
+const TITLE_CHARS_MAX: usize = 40;
+/// Characters of a request in a table.
+const REQUEST_CHARS_MAX: usize = 40;
+
+#[derive(Debug)]
+pub(super) struct Human {
+    pub(super) colour: bool,
+}
+
+impl Format for Human {
+    fn me(&self, MeAndNode { me, user_id, user }: &MeAndNode) -> String {
+        let mut fields = Fields::default();
+        match user {
+            Some(user) => fields.add("User", user_text(user)),
+            None => fields.add("User", "not of this pool".to_owned()),
+        }
+        fields.add("Key", user_id.to_string());
+        let client = if me.client { ", offers nothing" } else { "" };
+        let name = if me.name.is_empty() { "none yet" } else { &me.name };
+        fields.add("Node", format!("{name}{client}"));
+        fields.add("Node id", me.node.to_string());
+        match &me.pool {
+            Some(pool) => fields.add(
+                "Pool",
+                format!(
+                    "{} ({}, {})",
+                    pool.name,
+                    count(pool.nodes, "node"),
+                    count(pool.users, "user")
+                ),
+            ),
+            None => fields.add("Pool", "none".to_owned()),
+        }
+        fields.add("Connected", count(me.connected, "node"));
+        fields.add("GPUs", gpu_summary(&me.capacity.gpus));
+        fields.add("CPU", count(me.capacity.cpu_cores as usize, "core"));
+        fields.add("Memory", bytes(me.capacity.ram_mib << 20));
+        fields.add("Runs jobs of", runs_jobs_of(me.owner_only.as_deref()));
+        fields.add("Isolation", me.isolation.clone());
+        fields.add("Listens on", addresses(&me.control));
+        fields.add("Data on", addresses(&me.data));
+        fields.add("Home", me.home.clone());
+        fields.add("Daemon", format!("process {}, version {}", me.pid, me.version));
+        for text in me.locked_gpus.iter().chain(&me.warnings) {
+            fields.add("Warning", text.clone());
+        }
+        fields.text()
+    }
+
+    fn nodes(&self, nodes: &[NodeInfo]) -> String {
+        let mut table = self.table(&["NODE", "OWNER", "STATE", "GPUS", "FREE", "CPU", "RAM"]);
+        for info in nodes {
+            let is_free = |gpu: &&Gpu| info.not_free.iter().all(|(uuid, _)| *uuid != gpu.uuid);
+            let free = info.capacity.gpus.iter().filter(is_free).count();
+            let state = match (info.client, info.owner_only.is_some()) {
+                (true, _) => format!("{} (client)", info.reach),
+                (false, true) => format!("{} (owner's jobs only)", info.reach),
+                (false, false) => info.reach.clone(),
+            };
+            let known = info.advert_age_s.is_some() && !info.client;
+            let known = |text: String| if known { text } else { "-".to_owned() };
+            table.add_row(vec![
+                Cell::new(plain(&info.name)),
+                Cell::new(plain(&info.owner_name)),
+                self.state_cell(&state, reach_colour(&info.reach)),
+                Cell::new(known(gpu_summary(&info.capacity.gpus))),
+                Cell::new(known(free.to_string())),
+                Cell::new(known(format!("{}/{}", info.free_cpu_cores, info.capacity.cpu_cores))),
+                Cell::new(known(format!(
+                    "{}/{}",
+                    gib(info.free_ram_mib),
+                    bytes(info.capacity.ram_mib << 20)
+                ))),
+            ]);
+        }
+        trimmed(&table)
+    }
+
+    fn node(&self, node: &Node) -> String {
+        let info = &node.info;
+        let mut fields = Fields::default();
+        fields.add("Node", info.name.clone());
+        fields.add("Node id", info.node.to_string());
+        fields.add("Owner", info.owner_name.clone());
+        let client = if info.client { ", a client that offers nothing" } else { "" };
+        let age = match info.advert_age_s {
+            Some(age) if info.reach == "offline" => format!(", last heard {} ago", duration_s(age)),
+            _ => String::new(),
+        };
+        fields.add("State", format!("{}{client}{age}", info.reach));
+        fields.add("Runs jobs of", runs_jobs_of(info.owner_only.as_deref()));
+        fields.add("Isolation", node.isolation.clone());
+        match &node.live {
+            Some(live) => {
+                let (cores, cores_free) = live.cpu_cores;
+                let (ram, ram_free) = live.ram_mib;
+                fields
+                    .add("CPU", format!("{cores_free} of {} free", count(cores as usize, "core")));
+                let ram = bytes(ram << 20);
+                fields.add("Memory", format!("{} of {ram} free", bytes(ram_free << 20)));
+                if !live.holds.is_empty() {
+                    fields.add("Held for", live.holds.join(", "));
+                }
+                if live.standing > 0 {
+                    fields.add("Waiting", count(live.standing, "standing call"));
+                }
+            }
+            None => fields.add(
+                "Not asked",
+                node.error.clone().unwrap_or_else(|| "it cannot be reached".to_owned()),
+            ),
+        }
+        fields.add("Listens on", addresses(&info.control));
+        fields.add("Data on", addresses(&info.data));
+        let mut text = fields.text();
+        text.push_str("GPUs:\n");
+        if node.gpus.is_empty() {
+            text.push_str("  none\n");
+        }
+        for (index, gpu) in node.gpus.iter().enumerate() {
+            text.push_str(&gpu_text(index, gpu));
+        }
+        text
+    }
+
+    fn users(&self, users: &[UserInfo]) -> String {
+        let mut table = self.table(&["USER", "FULL NAME", "E-MAIL", "ROLE"]);
+        for user in users {
+            let or_dash = |text: &Option<String>| text.as_deref().map_or("-".to_owned(), plain);
+            table.add_row(vec![
+                plain(&user.name),
+                or_dash(&user.full_name),
+                or_dash(&user.email),
+                if user.admin { "admin" } else { "user" }.to_owned(),
+            ]);
+        }
+        trimmed(&table)
+    }
+
+    fn jobs(&self, jobs: &Jobs) -> String {
+        self.status(jobs)
+    }
+
+    fn job(&self, job: &Job, now_ms: u64) -> String {
+        let mut fields = Fields::default();
+        fields.add("Job", job.short.clone());
+        fields.add("Id", job.id.to_string());
+        fields.add("Title", title(job));
+        fields.add("User", job.user.clone());
+        fields.add("Private", yes_no(job.private));
+        fields.add("Request", job.request.clone());
+        if let Some(command) = &job.command {
+            fields.add("Command", command_text(command));
+        }
+        add_source(&mut fields, &job.source);
+        if let Some(continues) = job.continues {
+            fields.add("Continues", continues.to_string());
+        }
+        fields.add("Submitted", iso8601(job.submitted_at_ms));
+        let since = duration_s(now_ms.saturating_sub(job.since_ms()) / 1000);
+        fields.add("State", format!("{} since {since}", job.state));
+        if let Some(outcome) = &job.outcome {
+            let by = job.stopped_by.as_ref().map(|user| format!(" by {user}"));
+            let reason = match outcome {
+                Outcome::Lost { reason } => format!(": {reason}"),
+                _ => String::new(),
+            };
+            fields.add("Outcome", format!("{outcome}{}{reason}", by.unwrap_or_default()));
+        }
+        fields.add("Kept by", job.keepers.join(", "));
+        let mut text = fields.text();
+        text.push_str("History:\n");
+        for change in &job.history {
+            let (at, reason) = (iso8601(change.at_ms), line(&change.reason, 200));
+            text.push_str(&format!("  {at}  {:<9}  {reason}\n", change.state.to_string()));
+        }
+        if !job.ranks.is_empty() {
+            text.push_str(&format!("Processes of attempt {}:\n", job.attempt));
+            for rank in &job.ranks {
+                text.push_str(&rank_text(rank));
+            }
+        }
+        text
+    }
+
+    fn status(&self, jobs: &Jobs) -> String {
+        let header = ["JOB", "S", "SINCE", "UC%", "UM%", "USER", "TITLE", "RESOURCE"];
+        let mut table = self.table(&header);
+        for column in [2, 3, 4] {
+            if let Some(column) = table.column_mut(column) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        let percent =
+            |percent: Option<u32>| percent.map_or("-".to_owned(), |percent| percent.to_string());
+        for job in &jobs.jobs {
+            let state = match &job.outcome {
+                Some(outcome) => outcome.to_string(),
+                None => job.state.code().to_owned(),
+            };
+            let since = jobs.now_ms.saturating_sub(job.since_ms()) / 1000;
+            table.add_row(vec![
+                Cell::new(&job.short),
+                self.state_cell(&state, job_colour(job)),
+                Cell::new(duration_s(since)),
+                Cell::new(percent(job.usage.compute_percent)),
+                Cell::new(percent(job.usage.memory_percent)),
+                Cell::new(plain(&job.user)),
+                Cell::new(line(&title(job), TITLE_CHARS_MAX)),
+                Cell::new(line(&job.request, REQUEST_CHARS_MAX)),
+            ]);
+        }
+        trimmed(&table)
+    }
+
+    fn wait(&self, wait: &Wait) -> String {
+        let mut text = format!("{}: {}\n", wait.state, plain(&wait.summary));
+        text.push_str(&format!(
+            "It needs {} and holds {}.\n",
+            count(wait.need as usize, "process"),
+            wait.held
+        ));
+        if wait.nodes.is_empty() {
+            return text;
+        }
+        let mut table = self.table(&["NODE", "SAYS", "BECAUSE"]);
+        for node in &wait.nodes {
+            let reason = if node.reason.is_empty() { "-".to_owned() } else { plain(&node.reason) };
+            table.add_row(vec![plain(&node.node), node.verdict.to_owned(), reason]);
+        }
+        format!("{text}\n{}", trimmed(&table))
+    }
+
+    fn files(&self, files: &[File]) -> String {
+        let size = |file: &File| match &file.kind {
+            FileKind::Dir { bytes, .. } | FileKind::File { bytes, .. } => bytes.to_string(),
+            FileKind::Link { .. } => "-".to_owned(),
+        };
+        let width = files.iter().map(|file| size(file).len()).max().unwrap_or(0);
+        let row = |file: &File| {
+            let path = plain(&file.path).replace('\n', "\u{fffd}");
+            let size = size(file);
+            match &file.kind {
+                FileKind::Dir { .. } => format!("D {size:>width$} {path}/\n"),
+                FileKind::File { .. } => format!("F {size:>width$} {path}\n"),
+                FileKind::Link { target } => {
+                    format!("L {size:>width$} {path} -> {}\n", line(target, 200))
+                }
+            }
+        };
+        files.iter().map(row).collect()
+    }
+
+    fn plan(&self, plan: &Plan) -> String {
+        let mut fields = Fields::default();
+        fields.add("Title", plan.title.clone());
+        fields.add("Request", plan.request.clone());
+        fields.add("Processes", plan.processes.to_string());
+        fields.add("Command", command_text(&plan.command));
+        add_source(&mut fields, &plan.source);
+        fields.add(
+            "Directory",
+            format!("{}, {}", count(plan.files as usize, "file"), bytes(plan.bytes)),
+        );
+        fields.add(
+            "Not here yet",
+            format!(
+                "{}, {}",
+                count(plan.missing_blobs as usize, "blob"),
+                bytes(plan.missing_bytes)
+            ),
+        );
+        fields.add("Kept by", plan.keeper.clone());
+        let mut text = fields.text();
+        if plan.candidates.is_empty() {
+            text.push_str("No node has room now: the job would wait.\n");
+            return text;
+        }
+        text.push_str("Would be asked of:\n");
+        for (node, processes) in &plan.candidates {
+            let room = match processes {
+                0 => "no room now".to_owned(),
+                n => format!("room for {} now", count(*n as usize, "process")),
+            };
+            text.push_str(&format!("  {}: {room}\n", plain(node)));
+        }
+        text
+    }
+
+    /// The id alone: the rest is talk.
+    fn submission(&self, submission: &Submission) -> String {
+        format!("{}\n", submission.id)
+    }
+}
+
+impl Human {
+    fn table(&self, header: &[&str]) -> Table {
+        let mut table = Table::new();
+        table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+        if self.colour {
+            table.enforce_styling();
+        } else {
+            table.force_no_tty();
+        }
+        let bold = |text: &&str| {
+            let cell = Cell::new(text);
+            if self.colour { cell.add_attribute(Attribute::Bold) } else { cell }
+        };
+        table.set_header(header.iter().map(bold).collect::<Vec<_>>());
+        for column in table.column_iter_mut() {
+            column.set_padding((0, 2));
+        }
+        table
+    }
+
+    fn state_cell(&self, text: &str, colour: Option<Color>) -> Cell {
+        let cell = Cell::new(plain(text));
+        match colour.filter(|_| self.colour) {
+            Some(colour) => cell.fg(colour),
+            None => cell,
+        }
+    }
+}
+
+/// What a submission says beside the job's id.
+pub(super) fn submission_text(submission: &Submission) -> String {
+    let mut fields = Fields::default();
+    fields.add("Title", submission.title.clone());
+    fields.add("Request", submission.request.clone());
+    fields.add("Private", yes_no(submission.private));
+    if let Some(continues) = submission.continues {
+        fields.add("Continues", continues.to_string());
+    }
+    fields.add("Command", command_text(&submission.command));
+    add_source(&mut fields, &submission.source);
+    fields.add(
+        "Sent",
+        format!(
+            "{}, {} ({} there already)",
+            count(submission.sent_blobs as usize, "blob"),
+            bytes(submission.sent_bytes),
+            submission.there_blobs
+        ),
+    );
+    fields.text()
+}
+
+/// Lines of `label: value`, the values below one another.
+#[derive(Debug, Default)]
+struct Fields(Vec<(&'static str, String)>);
+
+impl Fields {
+    fn add(&mut self, label: &'static str, value: String) {
+        self.0.push((label, value));
+    }
+
+    fn text(&self) -> String {
+        let width = self.0.iter().map(|(label, _)| label.len() + 1).max().unwrap_or(0);
+        let field = |(label, value): &(&str, String)| {
+            format!("{:<width$} {}\n", format!("{label}:"), line(value, 2_000))
+        };
+        self.0.iter().map(field).collect()
+    }
+}
+
+fn add_source(fields: &mut Fields, source: &Source) {
+    let Source { remote, commit, diff_lines, untracked } = source;
+    if let Some(remote) = remote {
+        fields.add("Remote", remote.clone());
+    }
+    if let Some(commit) = commit {
+        fields.add("Commit", commit.clone());
+        let untracked = count(*untracked as usize, "untracked file");
+        fields.add("Diff", format!("{}, {untracked}", count(*diff_lines as usize, "line")));
+    }
+}
+
+fn title(job: &Job) -> String {
+    if job.private && job.title.is_empty() { "(private)".to_owned() } else { plain(&job.title) }
+}
+
+fn user_text(user: &UserInfo) -> String {
+    let details = [user.full_name.clone(), user.email.clone()];
+    let mut details: Vec<String> = details.into_iter().flatten().collect();
+    if user.admin {
+        details.push("admin".to_owned());
+    }
+    if details.is_empty() {
+        return user.name.clone();
+    }
+    format!("{} ({})", user.name, details.join(", "))
+}
+
+fn rank_text(rank: &Rank) -> String {
+    let gpus = if rank.gpus.is_empty() { "no GPU".to_owned() } else { rank.gpus.join(", ") };
+    let ending = match &rank.end {
+        Some(end) => format!(", {}", end.ending),
+        None => String::new(),
+    };
+    let note = rank.end.as_ref().and_then(|end| end.note.as_ref());
+    let note = note.map(|note| format!(" ({note})")).unwrap_or_default();
+    let place = format!("group {}, process {}", rank.group, rank.process);
+    let text =
+        format!("{} ({place}) on {}: {}{ending}{note}; {gpus}", rank.rank, rank.node, rank.state);
+    format!("  {}\n", line(&text, 2_000))
+}
+
+fn gpu_text(index: usize, NodeGpu { gpu, state, job, reading }: &NodeGpu) -> String {
+    let simulated = if gpu.simulated { ", simulated" } else { "" };
+    let state = match (state, job) {
+        (_, Some(job)) => format!("used by job {job}"),
+        (GpuState::Free, None) => "free".to_owned(),
+        (GpuState::Used, None) => "used by a job".to_owned(),
+        (GpuState::Foreign, None) => "used by a process outside the pool".to_owned(),
+    };
+    let memory = bytes(gpu.memory_bytes);
+    let reading = reading.as_ref().map(reading_text).unwrap_or_default();
+    let text = format!(
+        "{index}: \"{}\" aka \"{}\" ({memory}{simulated}): {state}{reading}",
+        gpu.full_name, gpu.model
+    );
+    format!("  {}\n     {}\n", line(&text, 2_000), plain(&gpu.uuid.0))
+}
+
+fn reading_text(reading: &GpuReading) -> String {
+    let mut parts = Vec::new();
+    if let Some(percent) = reading.utilisation_percent {
+        parts.push(format!("{percent} % busy"));
+    }
+    if let Some(used) = reading.memory_used_bytes {
+        parts.push(format!("{} in use", bytes(used)));
+    }
+    if let Some(celsius) = reading.temperature_celsius {
+        parts.push(format!("{celsius} °C"));
+    }
+    if let Some(milliwatts) = reading.power_milliwatts {
+        parts.push(format!("{} W", milliwatts / 1000));
+    }
+    if !reading.compute_processes.is_empty() {
+        let pids: Vec<String> =
+            reading.compute_processes.iter().map(|(pid, _)| pid.to_string()).collect();
+        parts.push(format!("processes {}", pids.join(" ")));
+    }
+    if parts.is_empty() { String::new() } else { format!("; {}", parts.join(", ")) }
+}
+
+fn command_text(command: &Command) -> String {
+    match command {
+        Command::Script => ".compute".to_owned(),
+        Command::Direct(text) => line(text, 200),
+    }
+}
+
+fn runs_jobs_of(owner_only: Option<&str>) -> String {
+    match owner_only {
+        None => "everybody in the pool".to_owned(),
+        Some(reason) => format!("its owner only ({reason})"),
+    }
+}
+
+fn addresses(addresses: &[std::net::SocketAddr]) -> String {
+    let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    if texts.is_empty() { "-".to_owned() } else { texts.join(" ") }
+}
+
+fn count(n: usize, what: &str) -> String {
+    let plural = match (n, what.ends_with("ss")) {
+        (1, _) => "",
+        (_, true) => "es",
+        (_, false) => "s",
+    };
+    format!("{n} {what}{plural}")
+}
+
+fn yes_no(yes: bool) -> String {
+    if yes { "yes" } else { "no" }.to_owned()
+}
+
+fn gib(mib: u64) -> String {
+    format!("{:.1}", mib as f64 / 1024.0)
+}
+
+fn reach_colour(reach: &str) -> Option<Color> {
+    match reach {
+        "self" | "online" => Some(Color::Green),
+        "offline" => Some(Color::Red),
+        _ => None,
+    }
+}
+
+fn job_colour(job: &Job) -> Option<Color> {
+    match (&job.outcome, job.state) {
+        (Some(Outcome::Succeeded), _) => Some(Color::Green),
+        (Some(_), _) => Some(Color::Red),
+        (None, State::Running) => Some(Color::Green),
+        (None, _) => {
+            let ended = job.ranks.iter().any(|rank| rank.state == RankState::Ended);
+            ended.then_some(Color::Yellow)
+        }
+    }
+}
+
+/// Without blanks at the ends of lines.
+fn trimmed(table: &Table) -> String {
+    table.lines().map(|line| format!("{}\n", line.trim_end())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::{
+        NodeVerdict, Usage,
+        samples::{self, NOW_MS, peer},
+    };
+
+    const PLAIN: Human = Human { colour: false };
+
+    #[test]
+    fn status_is_one_line_for_a_job_in_the_promised_columns() {
+        let mut running = samples::job(State::Running, None);
+        running.usage = Usage { compute_percent: Some(97), memory_percent: None };
+        let done = samples::job(State::Done, Some(Outcome::Failed { code: 3 }));
+        let text = PLAIN.status(&Jobs { now_ms: NOW_MS, jobs: vec![running, done] });
+        let rows: Vec<Vec<&str>> =
+            text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(rows[0], ["JOB", "S", "SINCE", "UC%", "UM%", "USER", "TITLE", "RESOURCE"]);
+        assert_eq!(rows[1][1..5], ["RUN", "1m", "97", "-"]);
+        assert_eq!(rows[1][6..], ["First", "light", "[v100]"]);
+        assert_eq!(rows[2][1..5], ["failed(3)", "1m", "-", "-"]);
+        assert!(text.lines().all(|line| line == line.trim_end()));
+    }
+
+    #[test]
+    fn colour_is_there_only_when_wanted() {
+        let jobs = Jobs { now_ms: NOW_MS, jobs: vec![samples::job(State::Running, None)] };
+        assert!(!PLAIN.status(&jobs).contains('\x1b'));
+        assert!(Human { colour: true }.status(&jobs).contains('\x1b'));
+    }
+
+    #[test]
+    fn a_job_tells_its_history_and_its_processes() {
+        let text = PLAIN.job(&samples::job(State::Running, None), NOW_MS);
+        for part in [
+            "Title:     First light\n",
+            "State:     RUNNING since 1m\n",
+            "  2025-06-15T15:05:10.000Z  NEW        submitted\n",
+            "0 (group 0, process 0) on ",
+            ": running; SIM-x-0\n",
+        ] {
+            assert!(text.contains(part), "{part:?} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn why_lists_the_nodes_with_their_reasons() {
+        let job = samples::job(State::Waiting, None);
+        let text = PLAIN.wait(&Wait {
+            id: job.id,
+            short: job.short,
+            state: State::Waiting,
+            summary: "no node has room".to_owned(),
+            need: 2,
+            held: 1,
+            nodes: vec![NodeVerdict {
+                node: "lab1".to_owned(),
+                node_id: peer(1),
+                verdict: "declined",
+                reason: "busy with abcd".to_owned(),
+            }],
+        });
+        assert!(text.starts_with("WAITING: no node has room\nIt needs 2 processes and holds 1.\n"));
+        assert!(text.ends_with("lab1  declined  busy with abcd\n"), "{text}");
+    }
+
+    #[test]
+    fn files_are_listed_with_kind_and_size() {
+        let files = [
+            File { path: "keep".to_owned(), kind: FileKind::Dir { files: 2, bytes: 1200 } },
+            File {
+                path: "keep/x".to_owned(),
+                kind: FileKind::File { bytes: 7, executable: false },
+            },
+            File { path: "l".to_owned(), kind: FileKind::Link { target: "x".to_owned() } },
+        ];
+        assert_eq!(PLAIN.files(&files), "D 1200 keep/\nF    7 keep/x\nL    - l -> x\n");
+    }
+
+    #[test]
+    fn a_submission_says_what_travelled_and_what_did_not_need_to() {
+        let text = submission_text(&Submission {
+            id: samples::job(State::New, None).id,
+            title: "t".to_owned(),
+            request: "[]".to_owned(),
+            private: false,
+            continues: None,
+            command: Command::Direct("true".to_owned()),
+            source: Source {
+                remote: Some("https://host/x".to_owned()),
+                commit: Some("abc".to_owned()),
+                diff_lines: 1,
+                untracked: 0,
+            },
+            keeper: peer(1),
+            sent_blobs: 3,
+            sent_bytes: 2048,
+            there_blobs: 12,
+        });
+        for part in [
+            "Command: true\n",
+            "Remote:  https://host/x\n",
+            "Diff:    1 line, 0 untracked files\n",
+            "Sent:    3 blobs, 2.00 KiB (12 there already)\n",
+        ] {
+            assert!(text.contains(part), "{part:?} in\n{text}");
+        }
+    }
+}

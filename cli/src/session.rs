@@ -1,0 +1,149 @@
+//! A command's access to its home: the daemon, the user's key, and the pool.
+
+use std::{ffi::OsString, sync::Arc};
+
+use p2pit_node::{
+    api::types::{Answer, Ask, Me, Resolve, Resolved, path},
+    home::Home,
+};
+use p2pit_protocol::{
+    PeerId, PoolId, UserId,
+    identity::SignedBytes,
+    message::{Command, Reply},
+    roster::AUDIENCE_MAX,
+};
+
+use crate::{
+    args::Globals,
+    client::Client,
+    daemon_process::{self, IDLE_EXIT},
+    home,
+    identity::Identity,
+    node_flags::NodeFlags,
+    output::Output,
+    problem::Problem,
+};
+
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) home: Home,
+    /// Shared with tasks that read streams.
+    pub(crate) client: Arc<Client>,
+    pub(crate) identity: Identity,
+}
+
+impl Session {
+    /// With the daemon of the home; where none runs and the home is in a pool, with one
+    /// started for this command.
+    pub(crate) async fn open(globals: &Globals, out: &Output) -> anyhow::Result<Self> {
+        let location = home::locate(globals)?;
+        let home = home::existing(&location)?;
+        let identity = Identity::load(&location.identity)?;
+        let client = match Client::connect(&home).await? {
+            Some(client) => client,
+            None => start_on_demand(&home, out).await?,
+        };
+        Ok(Self { home, client: Arc::new(client), identity })
+    }
+
+    pub(crate) fn user(&self) -> UserId {
+        self.identity.user()
+    }
+
+    pub(crate) async fn me(&self) -> anyhow::Result<Me> {
+        self.client.get(path::ME).await
+    }
+
+    pub(crate) async fn pool(&self) -> anyhow::Result<PoolId> {
+        Ok(pool_of(&self.me().await?)?)
+    }
+
+    /// The job that a user means by `text`.
+    pub(crate) async fn resolve(&self, text: &str) -> anyhow::Result<Resolved> {
+        let resolve = Resolve { text: text.to_owned(), user: self.user() };
+        self.client.post(path::RESOLVE, &resolve).await
+    }
+
+    /// Puts a command to nodes, and gives what each said.
+    pub(crate) async fn ask(
+        &self,
+        pool: PoolId,
+        nodes: &[PeerId],
+        command: &Command,
+    ) -> anyhow::Result<Vec<Answer>> {
+        let asked = nodes.chunks(AUDIENCE_MAX).map(|nodes| async move {
+            let signed = self.sign(pool, nodes, command)?;
+            let ask = Ask { signed, nodes: nodes.to_vec() };
+            self.client.post::<Vec<Answer>>(path::ASK, &ask).await
+        });
+        Ok(futures::future::try_join_all(asked).await?.concat())
+    }
+
+    /// Puts a command to one node.
+    pub(crate) async fn ask_one(
+        &self,
+        pool: PoolId,
+        node: PeerId,
+        command: &Command,
+    ) -> anyhow::Result<Answer> {
+        let answers = self.ask(pool, &[node], command).await?;
+        let answer = answers.into_iter().next();
+        Ok(answer.ok_or_else(|| Problem::broken(format!("node {node} was not asked")))?)
+    }
+
+    pub(crate) fn sign(
+        &self,
+        pool: PoolId,
+        nodes: &[PeerId],
+        command: &Command,
+    ) -> anyhow::Result<SignedBytes> {
+        self.identity.request(pool, nodes.iter().copied(), command)
+    }
+}
+
+/// The pool of a node that must have one.
+pub(crate) fn pool_of(me: &Me) -> Result<PoolId, Problem> {
+    me.pool.as_ref().map(|pool| pool.id).ok_or_else(|| {
+        Problem::request(format!("the home {} is in no pool", me.home))
+            .hint("`p2pit join TICKET` joins one, `p2pit join` founds one")
+    })
+}
+
+/// What a node said, where it said anything that is not a refusal.
+pub(crate) fn accepted(answer: Answer) -> Result<Reply, Problem> {
+    let Answer { node, reply, error, .. } = answer;
+    match reply {
+        Some(Reply::Denied { reason }) => Err(Problem::request(reason)),
+        Some(Reply::UnknownJob) => {
+            Err(Problem::request(format!("node {node} does not keep that job any more"))
+                .hint("`p2pit show jobs` lists what is kept"))
+        }
+        Some(reply) => Ok(reply),
+        None => {
+            let reason = error.unwrap_or_else(|| format!("node {node} gave no answer"));
+            Err(Problem::broken(reason).hint("`p2pit show nodes` says which nodes are online"))
+        }
+    }
+}
+
+/// A reply of another kind than the command's.
+pub(crate) fn unexpected(node: PeerId) -> Problem {
+    Problem::broken(format!("node {node} answered something else"))
+        .hint("the node and this command may be of different versions: `p2pit --version` on both")
+}
+
+async fn start_on_demand(home: &Home, out: &Output) -> anyhow::Result<Client> {
+    let idle = NodeFlags::default().resolve(home)?.client_idle;
+    out.note(&format!(
+        "no daemon runs here: starting a client node, which ends after {} without a command",
+        humantime::format_duration(idle)
+    ));
+    let flags = [OsString::from(IDLE_EXIT), OsString::from(idle.as_secs().to_string())];
+    let client = daemon_process::start(home, &flags).await?;
+    let me: Me = client.get(path::ME).await?;
+    if let Err(problem) = pool_of(&me) {
+        daemon_process::end(&client, &me).await?;
+        return Err(problem.into());
+    }
+    Ok(client)
+}

@@ -1,0 +1,302 @@
+//! From a directory to a submitted job: snapshot, plan, upload, signature, submission.
+
+use std::{cell::Cell, collections::BTreeMap, io, path::Path, sync::Arc};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use p2pit_node::{
+    api::types::{Plan, Planned, Submit, SubmitEvent, Unsatisfiable, Uploaded, path},
+    transfer::{
+        Snapshot, SnapshotOptions, Tree, TreePath,
+        exchange::{OpenBlob, Source},
+        snapshot,
+    },
+};
+use p2pit_protocol::{
+    BlobId, JobId, PeerId,
+    identity::{Domain, SignedBytes},
+    job::{self, Command, Continued, Grace, JobSpec, VerifiedSpec},
+    request::Request,
+};
+
+use crate::{
+    files::{KEEP, Left},
+    identity::{random, wall_ms},
+    jobs::Found,
+    names::short_job,
+    output::Output,
+    problem::Problem,
+    session::Session,
+    view::Submission,
+};
+
+/// The script of a directory.
+pub(crate) const SCRIPT: &str = ".compute";
+
+/// What the user wants to run.
+#[derive(Debug)]
+pub(crate) struct Wish {
+    pub(crate) title: String,
+    pub(crate) request: Request,
+    pub(crate) command: Command,
+    pub(crate) continues: Option<String>,
+    pub(crate) artifacts: Vec<String>,
+    pub(crate) env: BTreeMap<String, String>,
+    pub(crate) private: bool,
+    pub(crate) time_limit_ms: Option<u64>,
+    pub(crate) grace: Grace,
+}
+
+/// A directory hashed, and a pool that could run it.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) planned: Planned,
+    pub(crate) snapshot: Snapshot,
+    /// Blobs of the snapshot that the daemon lacks, with their sizes.
+    pub(crate) missing: Vec<(BlobId, u64)>,
+}
+
+/// Hashes a directory on a thread of its own, from now on.
+pub(crate) fn start_snapshot(
+    dir: &Path,
+) -> tokio::task::JoinHandle<Result<Snapshot, snapshot::Error>> {
+    let dir = dir.to_owned();
+    tokio::task::spawn_blocking(move || snapshot(&dir, &SnapshotOptions::default()))
+}
+
+/// Asks whether the pool could run it while the directory is being hashed.
+pub(crate) async fn prepare(
+    session: &Session,
+    wish: &Wish,
+    snapshot: tokio::task::JoinHandle<Result<Snapshot, snapshot::Error>>,
+) -> anyhow::Result<Prepared> {
+    let plan = Plan { request: wish.request.to_string(), user: session.user() };
+    let planning = async {
+        let planned: Planned = session.client.post(path::PLAN, &plan).await?;
+        match &planned.unsatisfiable {
+            Some(unsatisfiable) => Err(refuse(&wish.request, unsatisfiable).into()),
+            None => anyhow::Ok(planned),
+        }
+    };
+    let hashing = async {
+        let snapshot = snapshot.await?.map_err(blame)?;
+        if wish.command == Command::Script {
+            check_script(&snapshot.tree)?;
+        }
+        let blobs: BTreeMap<BlobId, u64> = snapshot.blobs().into_iter().collect();
+        let ids: Vec<BlobId> = blobs.keys().copied().collect();
+        let missing: Vec<BlobId> = session.client.post(path::MISSING, &ids).await?;
+        let size = |id: &BlobId| Some((*id, *blobs.get(id)?));
+        anyhow::Ok((missing.iter().filter_map(size).collect(), snapshot))
+    };
+    let (planned, (missing, snapshot)) = tokio::try_join!(planning, hashing)?;
+    Ok(Prepared { planned, snapshot, missing })
+}
+
+/// Submits it. `sent` holds the job's id from when it may exist.
+pub(crate) async fn submit(
+    session: &Session,
+    out: &Output,
+    wish: Wish,
+    prepared: Prepared,
+    sent: &Cell<Option<JobId>>,
+) -> anyhow::Result<Submission> {
+    let Prepared { planned, snapshot, missing } = prepared;
+    let blobs = snapshot.blobs().len() as u64;
+    let uploaded = upload(session, out, &snapshot, &missing).await?;
+    let continues = match &wish.continues {
+        Some(text) => Some(continue_job(session, text).await?),
+        None => None,
+    };
+    let source = source_of(&snapshot);
+    let spec = JobSpec {
+        pool: planned.pool,
+        owner: session.user(),
+        title: wish.title.clone(),
+        request: wish.request.clone(),
+        command: wish.command.clone(),
+        code: snapshot.root,
+        code_bytes: snapshot.tree.total_bytes(),
+        source: source.clone(),
+        continues: continues.clone(),
+        artifacts: wish.artifacts,
+        env: wish.env,
+        private: wish.private,
+        time_limit_ms: wish.time_limit_ms,
+        grace: wish.grace,
+        nonce: random()?,
+        submitted_at_ms: wall_ms(),
+        keepers: vec![(planned.keeper, planned.keeper_store)],
+    };
+    let signed = SignedBytes::sign(session.identity.key(), Domain::JobSpec, spec.to_bytes());
+    let verified = VerifiedSpec::verify(signed).map_err(|e| Problem::request(e.to_string()))?;
+    sent.set(Some(verified.job));
+    let carried = carry(session, out, verified.signed).await?;
+    // Where the keeper is this node, what was uploaded is all that travelled.
+    let (sent_blobs, sent_bytes, there_blobs) = if carried.blobs + carried.there == 0 {
+        (uploaded.blobs, uploaded.bytes, blobs.saturating_sub(uploaded.blobs))
+    } else {
+        (carried.blobs, carried.bytes, carried.there)
+    };
+    Ok(Submission {
+        id: carried.job,
+        title: wish.title,
+        request: wish.request.to_string(),
+        private: wish.private,
+        continues: continues.map(|continued| continued.job),
+        command: wish.command,
+        source,
+        keeper: carried.keeper,
+        sent_blobs,
+        sent_bytes,
+        there_blobs,
+    })
+}
+
+/// The snapshot's origin as the record keeps it.
+pub(crate) fn source_of(snapshot: &Snapshot) -> job::Source {
+    snapshot.git.as_ref().map_or_else(job::Source::default, |git| job::Source {
+        remote: git.remote.clone(),
+        commit: git.commit.clone(),
+        diff_lines: git.diff_lines,
+        untracked: git.untracked,
+    })
+}
+
+fn refuse(request: &Request, unsatisfiable: &Unsatisfiable) -> Problem {
+    let Unsatisfiable { reason, nearest } = unsatisfiable;
+    let problem = Problem::request(format!("the pool can never satisfy `{request}`: {reason}"));
+    match nearest {
+        Some(nearest) => problem.hint(format!("the nearest request that fits is `{nearest}`")),
+        None => problem.hint("`p2pit show nodes` shows what there is"),
+    }
+}
+
+/// A directory that cannot be submitted as it is, is not something that broke.
+fn blame(error: snapshot::Error) -> anyhow::Error {
+    Problem::request(format!("{:#}", anyhow::Error::from(error))).into()
+}
+
+fn check_script(tree: &Tree) -> anyhow::Result<()> {
+    if tree.get(&TreePath::from_bytes(SCRIPT)?).is_some() {
+        return Ok(());
+    }
+    Err(Problem::request(format!("this directory has no `{SCRIPT}` to run"))
+        .hint(format!("write the script `{SCRIPT}`, or give commands with `-d 'commands'`"))
+        .into())
+}
+
+async fn upload(
+    session: &Session,
+    out: &Output,
+    snapshot: &Snapshot,
+    missing: &[(BlobId, u64)],
+) -> anyhow::Result<Uploaded> {
+    if missing.is_empty() {
+        return Ok(Uploaded { blobs: 0, bytes: 0 });
+    }
+    let progress = out.progress("reading", missing.iter().map(|(_, size)| size).sum());
+    let ids = missing.iter().map(|(id, _)| *id).collect();
+    let source = Arc::new(snapshot.source());
+    let posting = session.client.post_blobs(path::UPLOAD, source, ids, |n| progress.add(n));
+    let uploaded = posting.await.context("the directory did not reach the daemon")?;
+    progress.finish();
+    Ok(uploaded)
+}
+
+struct Carried {
+    job: JobId,
+    keeper: PeerId,
+    blobs: u64,
+    bytes: u64,
+    there: u64,
+}
+
+async fn carry(session: &Session, out: &Output, spec: SignedBytes) -> anyhow::Result<Carried> {
+    let progress = out.progress("sending", 0);
+    let mut events = session.client.post_lines(path::SUBMIT, &Submit { spec }).await?;
+    while let Some(event) = events.next().await? {
+        match event {
+            SubmitEvent::Transferring { bytes_done, bytes, .. } => progress.set(bytes_done, bytes),
+            SubmitEvent::Submitted { job, keeper, blobs_sent, bytes_sent, blobs_there } => {
+                progress.finish();
+                return Ok(Carried {
+                    job,
+                    keeper,
+                    blobs: blobs_sent,
+                    bytes: bytes_sent,
+                    there: blobs_there,
+                });
+            }
+            SubmitEvent::Refused { error } => {
+                progress.finish();
+                return Err(Problem::from(error).into());
+            }
+            SubmitEvent::Unknown { job } => return Err(unknown(job).into()),
+        }
+    }
+    Err(Problem::broken("the daemon ended before it said whether the job is submitted").into())
+}
+
+fn unknown(job: JobId) -> Problem {
+    Problem::broken(format!("whether job {job} is submitted is unknown: its keeper is silent"))
+        .hint(format!("`p2pit show job:{}` settles it", short_job(job)))
+}
+
+/// The union of what a job's ranks kept, brought to this node as the next job's input.
+async fn continue_job(session: &Session, text: &str) -> anyhow::Result<Continued> {
+    let found = Found::by_text(session, text).await?;
+    let job = found.job();
+    let view = found.view_to_read(session, &p2pit_protocol::message::Command::Files(job)).await?;
+    let left = Left::gather(session, found.pool, &view).await?;
+    if let Some(reason) = left.silent.first() {
+        let message = format!("not all that job {} kept can be had: {reason}", short_job(job));
+        return Err(Problem::broken(message).into());
+    }
+    let keep = left.tree.subtree(&TreePath::from_bytes(KEEP)?).unwrap_or_default();
+    left.pull(session, &keep).await?;
+    let manifest = Bytes::from(keep.encode().context("what the job kept is too much")?);
+    let root = BlobId::of(&manifest);
+    let source = Arc::new(OneBlob { id: root, content: manifest });
+    let _: Uploaded = session.client.post_blobs(path::UPLOAD, source, vec![root], |_| {}).await?;
+    Ok(Continued { job, keep: root })
+}
+
+#[derive(Debug)]
+struct OneBlob {
+    id: BlobId,
+    content: Bytes,
+}
+
+impl Source for OneBlob {
+    fn open(&self, id: &BlobId) -> io::Result<Option<OpenBlob>> {
+        let content = || Box::new(io::Cursor::new(self.content.clone()));
+        let size = self.content.len() as u64;
+        Ok((*id == self.id).then(|| OpenBlob { size, content: content() }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{problem::explain, status::Status};
+
+    use super::*;
+
+    #[test]
+    fn a_directory_without_a_script_is_refused_with_the_way_out() {
+        let error = check_script(&Tree::default()).unwrap_err();
+        let (status, explanation) = explain(&error);
+        assert_eq!(status, Status::FAILED);
+        assert!(explanation.unwrap().hint.unwrap().contains("-d"));
+    }
+
+    #[test]
+    fn a_request_that_never_fits_is_answered_with_the_nearest_that_does() {
+        let nearest = Some("2:[2:v100]".to_owned());
+        let reason = "no node has 8 v100".to_owned();
+        let problem = refuse(&"2:[8:v100]".parse().unwrap(), &Unsatisfiable { reason, nearest });
+        let (_, explanation) = explain(&problem.into());
+        let hint = explanation.unwrap().hint.unwrap();
+        assert_eq!(hint, "the nearest request that fits is `2:[2:v100]`");
+    }
+}
