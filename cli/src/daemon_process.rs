@@ -58,6 +58,8 @@ pub(crate) async fn start(home: &Home, flags: &[OsString]) -> anyhow::Result<Cli
     let mut stdout = BufReader::new(stdout);
     let ready = timeout(START_WITHIN, stdout.read_line(&mut said)).await;
     if ready.is_ok() && said.trim_end() == READY_LINE {
+        // From here on it lives without the command that started it.
+        std::mem::forget(child);
         let client = Client::connect(home).await?;
         return client.ok_or_else(|| not_started(&log_path, log_start, "ended at once").into());
     }
@@ -148,7 +150,8 @@ fn spawn(home: &Home, flags: &[OsString], log: File) -> anyhow::Result<tokio::pr
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log)
-        .current_dir("/");
+        .current_dir("/")
+        .kill_on_drop(true);
     // SAFETY: setsid is async-signal-safe and touches no memory of this process.
     unsafe {
         command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from));

@@ -70,6 +70,7 @@ impl Reading<'_> {
             shown: 0,
             watch: Watching::Open,
             last_view_at: Instant::now(),
+            is_out_of_sight: false,
         };
         follower.open_watch()?;
         follower.run(events).await
@@ -80,9 +81,6 @@ impl Reading<'_> {
         let nodes = nodes_of(view);
         let logs = futures::future::join_all(nodes.iter().map(|node| self.read_node(*node))).await;
         let mut lines = Vec::new();
-        if self.worker.is_none() {
-            lines.extend(view.history.iter().map(|change| history_line(change).into_bytes()));
-        }
         let mut too_large = false;
         for (node, log) in nodes.iter().zip(logs) {
             match log {
@@ -90,6 +88,10 @@ impl Reading<'_> {
                 Ok(None) => too_large = true,
                 Err(reason) => self.warn_unreadable(*node, &reason).await,
             }
+        }
+        // Behind what happened in the same millisecond, so that DONE stands at the end.
+        if self.worker.is_none() {
+            lines.extend(view.history.iter().map(|change| history_line(change).into_bytes()));
         }
         if too_large {
             self.out.warn("the log is too large to be put in order: it is shown node by node");
@@ -179,6 +181,8 @@ struct Follower<'a> {
     shown: usize,
     watch: Watching,
     last_view_at: Instant,
+    /// Since the last view the watch has ended.
+    is_out_of_sight: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -214,6 +218,7 @@ impl Follower<'_> {
             Event::View(view) => {
                 self.view = Some(*view);
                 self.last_view_at = Instant::now();
+                self.is_out_of_sight = false;
                 self.show_history(false)?;
                 self.open_taps()
             }
@@ -308,14 +313,20 @@ impl Follower<'_> {
             result?;
             return Err(Problem::broken(format!("the keeper of job {job} does not know it")).into());
         }
-        if self.last_view_at.elapsed() < KEEPER_PATIENCE {
-            self.watch = Watching::Again(Instant::now() + ASK_AGAIN);
-            return Ok(());
-        }
         let reason = match result {
             Err(reason) => format!("{reason:#}"),
             Ok(()) => "its keeper stopped telling of it".to_owned(),
         };
+        if self.last_view_at.elapsed() < KEEPER_PATIENCE {
+            if !self.is_out_of_sight {
+                self.reading
+                    .out
+                    .warn(&format!("job {job} is out of sight: {reason}; looking for it"));
+            }
+            self.is_out_of_sight = true;
+            self.watch = Watching::Again(Instant::now() + ASK_AGAIN);
+            return Ok(());
+        }
         Err(Problem::broken(format!("job {job} is out of sight: {reason}"))
             .hint(format!("it goes on; `p2pit log {job} -f` follows it again"))
             .into())

@@ -1,9 +1,9 @@
 //! A command's access to its home: the daemon, the user's key, and the pool.
 
-use std::{ffi::OsString, sync::Arc};
+use std::{ffi::OsString, sync::Arc, time::Duration};
 
 use p2pit_node::{
-    api::types::{Answer, Ask, Me, Resolve, Resolved, path},
+    api::types::{Answer, Ask, Me, NodeInfo, Resolve, Resolved, path},
     home::Home,
 };
 use p2pit_protocol::{
@@ -12,6 +12,8 @@ use p2pit_protocol::{
     message::{Command, Reply},
     roster::AUDIENCE_MAX,
 };
+
+use tokio::time::{Instant, sleep};
 
 use crate::{
     args::Globals,
@@ -24,12 +26,21 @@ use crate::{
     problem::Problem,
 };
 
+/// Nodes that are on answer within a moment; those that are off must not hold a command up.
+const COMPANY_WITHIN: Duration = Duration::from_secs(5);
+const COMPANY_POLL: Duration = Duration::from_millis(20);
+/// Other nodes tell of their jobs soon after they are met.
+const JOBS_WITHIN: Duration = Duration::from_secs(3);
+
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) home: Home,
     /// Shared with tasks that read streams.
     pub(crate) client: Arc<Client>,
     pub(crate) identity: Identity,
+    /// Until when the daemon, started for this command, may still be learning which jobs
+    /// there are.
+    learns_until: Option<Instant>,
 }
 
 impl Session {
@@ -39,11 +50,14 @@ impl Session {
         let location = home::locate(globals)?;
         let home = home::existing(&location)?;
         let identity = Identity::load(&location.identity)?;
-        let client = match Client::connect(&home).await? {
-            Some(client) => client,
-            None => start_on_demand(&home, out).await?,
+        let (client, learns_until) = match Client::connect(&home).await? {
+            Some(client) => (client, None),
+            None => {
+                let client = start_on_demand(&home, out).await?;
+                (client, Some(Instant::now() + JOBS_WITHIN))
+            }
         };
-        Ok(Self { home, client: Arc::new(client), identity })
+        Ok(Self { home, client: Arc::new(client), identity, learns_until })
     }
 
     pub(crate) fn user(&self) -> UserId {
@@ -61,7 +75,14 @@ impl Session {
     /// The job that a user means by `text`.
     pub(crate) async fn resolve(&self, text: &str) -> anyhow::Result<Resolved> {
         let resolve = Resolve { text: text.to_owned(), user: self.user() };
-        self.client.post(path::RESOLVE, &resolve).await
+        loop {
+            let resolved = self.client.post(path::RESOLVE, &resolve).await;
+            let may_learn = self.learns_until.is_some_and(|until| Instant::now() < until);
+            if resolved.is_ok() || !may_learn {
+                return resolved;
+            }
+            sleep(COMPANY_POLL).await;
+        }
     }
 
     /// Puts a command to nodes, and gives what each said.
@@ -145,5 +166,21 @@ async fn start_on_demand(home: &Home, out: &Output) -> anyhow::Result<Client> {
         daemon_process::end(&client, &me).await?;
         return Err(problem.into());
     }
+    wait_for_company(&client).await?;
     Ok(client)
+}
+
+/// A node that has just started knows little of its pool: returns once it is connected to
+/// another node, and has that one's word of what it offers; or when that took long enough.
+async fn wait_for_company(client: &Client) -> anyhow::Result<()> {
+    let deadline = Instant::now() + COMPANY_WITHIN;
+    loop {
+        let nodes: Vec<NodeInfo> = client.get(path::NODES).await?;
+        let is_company = |node: &NodeInfo| node.reach == "online" && node.advert_age_s.is_some();
+        let is_alone = nodes.iter().all(|node| node.reach == "self");
+        if is_alone || nodes.iter().any(is_company) || Instant::now() > deadline {
+            return Ok(());
+        }
+        sleep(COMPANY_POLL).await;
+    }
 }

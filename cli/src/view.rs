@@ -23,7 +23,8 @@ pub(crate) struct Job {
     pub(crate) request: String,
     pub(crate) command: Option<Command>,
     pub(crate) source: Source,
-    pub(crate) code: BlobId,
+    /// `None` where the reader may not see it.
+    pub(crate) code: Option<BlobId>,
     pub(crate) continues: Option<JobId>,
     pub(crate) submitted_at_ms: u64,
     pub(crate) state: State,
@@ -319,7 +320,7 @@ pub(crate) mod samples {
             request: "[v100]".parse().unwrap(),
             command: Some(Command::Script),
             source: Source::default(),
-            code: BlobId([6; 32]),
+            code: Some(BlobId([6; 32])),
             continues: None,
             submitted_at_ms: NOW_MS - 90_000,
             history: vec![

@@ -20,7 +20,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -96,10 +96,13 @@ pub(crate) struct Shared {
     warnings: Mutex<Vec<String>>,
     /// GPUs whose last process left something behind.
     quarantined: Mutex<BTreeSet<GpuUuid>>,
+    ending: AtomicBool,
     requests: AtomicUsize,
     last_request_ms: AtomicU64,
     served: files::Served,
-    gpu_locks: Vec<GpuLock>,
+    gpu_locks: Mutex<Vec<GpuLock>>,
+    /// GPUs that only a supervisor of an earlier daemon has locked: not for new jobs.
+    unlocked_gpus: Mutex<BTreeSet<GpuUuid>>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -141,7 +144,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
     } else {
         GpuSource::probe(&settings.gpus, &PeerId(key.public()).to_string())
     };
-    let (gpus, locks, locked_gpus) = lock_gpus(&source, &home)?;
+    let LockedGpus { gpus, locks, unlocked, taken: locked_gpus } = lock_gpus(&source, &home)?;
     let capacity = if on_demand || settings.client {
         Capacity::default()
     } else {
@@ -182,10 +185,12 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         readings: Mutex::default(),
         warnings: Mutex::new(recovered.notes.clone()),
         quarantined: Mutex::default(),
+        ending: AtomicBool::new(false),
         requests: AtomicUsize::new(0),
         last_request_ms: AtomicU64::new(clock::now().boot_ms),
         served: files::Served::default(),
-        gpu_locks: locks,
+        gpu_locks: Mutex::new(locks),
+        unlocked_gpus: Mutex::new(unlocked),
     });
     let mut core = tokio::spawn(core::run(Arc::clone(&shared), journal, received));
     resume(&shared, &recovered.entries).await?;
@@ -205,6 +210,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
     let result = match ended {
         Some(ended) => ended.context("the core broke")?,
         None => {
+            shared.ending.store(true, Ordering::Relaxed);
             // Fails where the core has ended by itself meanwhile.
             let _ = shared.inputs.send(Input::Shutdown).await;
             core.await.context("the core broke")?
@@ -232,11 +238,13 @@ async fn resume(
     let Some(genesis) = entries.get(&Slot::Genesis.to_bytes()) else { return Ok(()) };
     let now = clock::now();
     let mut peer = shared.new_peer(genesis.clone())?;
+    let unreadable = |reason: String| {
+        anyhow::anyhow!("the journal holds what this version cannot read: {reason}")
+    };
     for (key, value) in entries {
-        peer.restore(key, value, now).map_err(|reason| {
-            anyhow::anyhow!("the journal holds what this version cannot read: {reason}")
-        })?;
+        peer.restore(key, value, now).map_err(unreadable)?;
     }
+    peer.restored().map_err(unreadable)?;
     for (_, kept) in peer.records().map(|(job, kept)| (*job, kept.clone())).collect::<Vec<_>>() {
         for tree in kept.spec.inputs().filter(|tree| shared.store.has(tree)) {
             peer.tree_stored(tree);
@@ -245,8 +253,14 @@ async fn resume(
     let adopted = shared.work.adopt(shared).await?;
     let alive: Vec<WorkId> = adopted.iter().map(|(id, ..)| *id).collect();
     shared.become_member(peer, &alive, Vec::new()).await?;
+    work::sweep(shared).await;
     for (id, running, ended) in adopted {
-        shared.work.take_up(shared, id, running, ended);
+        if shared.act(move |peer, _| peer.has_rank(id)).await? {
+            shared.work.take_up(shared, id, running, ended);
+        } else {
+            // Reported before the last daemon died, or started under a book that is gone.
+            shared.work.dismiss(shared, id, running);
+        }
     }
     Ok(())
 }
@@ -363,6 +377,7 @@ impl Shared {
         }
         peer.set_addresses(network.listen_addrs(), self.data_addrs(&network), now);
         peer.set_offer(self.capacity.clone(), self.owner_only(), now);
+        peer.set_foreign(self.unusable(), now);
         peer.resume(alive, now);
         while let Some(write) = peer.poll_write() {
             writes.push(crate::journal::Write { key: write.key, value: write.value });
@@ -459,14 +474,39 @@ impl Shared {
     /// Copies of the machine-wide locks of these GPUs, for a process to hold.
     pub(crate) fn locks_of(&self, gpus: &[GpuUuid]) -> std::io::Result<Vec<OwnedFd>> {
         use std::os::fd::AsFd as _;
-        let of_gpus = self.gpu_locks.iter().filter(|lock| gpus.contains(lock.uuid()));
+        let locks = lock(&self.gpu_locks);
+        let of_gpus = locks.iter().filter(|lock| gpus.contains(lock.uuid()));
         of_gpus.map(|lock| lock.as_fd().try_clone_to_owned()).collect()
+    }
+
+    /// Try for the locks that supervisors of an earlier daemon held at the start.
+    fn lock_what_became_free(&self) {
+        let wanted: Vec<GpuUuid> = lock(&self.unlocked_gpus).iter().cloned().collect();
+        if wanted.is_empty() {
+            return;
+        }
+        match GpuLocks::machine().acquire(&wanted, self.home.path()) {
+            Ok(acquired) => {
+                let mut unlocked = lock(&self.unlocked_gpus);
+                for got in &acquired.locks {
+                    unlocked.remove(got.uuid());
+                }
+                lock(&self.gpu_locks).extend(acquired.locks);
+            }
+            Err(reason) => warn!(%reason, "GPU locks"),
+        }
+    }
+
+    /// The daemon was told to end.
+    fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
     }
 
     /// GPUs that must not be given to anybody now.
     fn unusable(&self) -> Vec<GpuUuid> {
         let mut unusable = in_foreign_use(&lock(&self.readings), &self.work.pids());
         unusable.extend(lock(&self.quarantined).iter().cloned());
+        unusable.extend(lock(&self.unlocked_gpus).iter().cloned());
         unusable.into_iter().collect()
     }
 
@@ -588,31 +628,43 @@ fn bind_data_plane(
     }
 }
 
-type LockedGpus = (Vec<Gpu>, Vec<GpuLock>, Vec<String>);
+/// The GPUs of this machine, by whether they are ours to offer.
+#[derive(Debug, Default)]
+struct LockedGpus {
+    /// Ours, now or once a supervisor of ours is done with them.
+    gpus: Vec<Gpu>,
+    locks: Vec<GpuLock>,
+    /// Locked by a supervisor, says the lock's own text; any user could have written that,
+    /// so nothing is given away on it.
+    unlocked: BTreeSet<GpuUuid>,
+    /// Why others are not ours.
+    taken: Vec<String>,
+}
 
 /// The GPUs this daemon alone may offer on this machine.
 fn lock_gpus(source: &GpuSource, home: &Home) -> anyhow::Result<LockedGpus> {
     let gpus = source.inventory().to_vec();
     if !source.needs_locks() || gpus.is_empty() {
-        return Ok((gpus, Vec::new(), Vec::new()));
+        return Ok(LockedGpus { gpus, ..LockedGpus::default() });
     }
     let uuids: Vec<GpuUuid> = gpus.iter().map(|gpu| gpu.uuid.clone()).collect();
     let acquired = GpuLocks::machine().acquire(&uuids, home.path())?;
-    let mut locked = Vec::new();
+    let mut taken = Vec::new();
     for (uuid, holder) in &acquired.busy {
-        locked.push(holder.message(uuid));
+        taken.push(holder.message(uuid));
     }
     for (uuid, reason) in &acquired.failed {
-        locked.push(format!("GPU {uuid} cannot be locked: {reason}"));
+        taken.push(format!("GPU {uuid} cannot be locked: {reason}"));
     }
-    for message in &locked {
+    for message in &taken {
         warn!(message, "not offered");
     }
     let offered = |gpu: &Gpu| {
         acquired.ours.contains(&gpu.uuid) || acquired.locks.iter().any(|l| *l.uuid() == gpu.uuid)
     };
     let gpus = gpus.into_iter().filter(offered).collect();
-    Ok((gpus, acquired.locks, locked))
+    let unlocked = acquired.ours.into_iter().collect();
+    Ok(LockedGpus { gpus, locks: acquired.locks, unlocked, taken })
 }
 
 /// Read the GPUs every few seconds, and tell the peer of foreign use and of GPUs that are
@@ -625,6 +677,7 @@ fn watch_gpus(shared: &Arc<Shared>, source: GpuSource) -> anyhow::Result<()> {
         let mut known: Option<Vec<GpuUuid>> = None;
         while let Some(reading) = readings.recv().await {
             *lock(&shared.readings) = reading;
+            shared.lock_what_became_free();
             let unusable = shared.unusable();
             let held = shared
                 .act(|peer, _| {

@@ -273,8 +273,13 @@ impl Executor {
                 tracing::warn!(path = %entry.path().display(), "not a run directory");
                 continue;
             };
-            let adopted = self.adopt_one(&id)?;
-            found.push((id, adopted));
+            match self.adopt_one(&id) {
+                Ok(adopted) => found.push((id, adopted)),
+                // One damaged directory must not keep a daemon from its other processes.
+                Err(reason) => {
+                    tracing::warn!(%id, reason = format!("{reason:#}"), "cannot be adopted");
+                }
+            }
         }
         found.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(found)

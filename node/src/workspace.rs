@@ -294,6 +294,12 @@ impl Workspace {
         result
     }
 
+    /// Whether there is anything for [`Workspace::clean`] to remove.
+    #[must_use]
+    pub fn is_unclean(&self) -> bool {
+        OF_JOB.iter().any(|name| self.dir.join(name).symlink_metadata().is_ok())
+    }
+
     /// Removes all but the log, for a rank that never ran.
     pub fn discard(&self) -> Result<(), Residue> {
         port::release(&self.dir);

@@ -29,7 +29,7 @@ use crate::{
     job::{Attempt, Ending, Rank, RankAssignment, RankEnd, RankState, VerifiedSpec},
     message::{
         Bid, Call, CallFate, Commit, Decline, GpuState, GpuView, HoldView, Key, Message, NodeView,
-        Offer, PinRefusal, REST_MS_MAX, RankReport, Report, Start, Wanted,
+        Offer, PinRefusal, REST_MS_MAX, RankReport, Report, Start, Wanted, blinded,
     },
     peer::{Event, Outbox, Slot},
     request::{Grant, fit, fit_many},
@@ -46,6 +46,8 @@ pub const PIN_MS: u64 = 10_000;
 pub const COMMITTED_MS: u64 = 120_000;
 /// The longest a commitment waits for its start, renewed or not.
 pub const PREPARE_MS_MAX: u64 = 3_600_000;
+/// Most trees a node remembers to have whole.
+pub const TREES_MAX: usize = 65_536;
 /// How often an unacknowledged ending is repeated.
 pub const REPORT_MS: u64 = 2_000;
 /// How long a tombstone is kept: longer than any message can be delayed.
@@ -78,8 +80,9 @@ pub(crate) struct Bidder {
     terms: Terms,
     book: Book,
     standing: Standing,
-    /// Attempts that will never be started here, with the wall time they were buried.
-    tombstones: BTreeMap<(JobId, Attempt), u64>,
+    /// Attempts that will never be started here, by who may speak of them, so that nobody
+    /// buries another steward's; with the wall time they were buried.
+    tombstones: BTreeMap<(PeerId, JobId, Attempt), u64>,
     /// Endings no steward has acknowledged.
     ends: BTreeMap<WorkId, UnreportedEnd>,
     timers: Timers<Timer>,
@@ -131,8 +134,16 @@ impl Bidder {
         &self.book.local_trees
     }
 
-    pub(crate) fn local_trees_mut(&mut self) -> &mut BTreeSet<BlobId> {
-        &mut self.book.local_trees
+    /// A tree is here, all of it. Beyond [`TREES_MAX`] another is forgotten: it costs a
+    /// look or a transfer, nothing else.
+    pub(crate) fn tree_stored(&mut self, tree: BlobId) {
+        if self.book.local_trees.len() >= TREES_MAX
+            && let Some(other) = self.book.local_trees.pop_first()
+        {
+            self.book.blinded_trees.remove(&blinded(other));
+        }
+        self.book.local_trees.insert(tree);
+        self.book.blinded_trees.insert(blinded(tree));
     }
 
     pub(crate) fn poll_timeout(&self) -> Option<(u64, &'static str)> {
@@ -174,8 +185,8 @@ impl Bidder {
         }
         match result {
             Ok((port, host)) => {
+                // Not journalled: a restarted daemon prepares again.
                 work.prepared = Some((port, host));
-                out.put(&id.slot(), work);
                 let steward = work.steward;
                 if !self.sabotage.holds(Rule::StartOnlyWhenTold) {
                     self.run(id, None, now, out);
@@ -215,10 +226,11 @@ impl Bidder {
         self.timers.cancel(&Timer::Start(id));
         // In this order a crash in between leaves the rank twice, which the next start
         // sees, and never not at all, which nobody would.
-        let unreported = UnreportedEnd { steward: work.steward, end };
+        let steward = work.steward;
+        let unreported = UnreportedEnd { steward, end };
         out.put(&id.end_slot(), &unreported);
         out.remove(&id.slot());
-        self.bury(id.job, id.attempt, now, out);
+        self.bury(steward, id.job, id.attempt, now, out);
         self.ends.insert(id, unreported);
         self.send_end(id, now, out);
         self.room_appeared(now, out);
@@ -232,11 +244,11 @@ impl Bidder {
         }
         let ids: Vec<WorkId> = self.book.work.keys().copied().collect();
         for id in ids {
-            if self.ends.contains_key(&id) {
+            if let Some(steward) = self.ends.get(&id).map(|unreported| unreported.steward) {
                 self.book.work.remove(&id);
                 out.remove(&id.slot());
                 self.timers.cancel(&Timer::Start(id));
-                self.bury(id.job, id.attempt, now, out);
+                self.bury(steward, id.job, id.attempt, now, out);
                 continue;
             }
             if alive.contains(&id) {
@@ -287,9 +299,15 @@ impl Bidder {
         Ok(())
     }
 
-    pub(crate) fn restore_tombstone(&mut self, job: JobId, attempt: Attempt, bytes: &[u8]) {
+    pub(crate) fn restore_tombstone(
+        &mut self,
+        steward: PeerId,
+        job: JobId,
+        attempt: Attempt,
+        bytes: &[u8],
+    ) {
         let buried_ms = wire::decode(bytes).unwrap_or_default();
-        self.tombstones.insert((job, attempt), buried_ms);
+        self.tombstones.insert((steward, job, attempt), buried_ms);
     }
 
     pub(crate) fn restore_end(&mut self, id: WorkId, bytes: &[u8]) -> Result<(), String> {
@@ -398,7 +416,7 @@ impl Bidder {
                 out.send(self.me, from, Message::Committed { job, attempt });
             }
             Err(reason) => {
-                self.bury(job, attempt, now, out);
+                self.bury(from, job, attempt, now, out);
                 for hold in self.book.holds_of(job, from) {
                     self.drop_hold(hold, out);
                 }
@@ -432,7 +450,7 @@ impl Bidder {
             if self.resend_ends(job, attempt, now, out) {
                 return;
             }
-            self.bury(job, attempt, now, out);
+            self.bury(from, job, attempt, now, out);
             let reason = "it is not committed to this attempt any more".to_owned();
             out.send(self.me, from, Message::CommitRefused { job, attempt, reason });
             return;
@@ -443,6 +461,16 @@ impl Bidder {
                 continue;
             }
             match work.phase {
+                // The terms may have changed since it was committed, as over a restart.
+                Phase::Committed { .. }
+                    if work.spec.as_ref().is_some_and(|spec| self.check_terms(spec).is_err()) =>
+                {
+                    let ending = Ending::FailedToStart {
+                        reason: "its node does not run this owner's jobs any more".to_owned(),
+                    };
+                    out.events.push_back(Event::Discard { id });
+                    self.end(id, RankEnd::bare(ending, now.wall_ms), now, out);
+                }
                 Phase::Committed { .. } if work.prepared.is_some() => {
                     self.run(id, Some(&start), now, out);
                 }
@@ -478,7 +506,7 @@ impl Bidder {
         let ids = self.work_of(job, attempt);
         let repeated = self.resend_ends(job, attempt, now, out);
         if ids.is_empty() && !repeated {
-            self.bury(job, attempt, now, out);
+            self.bury(from, job, attempt, now, out);
             let reason = "it knows nothing of this attempt".to_owned();
             out.send(self.me, from, Message::CommitRefused { job, attempt, reason });
         }
@@ -501,15 +529,10 @@ impl Bidder {
             match timer {
                 Timer::Hold(id) => self.expire_hold(id, now, out),
                 Timer::Start(id) => {
-                    let from = self.book.work.get(&id).map(|work| work.steward);
-                    if let Some(from) = from {
-                        debug!(job = %id.job, "commitment was never started");
-                        let reason = "its start did not come in time".to_owned();
-                        let (job, attempt) = (id.job, id.attempt);
-                        self.abandon(id, now, out);
-                        out.send(self.me, from, Message::CommitRefused { job, attempt, reason });
-                        self.room_appeared(now, out);
-                    }
+                    // It may share its node with ranks that ended: each says so for itself.
+                    debug!(job = %id.job, "commitment was never started");
+                    out.events.push_back(Event::Discard { id });
+                    self.end(id, RankEnd::bare(Ending::NeverStarted, now.wall_ms), now, out);
                 }
                 Timer::Report(id) => self.send_end(id, now, out),
                 Timer::Standing => {
@@ -657,12 +680,12 @@ impl Bidder {
         out: &mut Outbox,
     ) -> Vec<Offer> {
         let wanted: Vec<_> = missing.iter().map(|w| (w.group, w.count, &w.process)).collect();
-        let most: u32 = missing.iter().map(|w| w.count).sum();
+        let most: u64 = missing.iter().map(|w| u64::from(w.count)).sum();
         let mut free = self.book.free(self.sabotage);
         let mut grants = fit_many(&wanted, &free);
         let mut wounded = Vec::new();
         for id in self.woundable(call.key) {
-            if grants.len() as u64 >= u64::from(most) {
+            if grants.len() as u64 >= most {
                 break;
             }
             let Some(hold) = self.book.holds.get(&id) else { continue };
@@ -740,7 +763,7 @@ impl Bidder {
         let fetch: u64 = call
             .inputs
             .iter()
-            .filter(|(tree, _)| !self.book.local_trees.contains(tree))
+            .filter(|(tree, _)| !self.book.blinded_trees.contains(tree))
             .map(|(_, bytes)| bytes.div_ceil(16 << 20))
             .sum();
         let free = self.book.free(self.sabotage);
@@ -843,6 +866,19 @@ impl Bidder {
 
     // ---- commitments ------------------------------------------------------------------
 
+    /// Whether this node runs jobs of this owner, as its own signature names it.
+    fn check_terms(&self, spec: &VerifiedSpec) -> Result<(), String> {
+        if self.terms.closed {
+            return Err("this node offers nothing".to_owned());
+        }
+        match &self.terms.owner_only {
+            Some((owner, reason)) if spec.spec.owner != *owner => {
+                Err(format!("this node runs only its owner's jobs: {reason}"))
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
     /// What the record gives to this node, if the commit is in order in every respect.
     fn check_commit(
         &self,
@@ -859,7 +895,8 @@ impl Bidder {
         if value.body.steward != from {
             return Err("the sender is not the job's steward".to_owned());
         }
-        if self.tombstones.contains_key(&(job, attempt)) {
+        self.check_terms(spec)?;
+        if self.tombstones.contains_key(&(from, job, attempt)) {
             return Err("this attempt was given up here".to_owned());
         }
         if value.body.attempt != attempt {
@@ -900,7 +937,12 @@ impl Bidder {
         spec: &VerifiedSpec,
     ) -> bool {
         // Once one of them started, failed or was given up, a missing rank is an ended one.
-        if known.is_empty() || self.tombstones.contains_key(&(spec.job, commit.attempt)) {
+        let is_waiting =
+            |id: &WorkId| matches!(self.book.work[id].phase, Phase::Committed { .. });
+        if known.is_empty()
+            || !known.iter().all(is_waiting)
+            || self.tombstones.contains_key(&(from, spec.job, commit.attempt))
+        {
             return false;
         }
         let Ok(value) = commit.certificate.verify(spec) else { return false };
@@ -982,7 +1024,8 @@ impl Bidder {
         self.timers.cancel(&Timer::Start(id));
         let spec = work.spec.clone().map(|spec| (*spec).clone()).map(Box::new);
         let assignment = work.assignment.clone();
-        self.bury(id.job, id.attempt, now, out);
+        let steward = work.steward;
+        self.bury(steward, id.job, id.attempt, now, out);
         let (nodes, hosts, port) = start
             .map_or((Vec::new(), Vec::new(), 0), |s| (s.nodes.clone(), s.hosts.clone(), s.port));
         out.events.push_back(Event::Execute { id, spec, assignment, nodes, hosts, port });
@@ -998,7 +1041,7 @@ impl Bidder {
         now: Now,
         out: &mut Outbox,
     ) {
-        self.bury(job, attempt, now, out);
+        self.bury(from, job, attempt, now, out);
         let ids = self.work_of(job, attempt);
         let repeated = self.resend_ends(job, attempt, now, out);
         if ids.is_empty() && !repeated {
@@ -1025,27 +1068,44 @@ impl Bidder {
 
     /// A commitment that will not be started any more.
     fn abandon(&mut self, id: WorkId, now: Now, out: &mut Outbox) {
-        if self.book.work.remove(&id).is_some() {
+        if let Some(Work { steward, .. }) = self.book.work.remove(&id) {
             out.remove(&id.slot());
             self.timers.cancel(&Timer::Start(id));
-            self.bury(id.job, id.attempt, now, out);
+            self.bury(steward, id.job, id.attempt, now, out);
             out.events.push_back(Event::Discard { id });
         }
     }
 
-    fn bury(&mut self, job: JobId, attempt: Attempt, now: Now, out: &mut Outbox) {
-        if self.tombstones.contains_key(&(job, attempt)) {
+    fn bury(
+        &mut self,
+        steward: PeerId,
+        job: JobId,
+        attempt: Attempt,
+        now: Now,
+        out: &mut Outbox,
+    ) {
+        let buried = (steward, job, attempt);
+        if self.tombstones.contains_key(&buried) {
             return;
         }
         if self.tombstones.len() >= TOMBSTONES_MAX {
-            let oldest = self.tombstones.iter().min_by_key(|(_, at)| **at).map(|(k, _)| *k);
-            if let Some((job, attempt)) = oldest {
-                self.tombstones.remove(&(job, attempt));
-                out.remove(&Slot::Tombstone(job, attempt));
-            }
+            self.forget_oldest_tombstones(now, out);
         }
-        self.tombstones.insert((job, attempt), now.wall_ms);
-        out.put(&Slot::Tombstone(job, attempt), &now.wall_ms);
+        self.tombstones.insert(buried, now.wall_ms);
+        out.put(&Slot::Tombstone(steward, job, attempt), &now.wall_ms);
+    }
+
+    /// Those older than any message can be; if none is, the oldest half, so that the next
+    /// look comes late.
+    fn forget_oldest_tombstones(&mut self, now: Now, out: &mut Outbox) {
+        let mut ages: Vec<u64> = self.tombstones.values().copied().collect();
+        ages.sort_unstable();
+        let middle = ages[ages.len() / 2];
+        let until_ms = middle.max(now.wall_ms.saturating_sub(TOMBSTONE_MS));
+        let old = self.tombstones.extract_if(.., |_, buried_ms| *buried_ms <= until_ms);
+        for ((steward, job, attempt), _) in old {
+            out.remove(&Slot::Tombstone(steward, job, attempt));
+        }
     }
 
     fn work_of(&self, job: JobId, attempt: Attempt) -> Vec<WorkId> {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 pub use auction::{
     Bid, Call, CallFate, Commit, Decline, Key, Offer, PinRefusal, REST_MS_MAX, RankReport, Report,
-    Start, Wanted,
+    Start, Wanted, blinded,
 };
 pub use soft::{Advert, GpuState, Head, Soft};
 pub use user::{

@@ -10,7 +10,8 @@
 //! 4. call [`Peer::handle_timeout`] no later than [`Peer::poll_timeout`] says.
 //!
 //! After a restart the driver builds a new peer, hands it every journal entry with
-//! [`Peer::restore`], and then calls [`Peer::resume`] with the processes that still live.
+//! [`Peer::restore`], says [`Peer::restored`], and then calls [`Peer::resume`] with the
+//! processes that still live.
 
 mod outbox;
 mod random;
@@ -62,8 +63,6 @@ pub const SUBMIT_TOLERANCE_MS: u64 = 120_000;
 pub const SUBMISSIONS_MAX: usize = 4_096;
 /// Most refusals a keeper remembers; beyond that it gives none, and only asks to wait.
 pub const REFUSALS_MAX: usize = 4_096;
-/// Most trees a node remembers to have whole.
-pub const TREES_MAX: usize = 65_536;
 
 /// What a peer is made of.
 #[derive(Debug)]
@@ -216,6 +215,8 @@ pub struct Peer {
     refused: BTreeMap<JobId, Refusal>,
     timers: Timers<Timer>,
     out: Outbox,
+    /// Statements from the journal, until all are there.
+    unplaced: Vec<SignedBytes>,
 }
 
 impl Peer {
@@ -255,6 +256,7 @@ impl Peer {
             refused: BTreeMap::new(),
             timers: Timers::default(),
             out: Outbox::default(),
+            unplaced: Vec::new(),
             key: config.key,
             random,
         })
@@ -272,16 +274,16 @@ impl Peer {
         match &slot {
             Slot::Genesis => Ok(()),
             Slot::Statement(_) => {
-                let signed: SignedBytes =
-                    wire::decode(value).map_err(|e| context(e.to_string()))?;
-                // Entries come in key order; one whose parents follow waits for them.
-                self.roster.insert(signed).map(|_| ()).map_err(|e| context(e.to_string()))
+                // Entries come in key order, not causes first: placed together at the end.
+                let signed = wire::decode(value).map_err(|e| context(e.to_string()))?;
+                self.unplaced.push(signed);
+                Ok(())
             }
             Slot::Record(_) => self.registers.restore(value).map(|_| ()).map_err(context),
             Slot::Hold(_) => self.bidder.restore_hold(value, now).map_err(context),
             Slot::Work(..) => self.bidder.restore_work(value, now).map_err(context),
-            Slot::Tombstone(job, attempt) => {
-                self.bidder.restore_tombstone(*job, *attempt, value);
+            Slot::Tombstone(steward, job, attempt) => {
+                self.bidder.restore_tombstone(*steward, *job, *attempt, value);
                 Ok(())
             }
             Slot::End(job, attempt, rank) => {
@@ -294,6 +296,34 @@ impl Peer {
                 Ok(())
             }
         }
+    }
+
+    /// All entries were handed to [`Peer::restore`].
+    ///
+    /// # Errors
+    /// Statements that cannot be placed: the journal is not whole.
+    pub fn restored(&mut self) -> Result<(), String> {
+        let mut waiting = core::mem::take(&mut self.unplaced);
+        while !waiting.is_empty() {
+            let before = waiting.len();
+            let known = |roster: &Roster, signed: &SignedBytes| {
+                let statement = roster::Statement::from_bytes(&signed.bytes);
+                statement.is_ok_and(|s| s.parents.iter().all(|parent| roster.contains(*parent)))
+            };
+            let mut later = Vec::new();
+            for signed in waiting {
+                if known(&self.roster, &signed) {
+                    self.roster.insert(signed).map_err(|e| format!("journalled statement: {e}"))?;
+                } else {
+                    later.push(signed);
+                }
+            }
+            if later.len() == before {
+                return Err(format!("{before} journalled statements lack what they follow from"));
+            }
+            waiting = later;
+        }
+        Ok(())
     }
 
     /// Go on after a restart, with the ranks whose processes the executor still knows.
@@ -343,10 +373,7 @@ impl Peer {
 
     /// This tree, with every blob of it, is here and durable.
     pub fn tree_stored(&mut self, tree: BlobId) {
-        let trees = self.bidder.local_trees_mut();
-        if trees.len() < TREES_MAX {
-            trees.insert(tree);
-        }
+        self.bidder.tree_stored(tree);
     }
 
     /// Code and data of a rank are in place, with a free port and this node's address; or
@@ -578,6 +605,12 @@ impl Peer {
         work.map(|work| work.assignment.grant.gpus.clone()).unwrap_or_default()
     }
 
+    /// Whether this rank is committed to or runs here.
+    #[must_use]
+    pub fn has_rank(&self, id: WorkId) -> bool {
+        self.bidder.book().work.contains_key(&id)
+    }
+
     /// Whether a rank of `job` is committed to or runs here.
     #[must_use]
     pub fn has_work(&self, job: JobId) -> bool {
@@ -671,7 +704,9 @@ impl Peer {
             Message::Report(report) => {
                 self.with_stewards(now, |s, cx| s.handle_report(from, *report, cx));
             }
-            Message::Soft(item) => self.handle_soft(item, now),
+            Message::Soft(item) => {
+                self.handle_soft(item, now);
+            }
             Message::Reconcile { query } => self.handle_reconcile(from, &query),
             Message::Reconciled { answer } => self.handle_reconciled(from, &answer),
             Message::Want { ids } => self.handle_want(from, &ids),

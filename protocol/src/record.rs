@@ -18,7 +18,7 @@ use std::{
 };
 
 pub use certificate::{Certificate, CertificateError, ReceiptBody};
-pub use value::{Body, HISTORY_MAX, StartInfo, Value};
+pub use value::{Body, HISTORY_MAX, REASON_BYTES_MAX, StartInfo, Value};
 
 use crate::{
     JobId, PeerId, StoreId,
@@ -30,6 +30,9 @@ use crate::{
 
 /// Most records one keeper keeps.
 pub const RECORDS_MAX: usize = 100_000;
+
+/// The largest journal entry taken for a record.
+const RESTORED_BYTES_MAX: usize = 64 << 20;
 
 /// What became of an operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,8 +94,9 @@ impl Registers {
     /// # Errors
     /// The journal's bytes are not a record of ours.
     pub fn restore(&mut self, bytes: &[u8]) -> Result<JobId, String> {
+        // Ours, and so not bound by what a message may have.
         let (spec, certificate): (SignedBytes, Certificate) =
-            wire::decode(bytes).map_err(|e| e.to_string())?;
+            wire::decode_limited::<_, RESTORED_BYTES_MAX>(bytes).map_err(|e| e.to_string())?;
         let spec = Arc::new(VerifiedSpec::verify(spec).map_err(|e| e.to_string())?);
         let value = certificate.value().map_err(|e| e.to_string())?;
         let job = spec.job;

@@ -261,7 +261,13 @@ impl Stewards {
             self.retire_if_over(job, cx);
             return;
         }
+        let named = cx.registers.get(job).is_some_and(|k| k.value.body.nodes().contains(&from));
+        if !named {
+            return;
+        }
         drive.observed.heard.insert(from, cx.now.boot_ms);
+        let mut reason = reason;
+        cut(&mut reason, REASON_BYTES_MAX);
         drive.observed.refused.entry(from).or_insert(reason);
         self.advance(job, cx);
     }
@@ -302,6 +308,9 @@ impl Stewards {
             return;
         }
         drive.observed.heard.insert(from, cx.now.boot_ms);
+        if let RankReport::Ended(RankEnd { ending: Ending::FailedToStart { .. }, .. }) = &report {
+            drive.observed.failed.insert(from);
+        }
         drive.observed.hear(rank, report);
         self.advance(job, cx);
     }
@@ -379,7 +388,10 @@ impl Stewards {
         let in_auction = matches!(drive.stage, Stage::Auction(_));
         if body.ranks.is_empty() && body.state() != State::Done {
             if !in_auction {
-                drive.stage = Stage::Auction(Auction::new(drive.spec.as_ref()));
+                drive.avoided.extend(&drive.observed.failed);
+                drive.avoided.extend(drive.observed.refused.keys());
+                let auction = Auction::new(drive.spec.as_ref()).avoiding(&drive.avoided);
+                drive.stage = Stage::Auction(auction);
                 drive.observed = Observed::keeping_stop(&drive.observed);
             }
         } else if !matches!(drive.stage, Stage::Assigned) && body.state() != State::Done {
@@ -502,11 +514,12 @@ impl Stewards {
             State::Stopping | State::Cleaning => {
                 apply_reports(&mut body, observed, now);
                 apply_refusals(&mut body, observed, at_ms);
-                if body.state() == State::Cleaning
-                    && let Some(by) = observed.stop_asked
+                if let Some(by) = observed.stop_asked
                     && !body.all_at_least(RankState::Ended)
+                    && matches!(body.stop, None | Some(StopCause::StartFailed(_)))
                 {
-                    body.stop.get_or_insert(StopCause::By(by));
+                    // Else a steward that restarts would auction the gang once more.
+                    body.stop = Some(StopCause::By(by));
                 }
                 let body = finish_if_over(body, drive, at_ms);
                 (body != *before).then_some((body, false))
@@ -538,7 +551,11 @@ impl Stewards {
             return Some(off(body, format!("node {node} refused: {reason}")));
         }
         if let Some((rank, end)) = observed.ends.first_key_value() {
-            let reason = format!("rank {rank} {}", end.ending);
+            let mut reason = format!("rank {rank}: {}", end.ending);
+            cut(&mut reason, REASON_BYTES_MAX);
+            if end.ending == Ending::NeverStarted {
+                return Some(off(body, reason));
+            }
             body.failed_starts += 1;
             if body.failed_starts >= FAILED_STARTS_MAX {
                 let (mut body, farewell) = off(body, reason.clone());
@@ -752,7 +769,7 @@ impl Stewards {
             let message = Message::Release { job, holds, call: CallFate::Stand };
             cx.out.send(self.me, node, message);
         }
-        let mut auction = Auction::new(drive.spec.as_ref());
+        let mut auction = Auction::new(drive.spec.as_ref()).avoiding(&drive.avoided);
         let at_ms = cx.now.after(10 + cx.random.below(90));
         auction.wake_ms = Some(at_ms);
         auction.resting = true;
@@ -813,6 +830,9 @@ fn apply_reports(body: &mut Body, observed: &Observed, now: Now) {
         }
     }
 }
+
+/// The longest reason of another node's that enters a record.
+const REASON_BYTES_MAX: usize = 512;
 
 /// What the ranks' own words may take of a record, which must fit into one message.
 const ENDS_BYTES_MAX: usize = 256 << 10;

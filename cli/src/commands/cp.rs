@@ -156,7 +156,7 @@ impl Target {
 
 fn exists(path: &Path) -> anyhow::Error {
     Problem::request(format!("`{}` is there already", path.display()))
-        .hint("`p2pit cp --force` overwrites files; a new name leaves them")
+        .hint("`--force` overwrites files; another name leaves them")
         .into()
 }
 

@@ -8,9 +8,9 @@ use std::{
     cell::Cell,
     ffi::OsStr,
     fs::{self, Permissions},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::{fs::PermissionsExt as _, process::ExitStatusExt as _},
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{ExitStatus, Stdio},
     time::Duration,
 };
 
@@ -64,7 +64,11 @@ pub(crate) async fn run(out: &Output, args: Args) -> anyhow::Result<Status> {
     let root = dir.path().canonicalize().context("the temporary directory is gone")?;
     let demo = Demo { out, root: root.clone(), nodes: args.nodes, job_runs: Cell::new(false) };
     let shown = tokio::select! {
-        shown = demo.show() => shown.map(|()| Status::DONE),
+        shown = demo.show() => match shown {
+            Ok(()) => Ok(Status::DONE),
+            // Ctrl-C reaches all processes of a terminal, and one of ours was faster.
+            Err(error) => error.downcast::<Interrupted>().map(|interrupted| interrupted.0),
+        },
         status = interrupts.next() => Ok(status),
     };
     if args.keep && matches!(shown, Ok(Status::DONE)) {
@@ -149,25 +153,28 @@ impl Demo<'_> {
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     }
 
-    /// Returns once the first node can ask all others, and knows their GPUs.
+    /// Returns once every node can ask all others, and knows their GPUs.
     async fn wait_until_assembled(&self) -> anyhow::Result<()> {
-        let home = Home::existing(&self.home(1))?.context("the first node's home is gone")?;
-        let client = Client::connect(&home).await?.context("the first node's daemon is gone")?;
         let deadline = Instant::now() + ASSEMBLED_WITHIN;
-        loop {
-            let nodes: Vec<NodeInfo> = client.get(path::NODES).await?;
-            let is_here =
-                |node: &&NodeInfo| node.reach != "offline" && !node.capacity.gpus.is_empty();
-            if nodes.iter().filter(is_here).count() == usize::from(self.nodes) {
-                return Ok(());
+        for n in 1..=self.nodes {
+            let home = Home::existing(&self.home(n))?.context("a node's home is gone")?;
+            let client = Client::connect(&home).await?.context("a node's daemon is gone")?;
+            while !self.is_assembled(&client).await? {
+                if Instant::now() > deadline {
+                    let seconds = ASSEMBLED_WITHIN.as_secs();
+                    let message = format!("the nodes did not find each other within {seconds} s");
+                    return Err(Problem::broken(message).into());
+                }
+                sleep(ASSEMBLED_POLL).await;
             }
-            if Instant::now() > deadline {
-                let seconds = ASSEMBLED_WITHIN.as_secs();
-                let message = format!("the nodes did not find each other within {seconds} s");
-                return Err(Problem::broken(message).into());
-            }
-            sleep(ASSEMBLED_POLL).await;
         }
+        Ok(())
+    }
+
+    async fn is_assembled(&self, client: &Client) -> anyhow::Result<bool> {
+        let nodes: Vec<NodeInfo> = client.get(path::NODES).await?;
+        let is_here = |node: &&NodeInfo| node.reach != "offline" && !node.capacity.gpus.is_empty();
+        Ok(nodes.iter().filter(is_here).count() == usize::from(self.nodes))
     }
 
     fn write_example(&self) -> anyhow::Result<PathBuf> {
@@ -294,7 +301,25 @@ impl Demo<'_> {
     }
 }
 
-fn failed(line: &str, status: std::process::ExitStatus) -> anyhow::Error {
+/// A command of the demo was ended by a signal that is for the demo, too.
+#[derive(Debug)]
+struct Interrupted(Status);
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+fn failed(line: &str, status: ExitStatus) -> anyhow::Error {
+    for interruption in [Status::INTERRUPTED, Status::TERMINATED] {
+        let code = i32::from(interruption.0);
+        if status.code() == Some(code) || status.signal().map(|signal| 128 + signal) == Some(code) {
+            return Interrupted(interruption).into();
+        }
+    }
     Problem::broken(format!("`{line}` ended with {status}")).into()
 }
 

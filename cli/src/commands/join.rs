@@ -1,6 +1,6 @@
 //! `p2pit join`: this machine as a node of a pool.
 
-use std::{net::SocketAddr, pin::pin, sync::Arc};
+use std::{net::SocketAddr, pin::pin};
 
 use anyhow::Context as _;
 use p2pit_node::{
@@ -15,6 +15,7 @@ use p2pit_protocol::{
 };
 use tokio::sync::oneshot;
 
+use super::Interrupts;
 use crate::{
     args::Globals,
     client::Client,
@@ -74,19 +75,15 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
         let path = location.identity.display();
         out.note(&format!("made your key in {path}: keep it, it is who you are"));
     }
-    if args.flags.remember(&home)? {
-        let path = home.config_file();
-        out.note(&format!("wrote what you said of this machine to {}", path.display()));
-    }
     let settings = args.flags.resolve(&home)?;
-    let newcomer = Newcomer { out, home: &home, identity: &identity, settings: &settings };
+    let (home, identity, settings) = (&home, &identity, &settings);
+    let newcomer = Newcomer { out, home, identity, settings, flags: &args.flags };
     let wish = newcomer.wish(&args, ticket);
-    if let Some(client) = end_on_demand(&home, out).await? {
-        return newcomer.meet_running(Arc::new(client), &wish, args.detach).await;
+    if let Some(client) = end_on_demand(home, out).await? {
+        return newcomer.meet_running(&client, &wish, args.detach).await;
     }
     if args.detach {
-        let client = Arc::new(daemon_process::start(&home, &args.flags.to_args()).await?);
-        return newcomer.detached(client, &wish).await;
+        return newcomer.detached(&wish).await;
     }
     // What the daemon tells is for its log; here only what may need a hand.
     let filter = if settings.log == "info" && out.verbose == 0 { "warn" } else { &settings.log };
@@ -128,6 +125,7 @@ struct Newcomer<'a> {
     home: &'a Home,
     identity: &'a Identity,
     settings: &'a Settings,
+    flags: &'a NodeFlags,
 }
 
 impl Newcomer<'_> {
@@ -172,25 +170,35 @@ impl Newcomer<'_> {
         entered.map(|()| Status::DONE)
     }
 
-    async fn detached(&self, client: Arc<Client>, wish: &Wish) -> anyhow::Result<Status> {
-        if let Err(error) = self.enter(&client, wish).await {
+    async fn detached(&self, wish: &Wish) -> anyhow::Result<Status> {
+        let mut interrupts = Interrupts::new()?;
+        let flags = self.flags.to_args();
+        let client = tokio::select! {
+            client = daemon_process::start(self.home, &flags) => client?,
+            status = interrupts.next() => return Ok(status),
+        };
+        let entered = tokio::select! {
+            entered = self.enter(&client, wish) => entered.map(|()| Status::DONE),
+            status = interrupts.next() => Ok(status),
+        };
+        if matches!(entered, Ok(Status::DONE)) {
+            self.out.note("runs in the background; `p2pit daemon --stop` ends it");
+        } else {
             let me: Me = client.get(path::ME).await?;
             daemon_process::end(&client, &me).await?;
-            return Err(error);
         }
-        self.out.note("runs in the background; `p2pit daemon --stop` ends it");
-        Ok(Status::DONE)
+        entered
     }
 
     /// A daemon runs here already.
     async fn meet_running(
         &self,
-        client: Arc<Client>,
+        client: &Client,
         wish: &Wish,
         detach: bool,
     ) -> anyhow::Result<Status> {
         if detach {
-            self.enter(&client, wish).await?;
+            self.enter(client, wish).await?;
             self.out.note("it had been running already");
             return Ok(Status::DONE);
         }
@@ -215,7 +223,12 @@ impl Newcomer<'_> {
             }
             (Some(_), Some(_) | None) => {}
         }
-        self.introduce(client, &me).await
+        // Only now: what was said for a join that failed may have been its mistake.
+        if self.flags.remember(self.home)? {
+            let path = self.home.config_file();
+            self.out.note(&format!("wrote what you said of this machine to {}", path.display()));
+        }
+        self.introduce(client, &me, wish.ticket.is_none()).await
     }
 
     async fn join(
@@ -310,7 +323,8 @@ impl Newcomer<'_> {
         addrs
     }
 
-    async fn introduce(&self, client: &Client, me: &Me) -> anyhow::Result<()> {
+    /// Who came by a ticket has seen one; whoever comes first, or back, may want one.
+    async fn introduce(&self, client: &Client, me: &Me, with_ticket: bool) -> anyhow::Result<()> {
         let users: Vec<UserInfo> = client.get(path::USERS).await?;
         let user = users.iter().find(|user| user.user == self.identity.user());
         let (pool, nodes) = match &me.pool {
@@ -326,7 +340,7 @@ impl Newcomer<'_> {
         let role = if admin { ", admin" } else { "" };
         let name = user.map_or("not of this pool", |user| user.name.as_str());
         text.push_str(&format!("User:   {name}{role}\n"));
-        if admin {
+        if admin && with_ticket {
             let ticket = tickets::reuse_or_issue(client, self.identity, self.home, me).await?;
             let left_s = ticket.expires_wall_ms.saturating_sub(me.wall_ms) / 1000;
             text.push_str(&format!("Ticket: {}\n", *ticket.to_word()));
@@ -337,7 +351,8 @@ impl Newcomer<'_> {
             ));
         } else {
             self.out.data(text)?;
-            self.out.note("tickets for others come from an admin: `p2pit invite`");
+            let whose = if admin { "" } else { " of an admin" };
+            self.out.note(&format!("`p2pit invite`{whose} prints a ticket for others"));
         }
         if let Some(reason) = &me.owner_only {
             self.out.warn(&format!("this node runs only its owner's jobs: {reason}"));

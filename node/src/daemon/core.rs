@@ -110,7 +110,7 @@ pub(super) async fn run(
                 writes.push(Write { key: write.key, value: write.value });
             }
         }
-        commit(&journal, writes).await?;
+        commit(&shared, &journal, writes).await?;
         releases.into_iter().for_each(|release| release());
         send(&mut state);
         while let Some(event) = state.peer.as_mut().and_then(Peer::poll_event) {
@@ -132,7 +132,11 @@ async fn sleep_or_forever(wait: Option<Duration>) {
 /// Nothing leaves the node before this returns. A full disk is waited for, since nothing
 /// was acknowledged; any other failure ends the daemon, because nobody knows any more
 /// what is on the disk.
-async fn commit(journal: &JournalHandle, writes: Vec<Write>) -> anyhow::Result<()> {
+async fn commit(
+    shared: &Shared,
+    journal: &JournalHandle,
+    writes: Vec<Write>,
+) -> anyhow::Result<()> {
     let mut warned = false;
     loop {
         let Err(failure) = journal.commit(writes.clone()).await else {
@@ -148,6 +152,9 @@ async fn commit(journal: &JournalHandle, writes: Vec<Write>) -> anyhow::Result<(
         if !warned {
             warn!(%failure, "the journal cannot be written: nothing is acknowledged until it can");
             warned = true;
+        }
+        if shared.is_ending() {
+            return Err(failure).context("the daemon ends with a journal that has no room");
         }
         tokio::time::sleep(JOURNAL_RETRY).await;
     }

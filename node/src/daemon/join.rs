@@ -127,6 +127,7 @@ impl Shared {
             peer.restore(&key, &value, now).map_err(anyhow::Error::msg)?;
             writes.push(Write { key, value: Some(value) });
         }
+        peer.restored().map_err(anyhow::Error::msg)?;
         self.become_member(peer, &[], writes).await
     }
 

@@ -79,6 +79,8 @@ pub(crate) enum Gate {
     Denied(String),
 }
 
+/// Hellos on one connection.
+const HELLOS_MAX: usize = 3 * super::reach::ROUNDS_MAX as usize;
 /// How long a newcomer may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Sizes in one push: bounded by the message that carries them.
@@ -107,7 +109,8 @@ pub(super) async fn accept(shared: Arc<Shared>) {
 /// Hear hellos, one a stream, and let the peer judge them.
 async fn door(shared: &Arc<Shared>, incoming: &Incoming) -> anyhow::Result<()> {
     let from = incoming.peer;
-    loop {
+    // Enough to bring two rosters together, and too few to hold the door.
+    for _ in 0..HELLOS_MAX {
         let Ok(accepted) = timeout(HELLO_TIMEOUT, incoming.connection.accept_bi()).await else {
             return Ok(());
         };
@@ -115,9 +118,12 @@ async fn door(shared: &Arc<Shared>, incoming: &Incoming) -> anyhow::Result<()> {
         let hello: Hello =
             timeout(HELLO_TIMEOUT, frame::read_message(&mut receive, usize::MAX)).await??;
         let reply = shared.act(move |peer, now| peer.handle_door(from, hello, now)).await?;
-        frame::write_message(&mut send, &reply).await?;
+        timeout(HELLO_TIMEOUT, frame::write_message(&mut send, &reply)).await??;
         send.finish()?;
     }
+    // The last reply is on its way: the connection's end must not overtake it.
+    let _ = timeout(HELLO_TIMEOUT, incoming.connection.closed()).await;
+    Ok(())
 }
 
 async fn data(shared: Arc<Shared>, incoming: &Incoming) {
@@ -153,7 +159,7 @@ async fn answer(
         }
         Request::Watch(signed) => {
             let mut views = Views::open(shared, signed).await?;
-            while let Some(view) = views.next().await? {
+            while let Some(view) = until_unwanted(&mut send, views.next()).await? {
                 frame::write_message(&mut send, &view).await?;
             }
         }
@@ -163,7 +169,7 @@ async fn answer(
                 Err(reason) => return deny(send, reason).await,
             };
             frame::write_message(&mut send, &Gate::Open).await?;
-            while let Some(bytes) = log.next().await? {
+            while let Some(bytes) = until_unwanted(&mut send, log.next()).await? {
                 send.write_all(&bytes).await?;
             }
         }
@@ -195,6 +201,17 @@ async fn answer(
     }
     send.finish()?;
     Ok(())
+}
+
+/// What comes next, or nothing once the asker has gone away.
+async fn until_unwanted<T>(
+    send: &mut quinn::SendStream,
+    next: impl Future<Output = anyhow::Result<Option<T>>>,
+) -> anyhow::Result<Option<T>> {
+    tokio::select! {
+        next = next => next,
+        _ = send.stopped() => Ok(None),
+    }
 }
 
 async fn deny(mut send: quinn::SendStream, reason: anyhow::Error) -> anyhow::Result<()> {

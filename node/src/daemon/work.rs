@@ -12,6 +12,7 @@ use p2pit_protocol::{
     JobId, PeerId,
     bidder::WorkId,
     identity::SignedBytes,
+    inventory::GpuUuid,
     job::{Attempt, Ending, Rank, RankAssignment, RankEnd, VerifiedSpec},
     wire,
 };
@@ -21,7 +22,7 @@ use tracing::{info, warn};
 use super::{Shared, clock};
 use crate::{
     executor::{self, Adopted, Control, ProcessEvent, ProcessId, Running, StartError},
-    workspace::{Collected, Gang, Workspace},
+    workspace::{Collected, Gang},
 };
 
 /// What a rank needs to know of the others.
@@ -70,9 +71,14 @@ impl Work {
                 warn!(job = %id.job, rank = %id.rank, reason, "cannot be prepared");
             }
             let failed = result.is_err();
-            // The daemon is ending if nobody listens; a restarted one prepares again.
-            let _ = shared.act(move |peer, now| peer.prepared(id, result, now)).await;
-            if failed {
+            let wanted = shared.act(move |peer, now| {
+                peer.prepared(id, result, now);
+                peer.has_rank(id)
+            });
+            // The daemon is ending if nobody listens; a restarted one prepares again. A rank
+            // that was withdrawn meanwhile was discarded before all of it was there.
+            let given_up = wanted.await.is_ok_and(|wanted| !wanted);
+            if failed || given_up {
                 shared.work.discard(&shared, id);
             }
             shared.work.touch(id.job);
@@ -111,7 +117,9 @@ impl Work {
                 Ok(running) => follow(shared, id, running).await,
                 // Written into the book before it was started: a restart finds it running.
                 Err(StartError::AlreadyExists(_)) => {
-                    fail(&shared, id, "it was started here before".to_owned()).await;
+                    let reason = "it was started here before".to_owned();
+                    let ending = Ending::FailedToStart { reason };
+                    report(&shared, id, RankEnd::bare(ending, clock::now().wall_ms)).await;
                 }
                 Err(reason) => {
                     fail(&shared, id, format!("{:#}", anyhow::Error::from(reason))).await;
@@ -123,7 +131,8 @@ impl Work {
     /// Stop the process of a rank: SIGTERM, the job's grace, SIGKILL.
     pub(crate) fn stop(&self, shared: &Arc<Shared>, id: WorkId, reason: String) {
         let mut live = self.live();
-        let entry = live.entry(id).or_default();
+        // Over already, and about to be reported so.
+        let Some(entry) = live.get_mut(&id) else { return };
         match entry.control.clone() {
             Some(control) => {
                 drop(live);
@@ -140,7 +149,10 @@ impl Work {
     /// Remove what was prepared for a rank that will not start.
     pub(crate) fn discard(&self, shared: &Arc<Shared>, id: WorkId) {
         let workspace = shared.workspace(id);
+        let shared = Arc::clone(shared);
         tokio::task::spawn_blocking(move || {
+            // Whoever follows the log asks again whether there is more to come.
+            shared.work.touch(id.job);
             if let Err(reason) = workspace.discard() {
                 let reason = format!("{:#}", anyhow::Error::from(reason));
                 warn!(job = %id.job, rank = %id.rank, reason, "residue of a rank that never ran");
@@ -199,6 +211,20 @@ impl Work {
         });
     }
 
+    /// End and forget a process that the book does not name.
+    pub(crate) fn dismiss(&self, shared: &Arc<Shared>, id: WorkId, running: Option<Running>) {
+        self.live().remove(&id);
+        let shared = Arc::clone(shared);
+        tokio::spawn(async move {
+            if let Some(mut running) = running {
+                warn!(job = %id.job, rank = %id.rank, "runs without being in the book: ended");
+                running.control.kill("no daemon knows of it").await;
+                while running.events.recv().await.is_some() {}
+            }
+            shared.work.forget(&shared, id);
+        });
+    }
+
     /// GPUs processes of ours run on are told apart from foreign use by these.
     pub(crate) fn pids(&self) -> BTreeSet<u32> {
         self.live().values().filter_map(|live| live.pid).collect()
@@ -251,8 +277,9 @@ async fn prepare(
     let job_dir = shared.job_dir(id.job);
     let prepared = tokio::task::spawn_blocking(move || {
         let prepared = workspace.prepare(&store, &spec, &assignment)?;
+        // Not synced: after a loss of power the process is gone, and so is what this is for.
         let path = job_dir.join(SPEC_FILE);
-        crate::home::write_atomic(&path, &wire::encode(&spec.signed))
+        std::fs::write(&path, wire::encode(&spec.signed))
             .with_context(|| format!("cannot write {}", path.display()))?;
         anyhow::Ok(prepared)
     })
@@ -293,46 +320,79 @@ async fn follow(shared: Arc<Shared>, id: WorkId, mut running: Running) {
     }
     match last {
         Some(ended) => finish(&shared, id, ended).await,
-        None => fail(&shared, id, "its supervisor said nothing of its end".to_owned()).await,
+        // Only where this daemon ends or its watch broke: the process may well be there, so
+        // nothing is said or touched. The next daemon adopts it.
+        None => warn!(job = %id.job, rank = %id.rank, "its supervisor is not heard any more"),
     }
 }
 
-/// Gather results, remove the rest, and report.
+/// Gather results and report; then remove the rest.
 async fn finish(shared: &Arc<Shared>, id: WorkId, ended: executor::Ended) {
     let workspace = shared.workspace(id);
     let (store, job_dir) = (shared.store.clone(), shared.job_dir(id.job));
-    let gathered = tokio::task::spawn_blocking(move || gather(&workspace, &store, &job_dir)).await;
-    let (collected, residue) = gathered.unwrap_or_else(|e| {
-        let note = Some(format!("results could not be gathered: {e}"));
-        (Collected { note, ..Collected::default() }, None)
+    let gathered = tokio::task::spawn_blocking(move || match read_spec(&job_dir) {
+        Ok(spec) => workspace.collect(&store, &spec),
+        Err(reason) => Collected { note: Some(format!("{reason:#}")), ..Collected::default() },
     });
-    // Before the peer hears of the end, and gives the GPUs to somebody else.
-    if let Some(evidence) = &residue {
-        let gpus = shared.act(move |peer, _| peer.gpus_of(id)).await.unwrap_or_default();
-        shared.quarantine(gpus, evidence.clone()).await;
-    }
+    let collected = gathered.await.unwrap_or_else(|e| {
+        let note = Some(format!("results could not be gathered: {e}"));
+        Collected { note, ..Collected::default() }
+    });
     let end = RankEnd {
         ending: ending_of(ended.ending),
         result: collected.result,
         keep: collected.keep,
         artifacts: collected.artifacts,
-        note: join_notes([collected.note, residue, ended.log.trouble, ended.unsaved]),
+        note: join_notes([collected.note, ended.log.trouble, ended.unsaved]),
         at_ms: ended.wall_ms,
     };
+    let gpus = shared.act(move |peer, _| peer.gpus_of(id)).await.unwrap_or_default();
     report(shared, id, end).await;
+    clean(shared, id, gpus);
 }
 
-fn gather(
-    workspace: &Workspace,
-    store: &crate::transfer::store::BlobStore,
-    job_dir: &std::path::Path,
-) -> (Collected, Option<String>) {
-    let collected = match read_spec(job_dir) {
-        Ok(spec) => workspace.collect(store, &spec),
-        Err(reason) => Collected { note: Some(format!("{reason:#}")), ..Collected::default() },
+/// Remove what is left of a rank that is over. Nobody waits for it: its processes are
+/// gone and its results kept. What cannot be removed is evidence against its GPUs.
+pub(super) fn clean(shared: &Arc<Shared>, id: WorkId, gpus: Vec<GpuUuid>) {
+    let (shared, workspace) = (Arc::clone(shared), shared.workspace(id));
+    tokio::spawn(async move {
+        let cleaned = tokio::task::spawn_blocking(move || workspace.clean()).await;
+        let residue = match cleaned {
+            Ok(Ok(())) => return,
+            Ok(Err(residue)) => anyhow::Error::from(residue),
+            Err(e) => anyhow::Error::from(e),
+        };
+        let evidence = format!("rank {} of job {}: residue: {residue:#}", id.rank, id.job);
+        shared.quarantine(gpus, evidence).await;
+    });
+}
+
+/// After a restart: remove what earlier daemons had no time to, of ranks that are over.
+pub(super) async fn sweep(shared: &Arc<Shared>) {
+    let jobs = shared.home.jobs();
+    let found = tokio::task::spawn_blocking(move || {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(&jobs)? {
+            let entry = entry?;
+            let Some(job) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            for (attempt, rank, _) in rank_dirs(&entry.path())? {
+                found.push(WorkId { job, attempt, rank });
+            }
+        }
+        std::io::Result::Ok(found)
+    });
+    let found = match found.await.map_err(std::io::Error::other).and_then(|found| found) {
+        Ok(found) => found,
+        Err(reason) => return warn!(%reason, "directories of old jobs cannot be listed"),
     };
-    let residue = workspace.clean().err();
-    (collected, residue.map(|residue| format!("residue: {:#}", anyhow::Error::from(residue))))
+    for id in found {
+        let over = shared.act(move |peer, _| !peer.has_rank(id)).await.unwrap_or(false);
+        if over && shared.workspace(id).is_unclean() {
+            clean(shared, id, Vec::new());
+        }
+    }
 }
 
 async fn fail(shared: &Arc<Shared>, id: WorkId, reason: String) {

@@ -214,7 +214,11 @@ fn how_lost(run_dir: &RunDir, boot_id: &str) -> Ending {
 /// Whether processes of the tree may still be there though the supervisor is gone.
 pub(super) fn open_tree(run_dir: &RunDir, boot_id: &str) -> Result<Option<OwnedFd>> {
     let same_boot = run_dir.read_launch().is_ok_and(|launch| launch.boot_id == boot_id);
-    let Some(tree) = run_dir.read_tree()?.filter(|_| same_boot) else { return Ok(None) };
+    // Of an earlier boot nothing is left, whatever a loss of power made of its files.
+    if !same_boot {
+        return Ok(None);
+    }
+    let Some(tree) = run_dir.read_tree()? else { return Ok(None) };
     tree.guard.open().context("cannot look for the guard")
 }
 

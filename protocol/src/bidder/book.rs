@@ -23,6 +23,8 @@ pub(crate) struct Book {
     pub(crate) work: BTreeMap<WorkId, Work>,
     /// Trees that are here, all blobs of them.
     pub(crate) local_trees: BTreeSet<BlobId>,
+    /// The same as calls name them.
+    pub(crate) blinded_trees: BTreeSet<BlobId>,
 }
 
 impl Book {

@@ -24,6 +24,8 @@ pub const ARTIFACTS_MAX: usize = 256;
 pub const TEXT_BYTES_MAX: usize = 16 << 10;
 /// Longest signed spec, in bytes.
 pub const SPEC_BYTES_MAX: usize = 256 << 10;
+/// Longest grace, in milliseconds: an hour to write a checkpoint.
+pub const GRACE_MS_MAX: u64 = 3_600_000;
 /// Most keepers a job may name.
 pub const KEEPERS_MAX: usize = 5;
 
@@ -127,6 +129,9 @@ pub enum SpecError {
         /// The bound.
         max: usize,
     },
+    /// More time than any process gets.
+    #[error("a job's grace is at most {} s", GRACE_MS_MAX / 1000)]
+    Grace,
     /// No keeper, or more than a job may have.
     #[error("a job names 1 to {KEEPERS_MAX} keepers")]
     Keepers,
@@ -194,6 +199,9 @@ impl JobSpec {
             if outside {
                 return Err(SpecError::ArtifactPath(path.chars().take(200).collect()));
             }
+        }
+        if self.grace.0 > GRACE_MS_MAX {
+            return Err(SpecError::Grace);
         }
         if self.keepers.is_empty() || self.keepers.len() > KEEPERS_MAX {
             return Err(SpecError::Keepers);

@@ -50,10 +50,18 @@ pub struct Call {
     pub owner: crate::UserId,
     /// What is wanted.
     pub wanted: Vec<Wanted>,
-    /// Trees the job needs, with their bytes: a node that has them bids lower.
+    /// Trees the job needs, with their bytes: a node that has them bids lower. Each by the
+    /// hash of its id ([`blinded`]), since knowing an id is as good as being allowed to
+    /// read the tree.
     pub inputs: Vec<(crate::BlobId, u64)>,
     /// Leave the call standing where there is no room now.
     pub standing: bool,
+}
+
+/// The hash of a tree's id.
+#[must_use]
+pub fn blinded(tree: crate::BlobId) -> crate::BlobId {
+    crate::BlobId::of(&tree.0)
 }
 
 /// One process a bidder holds resources for.

@@ -82,8 +82,9 @@ pub struct JobView {
     pub command: Option<JobCommand>,
     /// Where its code came from.
     pub source: Source,
-    /// Its code, as a tree.
-    pub code: BlobId,
+    /// Its code, as a tree; `None` where the reader may not see it. Whoever knows the id
+    /// could submit it as their own and read it.
+    pub code: Option<BlobId>,
     /// The job it continues.
     pub continues: Option<JobId>,
     /// Submission time.

@@ -34,8 +34,8 @@ pub enum Slot {
     Hold(HoldId),
     /// A rank this node is committed to, or runs.
     Work(JobId, Attempt, Rank),
-    /// An attempt this node will never start.
-    Tombstone(JobId, Attempt),
+    /// An attempt of a steward's that this node will never start.
+    Tombstone(PeerId, JobId, Attempt),
     /// How a rank ended here, until its steward recorded it.
     End(JobId, Attempt, Rank),
     /// A job this node refused to keep, while a copy of its submission could be taken.

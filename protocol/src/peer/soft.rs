@@ -8,7 +8,7 @@ use super::{Peer, Timer, Transmit};
 use crate::{
     BootId, JobId, Now, PeerId,
     identity::{Domain, SignedBytes},
-    inventory::GpuUuid,
+    inventory::{GpuUuid, board::CLOCK_TOLERANCE_MS},
     job::State,
     message::{Advert, GpuState, Head, Message, Soft, WANT_MAX},
     peer::Event,
@@ -137,13 +137,13 @@ impl SoftState {
 }
 
 impl Peer {
-    pub(super) fn handle_soft(&mut self, item: Soft, now: Now) {
+    /// Take an item; whether it was in order and news.
+    pub(super) fn handle_soft(&mut self, item: Soft, now: Now) -> bool {
         match item {
-            Soft::Statement(signed) => {
-                if let Err(reason) = self.take_statement(signed) {
-                    debug!(%reason, "statement refused");
-                }
-            }
+            Soft::Statement(signed) => self.take_statement(signed).unwrap_or_else(|reason| {
+                debug!(%reason, "statement refused");
+                false
+            }),
             Soft::Advert(signed) => self.handle_advert(signed, now),
             Soft::Head(signed) => self.handle_head(signed, now),
         }
@@ -152,39 +152,49 @@ impl Peer {
     /// Soft state that gossip brought. The driver has checked nothing; whether it should
     /// be passed on to others.
     pub fn handle_gossip(&mut self, item: Soft, now: Now) -> bool {
-        let fresh = !self.soft.items.contains_key(&reconcile::item_id(&item));
-        self.handle_soft(item, now);
+        let fresh = self.handle_soft(item, now);
         self.finish(now);
         fresh
     }
 
-    fn handle_advert(&mut self, signed: SignedBytes, now: Now) {
+    /// Whether it was news.
+    fn handle_advert(&mut self, signed: SignedBytes, now: Now) -> bool {
         let node = PeerId(signed.signer);
         if node == self.me || !self.roster.state().is_member_node(node) {
-            return;
+            return false;
         }
-        if self.board.post(signed.clone(), now) == Some(true) {
+        let news = self.board.post(signed.clone(), now) == Some(true);
+        if news {
             self.soft.insert_advert(node, signed);
             self.out.events.push_back(Event::BoardChanged { node });
             self.with_stewards(now, |stewards, cx| stewards.room_seen(node, cx));
         }
+        news
     }
 
-    fn handle_head(&mut self, signed: SignedBytes, now: Now) {
+    /// Whether it was news.
+    fn handle_head(&mut self, signed: SignedBytes, now: Now) -> bool {
         let Some(head) = signed
             .verify(Domain::Head)
             .ok()
             .and_then(|bytes| wire::decode::<Head>(bytes).ok())
             .filter(|head| head.keeper.0 == signed.signer)
         else {
-            return;
+            return false;
         };
         let member = self.roster.state().is_member_node(head.keeper);
         let old = head.submitted_at_ms.saturating_add(HEAD_MS) < now.wall_ms;
-        let known = self.soft.heads.get(&head.job).is_some_and(|(known, _)| known.seq >= head.seq);
-        if member && !old && !known && head.keeper != self.me {
+        let future = head.submitted_at_ms > now.wall_ms.saturating_add(CLOCK_TOLERANCE_MS);
+        // A job has the keeper that announced it first; nobody else speaks for it.
+        let known = self.soft.heads.get(&head.job).is_some_and(|(known, _)| {
+            known.seq >= head.seq || known.keeper != head.keeper
+        });
+        let ours = head.keeper == self.me || self.registers.get(head.job).is_some();
+        let fresh = member && !old && !future && !known && !ours;
+        if fresh {
             self.soft.insert_head(head, signed);
         }
+        fresh
     }
 
     /// Tell the pool of a job kept here: at its birth and at its end.
@@ -224,7 +234,8 @@ impl Peer {
             }
         }
         let used = !self.client && self.soft.advertised.as_ref() != Some(&self.bidder.usage());
-        if self.soft.changed || used {
+        // Who is no member has nothing to advertise, and nobody would listen.
+        if (self.soft.changed || used) && self.roster.state().is_member_node(self.me) {
             let at_ms = self.soft.advert_allowed_ms(now);
             let sooner = self.timers.due(&Timer::Soft).is_none_or(|due_ms| at_ms < due_ms);
             if sooner {
@@ -259,8 +270,9 @@ impl Peer {
             let jitter = self.random.below(RECONCILE_MS / 4);
             self.soft.next_reconcile_ms = now.after(RECONCILE_MS - RECONCILE_MS / 8 + jitter);
         }
-        let refresh = self.soft.last_advert_ms.map_or(now.boot_ms, |at| at + ADVERT_REFRESH_MS);
-        self.timers.set(Timer::Soft, self.soft.next_reconcile_ms.min(refresh).max(now.after(1)));
+        let refresh = self.soft.last_advert_ms.map(|at_ms| at_ms + ADVERT_REFRESH_MS);
+        let next_ms = self.soft.next_reconcile_ms.min(refresh.unwrap_or(u64::MAX));
+        self.timers.set(Timer::Soft, next_ms.max(now.after(1)));
     }
 
     fn advertise(&mut self, now: Now) {

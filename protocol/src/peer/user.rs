@@ -13,6 +13,9 @@ use crate::{
 /// Most jobs in one answer.
 pub const JOBS_MAX: usize = 1_000;
 
+/// Bytes of jobs in one answer, which must fit into one message.
+const JOBS_BYTES_MAX: usize = 768 << 10;
+
 impl Peer {
     pub(super) fn answer_user(&mut self, signed: &SignedBytes, now: Now) -> Reply {
         let admitted = match self.guard.check(signed, &self.roster, self.me, now) {
@@ -57,7 +60,16 @@ impl Peer {
         let since = |kept: &Kept| kept.value.body.history.last().map_or(0, |change| change.at_ms);
         done.sort_by_key(|kept| (core::cmp::Reverse(since(kept)), kept.spec.job));
         done.truncate(filter.done_max as usize);
-        live.into_iter().chain(done).take(JOBS_MAX).map(|kept| self.job_view(user, kept)).collect()
+        let mut left = JOBS_BYTES_MAX;
+        let mut views = Vec::new();
+        for kept in live.into_iter().chain(done).take(JOBS_MAX) {
+            // A listing shows no commands, which may be long; `Job` gives them.
+            let view = JobView { command: None, ..self.job_view(user, kept) };
+            let Some(rest) = left.checked_sub(wire::encode(&view).len()) else { break };
+            left = rest;
+            views.push(view);
+        }
+        views
     }
 
     fn stop_job(&mut self, user: UserId, job: JobId, now: Now) -> Reply {
@@ -142,7 +154,7 @@ impl Peer {
             request: spec.request.clone(),
             command: may_read.then(|| spec.command.clone()),
             source: if may_read { spec.source.clone() } else { crate::job::Source::default() },
-            code: spec.code,
+            code: if may_read { Some(spec.code) } else { None },
             continues: spec.continues.as_ref().map(|continued| continued.job),
             submitted_at_ms: spec.submitted_at_ms,
             history: body.history.clone(),

@@ -11,6 +11,9 @@ use crate::{
     wire,
 };
 
+/// The longest reason of a state, in bytes: a record must fit into one message.
+pub const REASON_BYTES_MAX: usize = 1_024;
+
 /// Most entries of a history; later changes replace the last but one.
 pub const HISTORY_MAX: usize = 64;
 
@@ -118,7 +121,11 @@ impl Body {
         if self.history.len() >= HISTORY_MAX {
             self.history.remove(HISTORY_MAX - 2);
         }
-        self.history.push(Change { state, at_ms, reason: reason.into() });
+        let mut reason = reason.into();
+        while reason.len() > REASON_BYTES_MAX {
+            reason.pop();
+        }
+        self.history.push(Change { state, at_ms, reason });
     }
 
     /// The nodes of the current attempt, each once, by id.

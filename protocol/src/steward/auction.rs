@@ -6,13 +6,13 @@
 //! never sits on part of what it needs. Its calls stay standing at bidders, which wake
 //! it when room appears.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     HoldId, JobId, Now, PeerId,
     inventory::{Board, board::free_of},
     job::{RankAssignment, VerifiedSpec},
-    message::{Bid, Call, CallFate, Decline, Verdict, WaitView, Wanted},
+    message::{Bid, Call, CallFate, Decline, Verdict, WaitView, Wanted, blinded},
     peer::Random,
     request::{Grant, Request, fit_many},
 };
@@ -105,6 +105,8 @@ pub(crate) struct Auction {
     holds: BTreeMap<HoldId, Pick>,
     /// Tries that failed.
     failures: u32,
+    /// Nodes that could not do it: asked last, taken where there is no other.
+    avoided: BTreeSet<PeerId>,
 }
 
 impl Auction {
@@ -118,7 +120,14 @@ impl Auction {
             answers: BTreeMap::new(),
             holds: BTreeMap::new(),
             failures: 0,
+            avoided: BTreeSet::new(),
         }
+    }
+
+    /// Prefer other nodes than these.
+    pub(super) fn avoiding(mut self, nodes: &BTreeSet<PeerId>) -> Self {
+        self.avoided.clone_from(nodes);
+        self
     }
 
     pub(super) fn hear(&mut self, from: PeerId, bid: Bid, now: Now) {
@@ -267,7 +276,8 @@ impl Auction {
     ) -> Step {
         self.round += 1;
         self.round_over = false;
-        let candidates = board.candidates(spec.job, missing, now);
+        let mut candidates = board.candidates(spec.job, missing, now);
+        candidates.sort_by_key(|node| self.avoided.contains(node));
         let chosen = self.choose(&candidates, missing);
         if chosen.is_empty() {
             return self.give_up(random, now);
@@ -278,7 +288,7 @@ impl Auction {
                 key: crate::bidder::spec_key(spec),
                 owner: spec.spec.owner,
                 wanted: self.wanted_at(node, missing),
-                inputs: vec![(spec.spec.code, spec.spec.code_bytes)],
+                inputs: vec![(blinded(spec.spec.code), spec.spec.code_bytes)],
                 standing: true,
             };
             self.answers.insert(node, Answer::Outstanding);
@@ -340,7 +350,9 @@ impl Auction {
         for wanted in &self.wanted {
             let mut of_group: Vec<&Pick> =
                 self.holds.values().filter(|pick| pick.group == wanted.group).collect();
-            of_group.sort_by_key(|pick| (pick.score, pick.node, pick.hold));
+            of_group.sort_by_key(|pick| {
+                (self.avoided.contains(&pick.node), pick.score, pick.node, pick.hold)
+            });
             picks.extend(of_group.into_iter().take(wanted.count as usize).cloned());
         }
         picks

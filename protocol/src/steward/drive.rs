@@ -28,6 +28,8 @@ pub(crate) struct Drive {
     pub(super) acknowledged: BTreeSet<(Attempt, Rank)>,
     /// Nodes to be told that an attempt is off, with the times they were.
     pub(super) withdrawals: BTreeMap<(PeerId, Attempt), u32>,
+    /// Nodes that failed or refused in an earlier attempt.
+    pub(super) avoided: BTreeSet<PeerId>,
     /// Nothing is overdue yet in the current state.
     pub(super) just_entered: bool,
 }
@@ -53,6 +55,8 @@ pub(super) struct Observed {
     pub(super) running: BTreeSet<Rank>,
     pub(super) cleaning: BTreeSet<Rank>,
     pub(super) ends: BTreeMap<Rank, RankEnd>,
+    /// Nodes that could not prepare or start a rank.
+    pub(super) failed: BTreeSet<PeerId>,
     /// When each node last said something, on the boot clock.
     pub(super) heard: BTreeMap<PeerId, u64>,
 }
@@ -93,6 +97,7 @@ impl Drive {
             proposal: None,
             acknowledged: BTreeSet::new(),
             withdrawals: BTreeMap::new(),
+            avoided: BTreeSet::new(),
             just_entered: true,
         }
     }
