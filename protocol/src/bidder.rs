@@ -1102,10 +1102,13 @@ impl Bidder {
         ages.sort_unstable();
         let middle = ages[ages.len() / 2];
         let until_ms = middle.max(now.wall_ms.saturating_sub(TOMBSTONE_MS));
-        let old = self.tombstones.extract_if(.., |_, buried_ms| *buried_ms <= until_ms);
-        for ((steward, job, attempt), _) in old {
-            out.remove(&Slot::Tombstone(steward, job, attempt));
-        }
+        self.tombstones.retain(|(steward, job, attempt), buried_ms| {
+            let keep = *buried_ms > until_ms;
+            if !keep {
+                out.remove(&Slot::Tombstone(*steward, *job, *attempt));
+            }
+            keep
+        });
     }
 
     fn work_of(&self, job: JobId, attempt: Attempt) -> Vec<WorkId> {

@@ -925,7 +925,7 @@ pub(crate) fn number_ranks(spec: &VerifiedSpec, picks: Vec<auction::Pick>) -> Ve
     }
     for picks in by_group.values_mut() {
         // Ranks of one node next to each other, as frameworks expect.
-        picks.sort_by(|a, b| (a.node, a.hold).cmp(&(b.node, b.hold)));
+        picks.sort_by_key(|pick| (pick.node, pick.hold));
         picks.reverse();
     }
     let mut assignments = Vec::new();

@@ -1,6 +1,6 @@
 //! `p2pit join`: this machine as a node of a pool.
 
-use std::{net::SocketAddr, pin::pin};
+use std::{net::SocketAddr, path::Path, pin::pin};
 
 use anyhow::Context as _;
 use p2pit_node::{
@@ -65,6 +65,20 @@ pub(crate) struct Args {
     flags: NodeFlags,
 }
 
+/// A home that is named alone finds the key it was joined with: a link in the place where
+/// its own would be.
+fn remember_key(home: &Home, identity: &Path, out: &Output) {
+    let own = home.path().join("identity");
+    if own.symlink_metadata().is_ok() {
+        return;
+    }
+    let linked =
+        identity.canonicalize().and_then(|path| std::os::unix::fs::symlink(path, &own));
+    if let Err(reason) = linked {
+        out.note(&format!("{} is not linked to your key: {reason}", own.display()));
+    }
+}
+
 pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
     // Before anything is made for it.
     let ticket = args.ticket.as_deref().map(parse_ticket).transpose()?;
@@ -75,6 +89,7 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
         let path = location.identity.display();
         out.note(&format!("made your key in {path}: keep it, it is who you are"));
     }
+    remember_key(&home, &location.identity, out);
     let settings = args.flags.resolve(&home)?;
     let (home, identity, settings) = (&home, &identity, &settings);
     let newcomer = Newcomer { out, home, identity, settings, flags: &args.flags };

@@ -23,7 +23,7 @@ use p2pit_protocol::{
     message::JobView,
     peer::SubmitError,
     request::Request as ClusterRequest,
-    roster::Author,
+    roster::{Author, Kind, NODE_CLAIMS_MAX},
 };
 use tokio::{net::UnixListener, sync::mpsc};
 use tokio_util::io::StreamReader;
@@ -296,7 +296,15 @@ async fn draft(
     let draft = shared
         .act(move |peer, now| {
             let author = Author::User(request.user);
-            peer.roster().draft(author, device, request.kind, now.wall_ms)
+            let mut kind = request.kind;
+            // Who leaves need not know by which claims it is a member.
+            if let Kind::Leave(leave) = &mut kind
+                && leave.claims.is_empty()
+                && let Some(node) = peer.roster().state().nodes.get(&leave.node)
+            {
+                leave.claims = node.claims.iter().copied().take(NODE_CLAIMS_MAX).collect();
+            }
+            peer.roster().draft(author, device, kind, now.wall_ms)
         })
         .await?
         .map_err(|e| Failure::request(e.into()))?;

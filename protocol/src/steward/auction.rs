@@ -230,7 +230,9 @@ impl Auction {
     pub(super) fn describe(&self, view: &mut WaitView, board: &Board, now: Now) {
         view.held = u32::try_from(self.cheapest().len()).unwrap_or(u32::MAX);
         for node in board.candidates(view.job, &self.wanted, now) {
-            self.answers.get(&node).is_none().then(|| view.nodes.push((node, Verdict::NotCalled)));
+            if !self.answers.contains_key(&node) {
+                view.nodes.push((node, Verdict::NotCalled));
+            }
         }
         for (node, posted) in board.iter() {
             let silent = board.is_unreachable(*node, now) && !posted.advert.client;
