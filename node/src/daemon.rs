@@ -231,10 +231,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
 }
 
 /// Build the peer from the journal, if the node is in a pool.
-async fn resume(
-    shared: &Arc<Shared>,
-    entries: &BTreeMap<Vec<u8>, Vec<u8>>,
-) -> anyhow::Result<()> {
+async fn resume(shared: &Arc<Shared>, entries: &BTreeMap<Vec<u8>, Vec<u8>>) -> anyhow::Result<()> {
     let Some(genesis) = entries.get(&Slot::Genesis.to_bytes()) else { return Ok(()) };
     let now = clock::now();
     let mut peer = shared.new_peer(genesis.clone())?;
@@ -320,11 +317,7 @@ impl Shared {
     ) -> Result<tokio::sync::watch::Receiver<u64>, NoPeer> {
         self.act_on_state(move |state, _| {
             state.watched.retain(|_, sender| sender.receiver_count() > 0);
-            state
-                .watched
-                .entry(job)
-                .or_insert_with(|| tokio::sync::watch::channel(0).0)
-                .subscribe()
+            state.watched.entry(job).or_insert_with(|| tokio::sync::watch::channel(0).0).subscribe()
         })
         .await
     }
@@ -359,7 +352,8 @@ impl Shared {
         let now = clock::now();
         let pool = peer.pool();
         let listen = self.control_listen();
-        let (network, mut events) = start_network(&self.key, pool, listen).await?;
+        let is_free_to_move = self.settings.listen.port() == 0;
+        let (network, mut events) = start_network(&self.key, pool, listen, is_free_to_move).await?;
         let ports = Ports {
             control: network.listen_addrs().first().map_or(0, SocketAddr::port),
             data: self.endpoint.local_addr()?.port(),
@@ -585,12 +579,14 @@ async fn start_network(
     key: &KeyPair,
     pool: p2pit_protocol::PoolId,
     listen: SocketAddr,
+    is_free_to_move: bool,
 ) -> anyhow::Result<(Network, mpsc::Receiver<crate::network::Event>)> {
     let config = |listen| NetworkConfig { key: key.clone(), pool, listen };
     match Network::start(config(listen)).await {
         Ok(started) => Ok(started),
-        // The port of the last run belongs to somebody else now: any other will do.
-        Err(reason) if listen.port() != 0 => {
+        // The port of the last run belongs to somebody else now: any other will do, unless
+        // the owner named this one, which firewalls and other nodes may know.
+        Err(reason) if is_free_to_move && listen.port() != 0 => {
             warn!(%listen, reason = format!("{reason:#}"), "cannot listen there");
             Network::start(config(SocketAddr::new(listen.ip(), 0))).await
         }
@@ -607,8 +603,7 @@ fn bind_data_plane(
 ) -> anyhow::Result<Endpoint> {
     let members = Arc::clone(members);
     let is_allowed = Arc::new(move |peer: &PeerId, alpn: &[u8]| {
-        alpn == DOOR.alpn
-            || members.read().unwrap_or_else(PoisonError::into_inner).contains(peer)
+        alpn == DOOR.alpn || members.read().unwrap_or_else(PoisonError::into_inner).contains(peer)
     });
     let bind = |port| {
         let addr = SocketAddr::new(settings.listen.ip(), port);

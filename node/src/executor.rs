@@ -53,7 +53,6 @@ use anyhow::Context as _;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-pub(crate) use self::{program::interpreter, text::shortened};
 pub use self::{
     log::append_to_log,
     ownership::prepare_ownership,
@@ -64,6 +63,7 @@ pub use self::{
     supervisor::{LEASE_GRACE_MS, supervise_main},
     tree::descends_from,
 };
+pub(crate) use self::{program::interpreter, text::shortened};
 
 use self::{
     control::{Order, encode},
@@ -99,7 +99,10 @@ fn hand_down(held: &[OwnedFd]) -> anyhow::Result<Stdio> {
     let borrowed: Vec<_> = held.iter().map(std::os::fd::AsFd::as_fd).collect();
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(HELD_MAX))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    anyhow::ensure!(control.push(SendAncillaryMessage::ScmRights(&borrowed)), "too many descriptors");
+    anyhow::ensure!(
+        control.push(SendAncillaryMessage::ScmRights(&borrowed)),
+        "too many descriptors"
+    );
     sendmsg(&ours, &[io::IoSlice::new(b".")], &mut control, SendFlags::empty())
         .context("cannot hand down descriptors")?;
     Ok(Stdio::from(OwnedFd::from(theirs)))
@@ -253,9 +256,11 @@ impl Executor {
     ) -> Result<Running, StartError> {
         // Files and a vfork: too long for a thread that has other things to do.
         let (executor, own_id) = (self.clone(), id.clone());
-        tokio::task::spawn_blocking(move || executor.start_here(own_id, spec, &held)).await.unwrap_or_else(
-            |error| Err(StartError::Supervisor { id: id.clone(), source: error.into() }),
-        )
+        tokio::task::spawn_blocking(move || executor.start_here(own_id, spec, &held))
+            .await
+            .unwrap_or_else(|error| {
+                Err(StartError::Supervisor { id: id.clone(), source: error.into() })
+            })
     }
 
     /// Finds what this daemon or an earlier one started and has not forgotten. For the time

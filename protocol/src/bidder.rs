@@ -937,8 +937,7 @@ impl Bidder {
         spec: &VerifiedSpec,
     ) -> bool {
         // Once one of them started, failed or was given up, a missing rank is an ended one.
-        let is_waiting =
-            |id: &WorkId| matches!(self.book.work[id].phase, Phase::Committed { .. });
+        let is_waiting = |id: &WorkId| matches!(self.book.work[id].phase, Phase::Committed { .. });
         if known.is_empty()
             || !known.iter().all(is_waiting)
             || self.tombstones.contains_key(&(from, spec.job, commit.attempt))
@@ -1076,14 +1075,7 @@ impl Bidder {
         }
     }
 
-    fn bury(
-        &mut self,
-        steward: PeerId,
-        job: JobId,
-        attempt: Attempt,
-        now: Now,
-        out: &mut Outbox,
-    ) {
+    fn bury(&mut self, steward: PeerId, job: JobId, attempt: Attempt, now: Now, out: &mut Outbox) {
         let buried = (steward, job, attempt);
         if self.tombstones.contains_key(&buried) {
             return;

@@ -72,8 +72,7 @@ fn remember_key(home: &Home, identity: &Path, out: &Output) {
     if own.symlink_metadata().is_ok() {
         return;
     }
-    let linked =
-        identity.canonicalize().and_then(|path| std::os::unix::fs::symlink(path, &own));
+    let linked = identity.canonicalize().and_then(|path| std::os::unix::fs::symlink(path, &own));
     if let Err(reason) = linked {
         out.note(&format!("{} is not linked to your key: {reason}", own.display()));
     }

@@ -30,7 +30,7 @@ use tokio_util::io::StreamReader;
 use tracing::warn;
 
 use super::types::{
-    Answer, ApiError, Ask, Audience, DraftReply, DraftRequest, Fetch, Files, Found, Join, JobFiles,
+    Answer, ApiError, Ask, Audience, DraftReply, DraftRequest, Fetch, Files, Found, JobFiles, Join,
     LanNode, Log, Me, NodeInfo, Plan, Planned, PoolInfo, Resolve, Resolved, Submit, SubmitEvent,
     Unsatisfiable, Uploaded, UserInfo, Watch, path,
 };
@@ -122,9 +122,10 @@ fn router(shared: Arc<Shared>) -> Router {
                     let response = next.run(request).await;
                     // A stream is in use until its last byte.
                     response.map(|body| {
-                        let held = stream::unfold((body.into_data_stream(), in_use), |(mut b, u)| async {
-                            b.next().await.map(|chunk| (chunk, (b, u)))
-                        });
+                        let held =
+                            stream::unfold((body.into_data_stream(), in_use), |(mut b, u)| async {
+                                b.next().await.map(|chunk| (chunk, (b, u)))
+                            });
                         Body::from_stream(held)
                     })
                 }
@@ -245,7 +246,8 @@ async fn nodes(State(shared): State<Arc<Shared>>) -> Answered<Vec<NodeInfo>> {
                 } else {
                     "offline"
                 };
-                let age = advert.as_ref().map(|a| now.wall_ms.saturating_sub(a.issued_at_ms) / 1000);
+                let age =
+                    advert.as_ref().map(|a| now.wall_ms.saturating_sub(a.issued_at_ms) / 1000);
                 let owner_name = state.users.get(&node.owner).map(|u| u.username.to_string());
                 NodeInfo {
                     node: *id,
@@ -273,15 +275,14 @@ async fn nodes(State(shared): State<Arc<Shared>>) -> Answered<Vec<NodeInfo>> {
 async fn users(State(shared): State<Arc<Shared>>) -> Answered<Vec<UserInfo>> {
     let users = shared
         .act(|peer, _| {
-            let describe = |(id, user): (&p2pit_protocol::UserId, &p2pit_protocol::roster::User)| {
-                UserInfo {
+            let describe =
+                |(id, user): (&p2pit_protocol::UserId, &p2pit_protocol::roster::User)| UserInfo {
                     user: *id,
                     name: user.username.to_string(),
                     full_name: user.full_name.clone(),
                     email: user.email.clone(),
                     admin: user.admin,
-                }
-            };
+                };
             peer.roster().state().users.iter().map(describe).collect::<Vec<_>>()
         })
         .await?;
@@ -325,10 +326,10 @@ async fn statements(
 // ---- submission -----------------------------------------------------------------------
 
 async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answered<Planned> {
-    let request: ClusterRequest =
-        plan.request.parse().map_err(|e: p2pit_protocol::request::ParseError| {
-            Failure::request(e.into())
-        })?;
+    let request: ClusterRequest = plan
+        .request
+        .parse()
+        .map_err(|e: p2pit_protocol::request::ParseError| Failure::request(e.into()))?;
     let user = plan.user;
     let (member, keeper, planned) = shared
         .act(move |peer, now| {
@@ -367,8 +368,7 @@ async fn missing(
 }
 
 async fn upload(State(shared): State<Arc<Shared>>, body: Body) -> Answered<Uploaded> {
-    let mut reader =
-        StreamReader::new(body.into_data_stream().map_err(std::io::Error::other));
+    let mut reader = StreamReader::new(body.into_data_stream().map_err(std::io::Error::other));
     let received = exchange::receive_any(&shared.store, shared.id(), &mut reader)
         .await
         .map_err(|e| Failure::broken(e.into()))?;
@@ -461,9 +461,10 @@ async fn resolve(
         })
         .await?;
     match heads.as_slice() {
-        [] if is_last => {
-            Err(Failure::hinted("you have no job in this pool".to_owned(), "`p2pit run` submits one"))
-        }
+        [] if is_last => Err(Failure::hinted(
+            "you have no job in this pool".to_owned(),
+            "`p2pit run` submits one",
+        )),
         [] => Err(Failure::hinted(
             format!("no job `{}` is known here", resolve.text),
             "`p2pit show jobs` lists them; a job submitted elsewhere a moment ago may need a second",
@@ -477,7 +478,12 @@ async fn resolve(
             let names: Vec<String> =
                 several.iter().take(10).map(|head| short_of(&head.job.to_string(), &all)).collect();
             Err(Failure::hinted(
-                format!("`{}` can be any of {} jobs: {}", resolve.text, several.len(), names.join(", ")),
+                format!(
+                    "`{}` can be any of {} jobs: {}",
+                    resolve.text,
+                    several.len(),
+                    names.join(", ")
+                ),
                 "give more characters",
             ))
         }
@@ -514,7 +520,11 @@ async fn keepers(State(shared): State<Arc<Shared>>) -> Answered<Audience> {
     texts.sort();
     let neighbours = |at: usize| {
         let before = at.checked_sub(1).and_then(|at| texts.get(at));
-        [before, texts.get(at + 1)].into_iter().flatten().map(|(text, _)| text.clone()).collect::<Vec<_>>()
+        [before, texts.get(at + 1)]
+            .into_iter()
+            .flatten()
+            .map(|(text, _)| text.clone())
+            .collect::<Vec<_>>()
     };
     let short = texts
         .iter()
@@ -620,7 +630,9 @@ async fn fetch(
         let source: Arc<dyn Source> = Arc::new(shared.store.clone());
         tokio::spawn(async move {
             // The reader sees the stream end too early, and says so.
-            if let Err(reason) = exchange::send_blobs(source, fetch.blobs, &mut writer, |_| {}).await {
+            if let Err(reason) =
+                exchange::send_blobs(source, fetch.blobs, &mut writer, |_| {}).await
+            {
                 warn!(%reason, "files were not sent");
             }
         });
@@ -638,11 +650,10 @@ async fn pull(State(shared): State<Arc<Shared>>, Json(fetch): Json<Fetch>) -> An
         serve::allow_blobs(&shared, fetch.signed, &fetch.blobs).await.map_err(Failure::request)?;
         return Ok(Json(Uploaded { blobs: 0, bytes: 0 }));
     }
-    let wanted: Vec<Wanted> =
-        exchange::missing(&shared.store, fetch.blobs.iter().copied())
-            .into_iter()
-            .map(|id| Wanted { id, bytes_max: u64::MAX })
-            .collect();
+    let wanted: Vec<Wanted> = exchange::missing(&shared.store, fetch.blobs.iter().copied())
+        .into_iter()
+        .map(|id| Wanted { id, bytes_max: u64::MAX })
+        .collect();
     let ids: Vec<BlobId> = wanted.iter().map(|wanted| wanted.id).collect();
     let mut receive = request_blobs(&shared, fetch.node, fetch.signed, &ids).await?;
     let received =
@@ -764,8 +775,7 @@ impl From<ReachError> for Failure {
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let status =
-            if self.0.broken { StatusCode::BAD_GATEWAY } else { StatusCode::BAD_REQUEST };
+        let status = if self.0.broken { StatusCode::BAD_GATEWAY } else { StatusCode::BAD_REQUEST };
         (status, Json(self.0)).into_response()
     }
 }

@@ -65,7 +65,8 @@ pub(super) async fn run(
     loop {
         let deadline = state.peer.as_ref().and_then(Peer::poll_timeout);
         let now = clock::now();
-        let wait = deadline.map(|(at_ms, _)| Duration::from_millis(at_ms.saturating_sub(now.boot_ms)));
+        let wait =
+            deadline.map(|(at_ms, _)| Duration::from_millis(at_ms.saturating_sub(now.boot_ms)));
         tokio::select! {
             biased;
             received = inputs.recv_many(&mut batch, TURN_INPUTS_MAX) => {
@@ -202,9 +203,17 @@ fn on_network(state: &mut State, event: network::Event, now: Now) {
 
 fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
     match event {
-        Event::Prepare { id, spec, assignment } => shared.work.prepare(shared, id, spec, assignment),
+        Event::Prepare { id, spec, assignment } => {
+            shared.work.prepare(shared, id, spec, assignment)
+        }
         Event::Execute { id, spec, assignment, nodes, hosts, port } => {
-            shared.work.execute(shared, id, spec, assignment, super::work::Start { nodes, hosts, port });
+            shared.work.execute(
+                shared,
+                id,
+                spec,
+                assignment,
+                super::work::Start { nodes, hosts, port },
+            );
         }
         Event::StopProcess { id, reason } => shared.work.stop(shared, id, reason),
         Event::Discard { id } => shared.work.discard(shared, id),

@@ -6,7 +6,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use p2pit_protocol::{BlobId, JobId, job::{Attempt, Rank}};
+use p2pit_protocol::{
+    BlobId, JobId,
+    job::{Attempt, Rank},
+};
 
 use super::{Shared, lock, work};
 use crate::{

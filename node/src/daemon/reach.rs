@@ -222,7 +222,8 @@ async fn meet(
             })
             .await?;
     }
-    let control = if control.is_empty() { ask_control(shared, peer, &data).await? } else { control };
+    let control =
+        if control.is_empty() { ask_control(shared, peer, &data).await? } else { control };
     if let Some(network) = shared.network() {
         network.dial(peer, control);
     }
@@ -300,11 +301,7 @@ impl Shared {
     }
 
     /// Have every blob of an input tree of a job here, fetched from its keeper.
-    pub(crate) async fn fetch_tree(
-        &self,
-        spec: &VerifiedSpec,
-        root: BlobId,
-    ) -> anyhow::Result<()> {
+    pub(crate) async fn fetch_tree(&self, spec: &VerifiedSpec, root: BlobId) -> anyhow::Result<()> {
         let keeper = spec.spec.keepers[0].0;
         if !self.store.has(&root) {
             let manifest = Wanted { id: root, bytes_max: MANIFEST_BYTES_MAX };
@@ -395,11 +392,8 @@ pub(super) fn announce_on_lan(shared: &Arc<Shared>, pool: PoolId) {
 impl Shared {
     /// Addresses that a member may have.
     fn hint(&self, peer: PeerId, control: Vec<SocketAddr>, data: Vec<SocketAddr>) {
-        let entry = crate::store::PeerEntry {
-            control,
-            data,
-            last_seen_wall_ms: clock::now().wall_ms,
-        };
+        let entry =
+            crate::store::PeerEntry { control, data, last_seen_wall_ms: clock::now().wall_ms };
         if let Err(reason) = self.index.put_peer(&peer, &entry) {
             warn!(%peer, %reason, "a hint is not remembered");
         }

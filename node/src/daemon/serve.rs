@@ -45,24 +45,16 @@ pub(crate) enum Request {
     /// The signed `Job` → [`JobView`], one at once and one for each change, until done.
     Watch(SignedBytes),
     /// The signed `Log` → [`Gate`], then the log lines, as bytes.
-    Log {
-        signed: SignedBytes,
-        follow: bool,
-    },
+    Log { signed: SignedBytes, follow: bool },
     /// The signed `Files` → [`Gate`], then `Vec<`[`RankFiles`]`>` as JSON bytes to the end.
     Files(SignedBytes),
     /// The signed `Files`, ids behind → [`Gate`], then blobs.
     Blobs(SignedBytes),
     /// Ids behind: inputs of a job whose record, kept here, names the asking node → blobs.
-    Inputs {
-        job: JobId,
-    },
+    Inputs { job: JobId },
     /// Ids and sizes of a tree, manifest first, → ids that are missing; then those blobs
     /// → [`Gate`] once all are durable.
-    Push {
-        root: BlobId,
-        sizes: Vec<u64>,
-    },
+    Push { root: BlobId, sizes: Vec<u64> },
 }
 
 /// To [`Request::User`].
@@ -466,8 +458,7 @@ async fn take_tree(
     }
     let store = shared.store.clone();
     let offered = ids.clone();
-    let missing =
-        tokio::task::spawn_blocking(move || exchange::missing(&store, offered)).await?;
+    let missing = tokio::task::spawn_blocking(move || exchange::missing(&store, offered)).await?;
     exchange::write_ids(send, &missing).await?;
     let lacking: BTreeSet<BlobId> = missing.into_iter().collect();
     let wanted: Vec<Wanted> = ids
@@ -494,8 +485,7 @@ async fn receive_tree(
     wanted: &[Wanted],
     receive: &mut quinn::RecvStream,
 ) -> anyhow::Result<()> {
-    let received =
-        exchange::receive_blobs(&shared.store, wanted, from, receive, |_| {}).await?;
+    let received = exchange::receive_blobs(&shared.store, wanted, from, receive, |_| {}).await?;
     if let Some(absent) = received.absent.first() {
         bail!("{from} offered blob {absent} and does not have it");
     }

@@ -172,7 +172,10 @@ impl Work {
 
     /// After a restart: take up what an earlier daemon left running or unreported. The
     /// ranks that need no verdict of the peer.
-    pub(crate) async fn adopt(&self, shared: &Arc<Shared>) -> anyhow::Result<Vec<(WorkId, Option<Running>, Option<executor::Ended>)>> {
+    pub(crate) async fn adopt(
+        &self,
+        shared: &Arc<Shared>,
+    ) -> anyhow::Result<Vec<(WorkId, Option<Running>, Option<executor::Ended>)>> {
         let mut found = Vec::new();
         for (process, adopted) in shared.executor.adopt().await? {
             let Some(id) = work_id(&process) else {
@@ -270,7 +273,10 @@ async fn prepare(
     assignment: &RankAssignment,
 ) -> anyhow::Result<(u16, String)> {
     for tree in spec.inputs() {
-        shared.fetch_tree(spec, tree).await.with_context(|| format!("cannot fetch input {tree}"))?;
+        shared
+            .fetch_tree(spec, tree)
+            .await
+            .with_context(|| format!("cannot fetch input {tree}"))?;
     }
     let workspace = shared.workspace(id);
     let (store, spec, assignment) = (shared.store.clone(), spec.clone(), assignment.clone());
@@ -419,14 +425,17 @@ pub(crate) fn read_spec(job_dir: &std::path::Path) -> anyhow::Result<VerifiedSpe
 }
 
 /// The directories of ranks of a job on this node: attempt, rank, path, in order.
-pub(crate) fn rank_dirs(job_dir: &std::path::Path) -> std::io::Result<Vec<(Attempt, Rank, PathBuf)>> {
+pub(crate) fn rank_dirs(
+    job_dir: &std::path::Path,
+) -> std::io::Result<Vec<(Attempt, Rank, PathBuf)>> {
     let mut dirs = Vec::new();
     for entry in std::fs::read_dir(job_dir)? {
         let entry = entry?;
         let name = entry.file_name();
-        let parsed = name.to_str().and_then(|name| name.split_once('-')).and_then(|(a, r)| {
-            Some((Attempt(a.parse().ok()?), Rank(r.parse().ok()?)))
-        });
+        let parsed = name
+            .to_str()
+            .and_then(|name| name.split_once('-'))
+            .and_then(|(a, r)| Some((Attempt(a.parse().ok()?), Rank(r.parse().ok()?))));
         if let Some((attempt, rank)) = parsed {
             dirs.push((attempt, rank, entry.path()));
         }

@@ -40,8 +40,11 @@ async fn what_a_process_holds_is_held_until_it_is_gone_and_no_longer() {
     let locked = open();
     flock(&locked, FlockOperation::NonBlockingLockExclusive).unwrap();
     let id = host.new_id();
-    let mut running =
-        host.executor.start_holding(&id, host.spec("echo up; sleep 600"), vec![locked.into()]).await.unwrap();
+    let mut running = host
+        .executor
+        .start_holding(&id, host.spec("echo up; sleep 600"), vec![locked.into()])
+        .await
+        .unwrap();
     loop {
         match running.events.recv().await.unwrap() {
             ProcessEvent::Started { .. } => break,
@@ -475,48 +478,6 @@ async fn the_supervisor_told_to_end_stops_its_process_in_order() {
     let ended = ended(&mut running).await;
     assert!(matches!(ended.ending, Ending::Stopped { .. }), "{ended:?}");
     assert!(host.log().contains("bye"));
-}
-
-/// Prints what one process costs: `cargo test … -- --ignored --nocapture latency`.
-#[tokio::test]
-#[ignore = "a measurement"]
-async fn latency_of_one_process() {
-    for isolated in [true, false] {
-        let Some(host) = Host::with(isolated).await else { continue };
-        let mut times: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
-        for _ in 0..100 {
-            let begin = Instant::now();
-            let bare = tokio::process::Command::new("bash").args(["-c", "true"]).status().await;
-            assert!(bare.unwrap().success());
-            times.entry("bare shell").or_default().push(begin.elapsed());
-            let begin = Instant::now();
-            let mut running = host.start("true").await;
-            while let Some(event) = running.events.recv().await {
-                let name = match event {
-                    ProcessEvent::Started { .. } => "started",
-                    ProcessEvent::Ended(_) => "ended",
-                    ProcessEvent::Gone => "gone",
-                    _ => continue,
-                };
-                times.entry(name).or_default().push(begin.elapsed());
-            }
-        }
-        println!("isolated: {isolated}");
-        for (name, mut times) in times {
-            times.sort();
-            println!("  {name}: min {:?}, p50 {:?}, p90 {:?}", times[0], times[50], times[90]);
-        }
-        let mut running = host.start("sleep 600").await;
-        running.events.recv().await;
-        let pids = [host.supervisor_pid().as_raw_nonzero().get(), host.tree().guard.pid];
-        for pid in pids {
-            let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
-            let lines = rollup.lines().filter(|l| l.starts_with("Pss:") || l.starts_with("Anon"));
-            println!("  {}", lines.collect::<Vec<_>>().join(" "));
-        }
-        running.control.kill("done").await;
-        gone(&mut running).await;
-    }
 }
 
 /// A daemon's directories and its executor.

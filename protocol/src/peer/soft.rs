@@ -186,9 +186,11 @@ impl Peer {
         let old = head.submitted_at_ms.saturating_add(HEAD_MS) < now.wall_ms;
         let future = head.submitted_at_ms > now.wall_ms.saturating_add(CLOCK_TOLERANCE_MS);
         // A job has the keeper that announced it first; nobody else speaks for it.
-        let known = self.soft.heads.get(&head.job).is_some_and(|(known, _)| {
-            known.seq >= head.seq || known.keeper != head.keeper
-        });
+        let known = self
+            .soft
+            .heads
+            .get(&head.job)
+            .is_some_and(|(known, _)| known.seq >= head.seq || known.keeper != head.keeper);
         let ours = head.keeper == self.me || self.registers.get(head.job).is_some();
         let fresh = member && !old && !future && !known && !ours;
         if fresh {
