@@ -256,7 +256,7 @@ impl Bidder {
                 continue;
             }
             match self.book.work[&id].phase {
-                Phase::Committed { .. } => out.events.push_back(self.prepare_event(id)),
+                Phase::Committed { .. } => {}
                 Phase::Starting | Phase::Running | Phase::Draining => {
                     let reason = "its node restarted and found no process of it".to_owned();
                     let end = RankEnd::bare(Ending::Lost { reason }, now.wall_ms);
@@ -265,8 +265,27 @@ impl Bidder {
                 }
             }
         }
+        self.adopt_committed(now, out);
         for id in self.ends.keys().copied().collect::<Vec<_>>() {
             self.send_end(id, now, out);
+        }
+    }
+
+    /// Prepare again what waits for its start; but where the attempt is buried and none
+    /// of its ranks lives here, another rank ended or was given up, and so is this one.
+    fn adopt_committed(&mut self, now: Now, out: &mut Outbox) {
+        for id in self.book.work.keys().copied().collect::<Vec<_>>() {
+            let work = &self.book.work[&id];
+            let Phase::Committed { .. } = work.phase else { continue };
+            let buried = self.tombstones.contains_key(&(work.steward, id.job, id.attempt));
+            let lives =
+                |id: &WorkId| !matches!(self.book.work[id].phase, Phase::Committed { .. });
+            if buried && !self.work_of(id.job, id.attempt).iter().any(lives) {
+                out.events.push_back(Event::Discard { id });
+                self.end(id, RankEnd::bare(Ending::NeverStarted, now.wall_ms), now, out);
+            } else {
+                out.events.push_back(self.prepare_event(id));
+            }
         }
     }
 

@@ -1,1 +1,14 @@
-fn main() {}
+//! What p2pit promises, tried on real daemons on loopback.
+
+mod admission;
+mod demo;
+mod environment;
+mod files;
+mod gang;
+mod home;
+mod isolation;
+mod queue;
+mod requests;
+mod scripts;
+mod stopping;
+mod survival;

@@ -1,1 +1,22 @@
+//! Real daemons on loopback, for tests and measurements.
+//!
+//! A [`Pool`] is a temporary directory with one user's key and the homes of some nodes.
+//! A [`Node`] runs the real `p2pit` for its home, as a user at a shell would: nothing here
+//! speaks to a daemon in another way, so that what is tested is what is promised. Every
+//! command has a time limit of its own. When a pool is dropped, also in a panic, every
+//! process that belongs to its directory is ended by its id; after a panic the ends of the
+//! daemons' logs are printed and the directory stays.
 
+mod command;
+mod node;
+mod pool;
+mod processes;
+mod require;
+mod wait;
+
+pub use command::{Ended, Running};
+pub use node::{Node, job_dir, lines_of};
+pub use pool::Pool;
+pub use processes::{Process, end_all, mentioning, of_job};
+pub use require::has_namespaces;
+pub use wait::{SOON, wait_until};

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use futures::StreamExt as _;
 use libp2p::{
     Multiaddr, Swarm,
@@ -149,7 +149,9 @@ impl Driver {
                     for listener in listeners {
                         self.swarm.remove_listener(listener);
                     }
-                    return Err(reason).with_context(|| format!("cannot listen on {multiaddr}"));
+                    // The steps between say nothing, or the same again.
+                    let reason = anyhow::Error::from(reason);
+                    bail!("cannot listen on {addr}, {multiaddr}: {}", reason.root_cause());
                 }
             }
         }

@@ -304,19 +304,17 @@ impl Auction {
     fn choose(&self, candidates: &[PeerId], missing: &[Wanted]) -> Vec<PeerId> {
         let need: u32 = missing.iter().map(|wanted| wanted.count).sum();
         let most = (need + (need / 2).max(2)) as usize;
-        let useless = |node: &PeerId| {
-            let answer = self.answers.get(node);
-            matches!(
-                answer,
-                Some(Answer::Given {
-                    decline: Some(
-                        Decline::Unsuitable { .. }
-                            | Decline::OwnerOnly { .. }
-                            | Decline::NotOffering
-                    ),
-                    ..
-                })
-            ) && self.round > 1
+        let useless = |node: &PeerId| match self.answers.get(node) {
+            // It bids by itself when room appears.
+            Some(Answer::Given { standing: true, .. }) => self.round > 1,
+            Some(Answer::Given { decline: Some(decline), .. }) => {
+                let lasting = matches!(
+                    decline,
+                    Decline::Unsuitable { .. } | Decline::OwnerOnly { .. } | Decline::NotOffering
+                );
+                lasting && self.round > 1
+            }
+            Some(Answer::Given { decline: None, .. } | Answer::Outstanding) | None => false,
         };
         let fresh = candidates.iter().filter(|node| !self.answers.contains_key(node));
         let again = candidates.iter().filter(|node| self.answers.contains_key(node));

@@ -1,0 +1,35 @@
+//! G4: no hold outlives its expiry, in true time: not even by a reboot, after which the
+//! boot clock that the expiry is written in starts anew.
+
+use super::{Broken, Checker, Scene};
+
+/// What clocks of one machine may differ by over the time of one hold (0.1 %).
+const DRIFT_MS: u64 = 20;
+
+#[derive(Debug)]
+pub(super) struct HoldsEnd;
+
+impl Checker for HoldsEnd {
+    fn rule(&self) -> &'static str {
+        "G4"
+    }
+
+    fn look(&mut self, scene: &Scene<'_>) -> Result<(), Broken> {
+        for (machine, peer) in scene.touched() {
+            for hold in peer.book().0 {
+                let (name, id) = (machine.name(), hold.id);
+                let Some(end_ms) = scene.ledger.hold_ends.get(&(machine.index, id)) else {
+                    let text = format!("{name} has hold {id:?}, which it never wrote");
+                    return Err(Broken::of(hold.key.job, text));
+                };
+                // At that very moment other events may come before the timer.
+                if scene.now_ms > end_ms + DRIFT_MS {
+                    let late_ms = scene.now_ms - end_ms;
+                    let text = format!("{name} has hold {id:?} {late_ms} ms after its expiry");
+                    return Err(Broken::of(hold.key.job, text));
+                }
+            }
+        }
+        Ok(())
+    }
+}

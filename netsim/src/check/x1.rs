@@ -1,0 +1,64 @@
+//! X1: executions of a rank of a job are disjoint in true time, whatever the attempt.
+
+use super::{Broken, Checker, Scene};
+use crate::ledger::Happening;
+
+#[derive(Debug)]
+pub(super) struct OneExecutionAtATime;
+
+impl Checker for OneExecutionAtATime {
+    fn rule(&self) -> &'static str {
+        "X1"
+    }
+
+    fn look(&mut self, scene: &Scene<'_>) -> Result<(), Broken> {
+        for happening in scene.happenings {
+            let Happening::Spawned(id) = happening else { continue };
+            let runs = scene.ledger.executions.get(&(id.job, id.rank)).into_iter().flatten();
+            let live: Vec<_> = runs.filter(|run| run.to_ms.is_none()).collect();
+            if live.len() > 1 {
+                return Err(Broken::of(id.job, format!("a rank runs twice: {live:?}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use p2pit_protocol::{
+        JobId,
+        bidder::WorkId,
+        job::{Attempt, Rank},
+    };
+
+    use super::*;
+    use crate::ledger::Ledger;
+
+    #[test]
+    fn two_attempts_of_one_rank_at_one_time_are_noticed_and_one_after_the_other_are_not() {
+        let id =
+            |attempt| WorkId { job: JobId::of(b"j"), attempt: Attempt(attempt), rank: Rank(0) };
+        let mut ledger = Ledger::default();
+        ledger.begin(id(1), 0, 10);
+        ledger.end(id(1), 0, 20);
+        ledger.begin(id(2), 1, 20);
+        let look = |ledger: &Ledger, attempt| {
+            let happenings = [Happening::Spawned(id(attempt))];
+            let scene = Scene {
+                now_ms: 20,
+                healed_ms: None,
+                ledger,
+                machines: &[],
+                touched: &BTreeSet::new(),
+                happenings: &happenings,
+            };
+            OneExecutionAtATime.look(&scene).is_ok()
+        };
+        assert!(look(&ledger, 2));
+        ledger.begin(id(3), 2, 25);
+        assert!(!look(&ledger, 3));
+    }
+}

@@ -1,0 +1,188 @@
+//! One machine: its clocks, its journal, its daemon while that lives, and the processes
+//! that live with or without it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use p2pit_protocol::{
+    BlobId, BootId, Peer, PeerId,
+    bidder::WorkId,
+    inventory::{Capacity, GpuUuid},
+    job::Ending,
+    peer::Config,
+    roster,
+    sabotage::Sabotage,
+};
+
+use crate::{clock::Clock, options::Options, pool::Member, random::Random};
+
+/// A machine.
+#[derive(Debug)]
+pub struct Machine {
+    /// Its place among all.
+    pub index: usize,
+    /// Its id in the pool.
+    pub peer: PeerId,
+    /// Key and store.
+    pub member: Member,
+    /// What it offers.
+    pub capacity: Capacity,
+    /// Its clocks.
+    pub clock: Clock,
+    /// What is durable.
+    pub journal: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Trees on its disk.
+    pub trees: BTreeSet<BlobId>,
+    /// GPUs that others compute on now.
+    pub foreign: BTreeSet<GpuUuid>,
+    /// The daemon, while it runs.
+    pub daemon: Option<Peer>,
+    /// How often the daemon was started.
+    pub starts: u64,
+    /// What it prepares and runs.
+    pub executor: Executor,
+    /// Machines the daemon believes to be connected to.
+    pub connected: BTreeSet<usize>,
+    /// Entries made durable so far.
+    pub writes: u64,
+    /// A crash that a story asks for.
+    pub crash_at_write: Option<CrashAt>,
+    /// When the daemon is to be woken, in true time, with the number of that plan.
+    pub timer: Option<(u64, u64)>,
+}
+
+/// Where in its writing a daemon dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CrashAt {
+    /// The entry, counted from the machine's first.
+    pub entry: u64,
+    /// Just after it is durable, rather than just before.
+    pub after: bool,
+    /// How long the daemon is away.
+    pub down_ms: u64,
+}
+
+/// What runs, or is about to, whether the daemon lives or not.
+#[derive(Debug, Default)]
+pub struct Executor {
+    /// Preparations under way: lost with the daemon.
+    pub preparing: BTreeSet<WorkId>,
+    /// Ranks whose directories are in place: forgotten with the daemon.
+    pub prepared: BTreeSet<WorkId>,
+    /// Processes with their supervisors.
+    pub processes: BTreeMap<WorkId, Process>,
+}
+
+/// A process and its supervisor.
+#[derive(Debug, Clone)]
+pub struct Process {
+    /// How far it is.
+    pub state: ProcessState,
+    /// GPUs it computes on.
+    pub gpus: Vec<GpuUuid>,
+    /// What it will do.
+    pub plan: Plan,
+    /// Someone asked it to end.
+    pub stopping: bool,
+}
+
+/// How far a process is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ProcessState {
+    /// The daemon is starting it: not there yet, and never if the daemon dies now.
+    Spawning,
+    /// It runs.
+    Running,
+    /// It ended; its supervisor keeps how.
+    Exited(Ending),
+}
+
+/// What a process does by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// When it ends by itself, after its start; never where `None`.
+    pub run_ms: Option<u64>,
+    /// How it ends then.
+    pub exit: Ending,
+    /// It ignores SIGTERM.
+    pub deaf: bool,
+    /// From SIGTERM to SIGKILL.
+    pub grace_ms: u64,
+    /// Its supervisor ends it after this long.
+    pub limit_ms: Option<u64>,
+}
+
+impl Machine {
+    /// A machine that was never started.
+    #[must_use]
+    pub fn new(index: usize, member: Member, capacity: Capacity, clock: Clock) -> Self {
+        Self {
+            index,
+            peer: PeerId(member.key.public()),
+            member,
+            capacity,
+            clock,
+            journal: BTreeMap::new(),
+            trees: BTreeSet::new(),
+            foreign: BTreeSet::new(),
+            daemon: None,
+            starts: 0,
+            executor: Executor::default(),
+            connected: BTreeSet::new(),
+            writes: 0,
+            crash_at_write: None,
+            timer: None,
+        }
+    }
+
+    /// A daemon at its start, before it has read the journal.
+    ///
+    /// # Errors
+    /// The genesis cannot be read.
+    pub fn new_daemon(
+        &self,
+        options: &Options,
+        genesis: &[u8],
+    ) -> Result<Peer, roster::GenesisError> {
+        let mut random =
+            Random::of(options.seed, &format!("daemon {} start {}", self.index, self.starts));
+        Peer::new(Config {
+            key: self.member.key.clone(),
+            store: self.member.store,
+            boot: BootId(random.bytes()),
+            boot_count: self.starts,
+            genesis: genesis.to_vec(),
+            client: self.member.client,
+            seed: random.bytes(),
+            sabotage: options.removed_rule.map_or_else(Sabotage::default, Sabotage::remove),
+        })
+    }
+
+    /// A short name: `n3` offers GPUs, `c11` is a client.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let letter = if self.member.client { 'c' } else { 'n' };
+        format!("{letter}{}", self.index)
+    }
+}
+
+impl Executor {
+    /// Processes that exist now, with or without a daemon.
+    pub fn running(&self) -> impl Iterator<Item = (&WorkId, &Process)> {
+        self.processes.iter().filter(|(_, process)| process.state == ProcessState::Running)
+    }
+
+    /// The daemon died: what it was doing itself is gone, supervisors go on.
+    pub fn lose_daemon(&mut self) {
+        self.preparing.clear();
+        self.prepared.clear();
+        self.processes.retain(|_, process| process.state != ProcessState::Spawning);
+    }
+
+    /// The machine died; the processes that ran.
+    pub fn lose_machine(&mut self) -> Vec<WorkId> {
+        self.lose_daemon();
+        let ran = self.running().map(|(id, _)| *id).collect();
+        self.processes.clear();
+        ran
+    }
+}

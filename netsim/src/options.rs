@@ -1,0 +1,232 @@
+//! Everything a run is made of. All of it is drawn from the seed, unless set.
+
+use core::fmt;
+
+use p2pit_protocol::sabotage::Rule;
+
+use crate::random::Random;
+
+macro_rules! options {
+    ($($(#[$doc:meta])* $name:ident: $type:ty,)*) => {
+        /// A run's parameters.
+        #[derive(Debug, Clone, PartialEq, Eq)]
+        pub struct Options {
+            $($(#[$doc])* pub $name: $type,)*
+        }
+
+        impl fmt::Display for Options {
+            /// A line for each option.
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                $(writeln!(f, "{} {:?}", stringify!($name), self.$name)?;)*
+                Ok(())
+            }
+        }
+    };
+}
+
+options! {
+    /// Decides everything else that is not set.
+    seed: u64,
+    /// A rule that is left out, to see that its checker notices.
+    removed_rule: Option<Rule>,
+    /// Nodes that offer GPUs.
+    nodes: usize,
+    /// Nodes that only submit.
+    clients: usize,
+    /// People.
+    users: usize,
+    /// The GPUs of each node, such as `2xv100`, node by node; drawn where empty.
+    inventory: Vec<String>,
+
+    /// Least time a message takes.
+    latency_ms_min: u64,
+    /// Most that one link adds to that, always.
+    latency_ms_spread: u64,
+    /// Most that one message is late, which makes others overtake it.
+    jitter_ms_max: u64,
+    /// Of a thousand messages, how many are lost.
+    loss_permille: u64,
+    /// Of a thousand messages, how many come twice.
+    duplicate_permille: u64,
+    /// Of a hundred second copies, how many come late.
+    late_percent: u64,
+    /// How late those come at most.
+    late_ms_max: u64,
+    /// Of a thousand pieces of gossip, how many miss a node.
+    gossip_loss_permille: u64,
+    /// How often links are cut, one way or both, between two nodes or two parts.
+    cuts: u64,
+    /// How long a cut lasts at most.
+    cut_ms_max: u64,
+
+    /// How often a daemon dies; its processes live on.
+    daemon_crashes: u64,
+    /// How often a machine dies with everything on it.
+    reboots: u64,
+    /// Of a hundred thousand batches of writes, how many are cut off by a crash.
+    write_crash_per_100k: u64,
+    /// How long a daemon or machine is away at most.
+    down_ms_max: u64,
+    /// How often someone else computes on a GPU.
+    foreign_uses: u64,
+    /// How far a wall clock is off at most.
+    skew_ms_max: u64,
+    /// How much a boot clock is fast or slow at most, in parts per million.
+    drift_ppm_max: u64,
+
+    /// Jobs.
+    jobs: usize,
+    /// In which time they are submitted.
+    span_ms: u64,
+    /// Of a hundred jobs, how many have several processes.
+    gang_percent: u64,
+    /// How much of the pool the largest gang may want.
+    gang_share_percent: u64,
+    /// How long a process runs at most, by itself.
+    run_ms_max: u64,
+    /// Of a thousand processes, how many fail.
+    exit_failure_permille: u64,
+    /// Of a hundred jobs, how many never end by themselves.
+    hang_percent: u64,
+    /// Of a hundred processes, how many ignore SIGTERM.
+    deaf_percent: u64,
+    /// Of a hundred jobs, how many are stopped by their owner.
+    stop_percent: u64,
+    /// How long code and data take at most.
+    prepare_ms_max: u64,
+    /// Of a thousand preparations, how many fail.
+    prepare_failure_permille: u64,
+}
+
+impl Options {
+    /// The options of `seed`, at the usual size.
+    #[must_use]
+    pub fn draw(seed: u64) -> Self {
+        let mut random = Random::of(seed, "options");
+        let r = &mut random;
+        Self {
+            seed,
+            removed_rule: None,
+            nodes: 10,
+            clients: 2,
+            users: 3,
+            inventory: Vec::new(),
+            latency_ms_min: r.between(0, 3),
+            latency_ms_spread: r.between(0, 40),
+            jitter_ms_max: r.between(0, 60),
+            loss_permille: r.between(0, 60),
+            duplicate_permille: r.between(0, 80),
+            late_percent: r.between(0, 40),
+            late_ms_max: r.between(1_000, 180_000),
+            gossip_loss_permille: r.between(0, 300),
+            cuts: r.between(0, 10),
+            cut_ms_max: r.between(2_000, 150_000),
+            daemon_crashes: r.between(0, 12),
+            reboots: r.between(0, 5),
+            write_crash_per_100k: r.between(0, 150),
+            down_ms_max: r.between(500, 120_000),
+            foreign_uses: r.between(0, 10),
+            skew_ms_max: r.between(0, 20_000),
+            drift_ppm_max: r.between(0, 1_000),
+            jobs: 300,
+            span_ms: r.between(300_000, 1_200_000),
+            gang_percent: r.between(20, 60),
+            gang_share_percent: r.between(20, 80),
+            run_ms_max: r.between(2_000, 60_000),
+            exit_failure_permille: r.between(0, 60),
+            hang_percent: r.between(0, 5),
+            deaf_percent: r.between(0, 30),
+            stop_percent: r.between(0, 15),
+            prepare_ms_max: r.between(100, 20_000),
+            prepare_failure_permille: r.between(0, 40),
+        }
+    }
+
+    /// A small pool with too much to do, in which something goes wrong all the time: many
+    /// more faults for each event than in [`Options::draw`].
+    #[must_use]
+    pub fn stress(seed: u64) -> Self {
+        let mut random = Random::of(seed, "stress");
+        let r = &mut random;
+        let nodes = r.between(2, 5);
+        Self {
+            nodes: usize::try_from(nodes).unwrap_or(2),
+            clients: 1,
+            users: 2,
+            latency_ms_spread: r.between(0, 150),
+            loss_permille: r.between(0, 200),
+            duplicate_permille: r.between(0, 300),
+            late_percent: r.between(0, 60),
+            late_ms_max: r.between(1_000, 90_000),
+            cuts: r.between(0, 8),
+            cut_ms_max: r.between(2_000, 100_000),
+            daemon_crashes: r.between(0, 10),
+            reboots: r.between(0, 6),
+            write_crash_per_100k: r.between(0, 3_000),
+            down_ms_max: r.between(200, 30_000),
+            foreign_uses: r.between(0, 5),
+            jobs: 30,
+            span_ms: r.between(20_000, 150_000),
+            gang_percent: r.between(30, 90),
+            gang_share_percent: r.between(40, 100),
+            run_ms_max: r.between(500, 20_000),
+            stop_percent: r.between(0, 30),
+            prepare_ms_max: r.between(50, 10_000),
+            prepare_failure_permille: r.between(0, 150),
+            ..Self::draw(seed)
+        }
+    }
+
+    /// A small pool in which nothing goes wrong by itself and nobody submits anything:
+    /// for stories that say themselves what happens.
+    #[must_use]
+    pub fn calm(seed: u64, inventory: &[&str]) -> Self {
+        Self {
+            nodes: inventory.len(),
+            clients: 1,
+            users: 2,
+            inventory: inventory.iter().map(ToString::to_string).collect(),
+            latency_ms_min: 1,
+            latency_ms_spread: 4,
+            jitter_ms_max: 3,
+            jobs: 0,
+            span_ms: 1_000,
+            run_ms_max: 5_000,
+            prepare_ms_max: 500,
+            ..Self::draw(seed).without_faults()
+        }
+    }
+
+    /// The same, with nothing that goes wrong.
+    #[must_use]
+    pub fn without_faults(self) -> Self {
+        Self {
+            loss_permille: 0,
+            duplicate_permille: 0,
+            gossip_loss_permille: 0,
+            cuts: 0,
+            daemon_crashes: 0,
+            reboots: 0,
+            write_crash_per_100k: 0,
+            foreign_uses: 0,
+            exit_failure_permille: 0,
+            hang_percent: 0,
+            deaf_percent: 0,
+            stop_percent: 0,
+            prepare_failure_permille: 0,
+            ..self
+        }
+    }
+
+    /// How many people there are: each came in with a machine.
+    #[must_use]
+    pub fn people(&self) -> usize {
+        self.users.min(self.nodes + self.clients).max(1)
+    }
+
+    /// When faults end, in true time.
+    #[must_use]
+    pub fn heal_ms(&self) -> u64 {
+        crate::workload::WARM_UP_MS + self.span_ms + 30_000
+    }
+}

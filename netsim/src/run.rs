@@ -1,0 +1,188 @@
+//! One run: faults and safety, then healing and progress.
+
+use core::fmt;
+
+use crate::{
+    check::Violation,
+    options::Options,
+    world::{Counts, World},
+};
+
+/// How long nothing may move, once faults ended, before the run counts as stuck: longer
+/// than any process, preparation or grace of a workload, and any pause of an auction.
+pub const STILL_MS_MAX: u64 = 5 * 60_000;
+/// How long all jobs together may take after faults ended.
+pub const FINISH_MS_MAX: u64 = 6 * 3_600_000;
+/// How long after the last job's end something may still be held.
+pub const LEFTOVER_MS_MAX: u64 = 5 * 60_000;
+
+/// How a run went.
+#[derive(Debug)]
+pub struct Report {
+    /// How it ended.
+    pub ending: Ending,
+    /// The hash of everything that happened.
+    pub hash: String,
+    /// How often what happened.
+    pub counts: Counts,
+    /// True time at its end.
+    pub at_ms: u64,
+    /// The world as it stood.
+    pub world: World,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ending {
+    /// Every job came to its end and no rule was broken.
+    Fine,
+    /// A rule was broken.
+    Violation(Violation),
+    /// Faults ended, and still something did not come to its end.
+    Stuck(Vec<String>),
+}
+
+/// Carry out the run of `options`.
+///
+/// # Errors
+/// The world cannot be made: a mistake of the simulator.
+pub fn run(options: Options, keep_lines: bool) -> anyhow::Result<Report> {
+    let mut world = World::new(options, keep_lines)?;
+    let ending = match phases(&mut world) {
+        Ok(stuck) if stuck.is_empty() => Ending::Fine,
+        Ok(stuck) => Ending::Stuck(stuck),
+        Err(violation) => Ending::Violation(violation),
+    };
+    Ok(Report {
+        ending,
+        hash: world.trace.hash(),
+        counts: world.counts.clone(),
+        at_ms: world.now_ms(),
+        world,
+    })
+}
+
+/// What did not come to its end, in words.
+fn phases(world: &mut World) -> Result<Vec<String>, Violation> {
+    let heal_ms = world.options.heal_ms();
+    world.run_until(heal_ms, |_| false)?;
+    world.heal();
+    finish(world)
+}
+
+/// Demand that every job comes to its end and nothing is left of any. For worlds that
+/// healed, or in which nothing went wrong.
+///
+/// # Errors
+/// A rule was broken.
+pub fn finish(world: &mut World) -> Result<Vec<String>, Violation> {
+    let since_ms = world.now_ms();
+    let is_still = |world: &World| {
+        let moved_ms = world.moved_ms().max(since_ms);
+        world.now_ms() > moved_ms + STILL_MS_MAX
+    };
+    world.run_until(FINISH_MS_MAX, |world| world.is_over() || is_still(world))?;
+    if !world.is_over() {
+        return Ok(unfinished(world));
+    }
+    world.run_until(LEFTOVER_MS_MAX, |world| world.leftovers().is_empty())?;
+    Ok(world.leftovers())
+}
+
+fn unfinished(world: &World) -> Vec<String> {
+    let mut stuck = Vec::new();
+    for (index, task) in world.workload.tasks.iter().enumerate() {
+        if task.job.is_none() {
+            stuck.push(format!("task {index} was never submitted"));
+        }
+    }
+    for job in world.ledger.unfinished() {
+        let Some(value) = world.ledger.current(job) else { continue };
+        let (state, attempt) = (value.body.state(), value.body.attempt);
+        let task = world.workload.by_job.get(&job).and_then(|t| world.workload.tasks.get(*t));
+        let request = task.map(|task| task.request.to_string()).unwrap_or_default();
+        stuck.push(format!("job {job} ({request}) is {state} at attempt {attempt}"));
+    }
+    stuck
+}
+
+impl Report {
+    /// The exit code of a process that ran only this.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self.ending {
+            Ending::Fine => 0,
+            Ending::Violation(_) => 3,
+            Ending::Stuck(_) => 4,
+        }
+    }
+
+    /// The job it went wrong with, if it went wrong with one.
+    #[must_use]
+    pub fn job(&self) -> Option<p2pit_protocol::JobId> {
+        match &self.ending {
+            Ending::Violation(violation) => violation.job,
+            Ending::Stuck(_) => self.world.ledger.unfinished().first().copied(),
+            Ending::Fine => None,
+        }
+    }
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fine => f.write_str("every job came to its end"),
+            Self::Violation(violation) => violation.fmt(f),
+            Self::Stuck(what) => {
+                write!(f, "no progress:")?;
+                what.iter().take(20).try_for_each(|what| write!(f, "\n  {what}"))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            events,
+            messages,
+            lost,
+            duplicates,
+            wounds,
+            assigns,
+            unassigns,
+            crashes,
+            write_crashes,
+            reboots,
+            restarts,
+            processes,
+            jobs,
+        } = self;
+        write!(
+            f,
+            "{jobs} jobs, {processes} processes, {assigns} assignments, {unassigns} withdrawn, \
+             {wounds} wounds, {crashes} crashes ({write_crashes} while writing), {reboots} \
+             reboots, {restarts} restarts, {messages} messages, {lost} lost, {duplicates} \
+             duplicated, {events} events"
+        )
+    }
+}
+
+impl Counts {
+    /// These and those of another run.
+    pub fn add(&mut self, other: &Self) {
+        self.events += other.events;
+        self.messages += other.messages;
+        self.lost += other.lost;
+        self.duplicates += other.duplicates;
+        self.wounds += other.wounds;
+        self.assigns += other.assigns;
+        self.unassigns += other.unassigns;
+        self.crashes += other.crashes;
+        self.write_crashes += other.write_crashes;
+        self.reboots += other.reboots;
+        self.restarts += other.restarts;
+        self.processes += other.processes;
+        self.jobs += other.jobs;
+    }
+}

@@ -1,0 +1,196 @@
+//! People: they submit, ask again until they have an answer, and stop jobs.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use p2pit_protocol::{
+    BlobId, JobId, Peer, UserId,
+    identity::{Domain, SignedBytes},
+    job::{Command, Grace, JobSpec, Source, State, VerifiedSpec},
+    message::{Command as UserCommand, Reply},
+    peer::SubmitError,
+    request::Request,
+    roster::UserRequest,
+    wire,
+};
+
+use super::{Occurrence, World};
+use crate::{
+    ledger::Happening,
+    workload::{Behaviour, Task},
+};
+
+impl World {
+    /// Submit something now, at machine `origin`; the number of the task.
+    pub fn submit(&mut self, origin: usize, request: Request, behaviour: Behaviour) -> usize {
+        let task = self.workload.tasks.len();
+        self.workload.tasks.push(Task {
+            at_ms: self.now_ms,
+            origin,
+            user: 0,
+            request,
+            code: BlobId::of(b"code"),
+            behaviour,
+            spec: None,
+            job: None,
+            tries: 0,
+        });
+        self.after(0, Occurrence::Submit { task, tried: 0 });
+        task
+    }
+
+    /// Have the owner of a task stop its job now.
+    pub fn stop(&mut self, task: usize) {
+        self.after(0, Occurrence::StopJob { task });
+    }
+
+    pub(super) fn submit_task(&mut self, task: usize, tried: u64) {
+        let Task { origin, job, tries, .. } = self.workload.tasks[task];
+        if job.is_some() || tries != tried {
+            return;
+        }
+        if self.workload.tasks[task].spec.is_none() && !self.make_spec(task, origin) {
+            self.submit_again(task, 2_000);
+            return;
+        }
+        let ms = self.people.between(5, 300);
+        self.after(ms, Occurrence::Uploaded { task, tried });
+    }
+
+    /// Sign a spec that names the keeper its submitter's node proposes.
+    fn make_spec(&mut self, task: usize, origin: usize) -> bool {
+        let machine = &self.machines[origin];
+        let now = machine.clock.now(self.now_ms);
+        let keeper = machine.daemon.as_ref().and_then(Peer::propose_keeper);
+        let (nonce, pool) = (self.people.bytes(), self.pool.id);
+        let wanted = &mut self.workload.tasks[task];
+        let Some(keeper) = keeper else { return false };
+        let key = &self.pool.users[wanted.user];
+        let spec = JobSpec {
+            pool,
+            owner: UserId(key.public()),
+            title: format!("task {task}"),
+            request: wanted.request.clone(),
+            command: Command::Direct("true".to_owned()),
+            code: wanted.code,
+            code_bytes: 40 << 20,
+            source: Source::default(),
+            continues: None,
+            artifacts: Vec::new(),
+            env: BTreeMap::new(),
+            private: false,
+            time_limit_ms: wanted.behaviour.limit_ms,
+            grace: Grace(wanted.behaviour.grace_ms),
+            nonce,
+            submitted_at_ms: now.wall_ms,
+            keepers: vec![keeper],
+        };
+        let signed = SignedBytes::sign(key, Domain::JobSpec, spec.to_bytes());
+        let job = JobId::of(&signed.bytes);
+        self.trace.say(self.now_ms, Some(job), || format!("task {task}: {}", spec.request));
+        self.workload.by_job.insert(job, task);
+        self.workload.tasks[task].spec = Some(signed);
+        true
+    }
+
+    /// The inputs are on their way; once they are on the keeper the job is submitted.
+    pub(super) fn uploaded(&mut self, task: usize, tried: u64) {
+        let Task { origin, code, tries, .. } = self.workload.tasks[task];
+        if tries != tried {
+            return;
+        }
+        let Some(signed) = self.workload.tasks[task].spec.clone() else { return };
+        let keeper = self.keeper_of(&signed);
+        let near = keeper.is_some_and(|keeper| keeper == origin || self.is_linked(origin, keeper));
+        if let Some(keeper) = keeper.filter(|_| near) {
+            self.machines[keeper].trees.insert(code);
+            self.with_daemon(keeper, |peer, _| peer.tree_stored(code));
+        }
+        self.mix("submit", origin, &[&signed.bytes]);
+        let submitted = self.with_daemon(origin, |peer, now| peer.submit(signed, now));
+        if !matches!(submitted, Some(Ok(_))) {
+            self.submit_again(task, 2_000);
+        }
+    }
+
+    pub(super) fn submitted(&mut self, at: usize, job: JobId, result: Result<(), SubmitError>) {
+        let Some(&task) = self.workload.by_job.get(&job) else { return };
+        let name = self.machines[at].name();
+        self.trace.say(self.now_ms, Some(job), || format!("{name} submitted it: {result:?}"));
+        let wanted = &mut self.workload.tasks[task];
+        if wanted.job.is_some() {
+            return;
+        }
+        match result {
+            Ok(()) => {
+                wanted.job = Some(job);
+                self.counts.jobs += 1;
+                self.ledger.submitted.insert(job);
+                self.happenings.push(Happening::Submitted(job));
+                if let Some(ms) = self.workload.tasks[task].behaviour.stop_after_ms {
+                    self.after(ms, Occurrence::StopJob { task });
+                }
+            }
+            Err(SubmitError::Refused(_)) => {
+                wanted.spec = None;
+                self.ledger.refused.insert(job);
+                self.happenings.push(Happening::Refused(job));
+                self.submit_again(task, 4_000);
+            }
+            Err(SubmitError::Unknown) => self.submit_again(task, 3_000),
+        }
+    }
+
+    /// Whoever waited for an answer at this machine asks again.
+    pub(super) fn submissions_lost(&mut self, at: usize) {
+        for task in 0..self.workload.tasks.len() {
+            let Task { origin, job, ref spec, .. } = self.workload.tasks[task];
+            if origin == at && job.is_none() && spec.is_some() {
+                self.submit_again(task, 3_000);
+            }
+        }
+    }
+
+    fn submit_again(&mut self, task: usize, after_ms: u64) {
+        self.workload.tasks[task].tries += 1;
+        let tried = self.workload.tasks[task].tries;
+        let ms = after_ms + self.people.below(1_000);
+        self.after(ms, Occurrence::Submit { task, tried });
+    }
+
+    pub(super) fn stop_task(&mut self, task: usize) {
+        let wanted = &self.workload.tasks[task];
+        let (Some(job), Some(signed)) = (wanted.job, &wanted.spec) else { return };
+        let Some(keeper) = self.keeper_of(signed) else { return };
+        let machine = &self.machines[keeper];
+        let request = UserRequest {
+            pool: self.pool.id,
+            audience: BTreeSet::from([machine.peer]),
+            nonce: self.people.bytes(),
+            expires_wall_ms: machine.clock.now(self.now_ms).wall_ms + 30_000,
+            command: wire::encode(&UserCommand::Stop(job)),
+        };
+        let signed = request.sign(&self.pool.users[wanted.user]);
+        self.mix("stop", keeper, &[&job.0]);
+        let reply = self.with_daemon(keeper, |peer, now| {
+            let reply = peer.handle_user_request(&signed, now);
+            (reply, peer.record(job).map(|kept| kept.value.body.attempt))
+        });
+        let (at_ms, answer) = (self.now_ms, format!("{reply:?}"));
+        self.trace.say(at_ms, Some(job), || format!("its owner stops it: {answer}"));
+        match reply {
+            Some((Reply::Stopping { state }, Some(attempt))) => {
+                if state != State::Done {
+                    self.ledger.stops.entry(job).or_insert(attempt);
+                }
+            }
+            // It is down, or died over it, or restarted and has not the record yet.
+            _ => self.after(2_000, Occurrence::StopJob { task }),
+        }
+    }
+
+    /// The machine that keeps a job, as its spec names it.
+    fn keeper_of(&self, signed: &SignedBytes) -> Option<usize> {
+        let spec = VerifiedSpec::verify(signed.clone()).ok()?;
+        self.machine_of(spec.spec.keepers.first()?.0)
+    }
+}

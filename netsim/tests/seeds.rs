@@ -1,0 +1,89 @@
+//! A few seeds of every kind, run on each change; `netsim search` runs many more. Seeds
+//! that once failed are among them, with what they found.
+
+#![expect(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
+
+use p2pit_netsim::{Ending, Options, run};
+
+#[test]
+fn a_day_in_a_pool_of_ten_comes_to_its_end() {
+    for seed in 0..3 {
+        expect_fine(&Options { jobs: 60, ..Options::draw(seed) });
+    }
+}
+
+#[test]
+fn small_pools_under_constant_trouble_come_to_their_end() {
+    for seed in 20..32 {
+        expect_fine(&Options::stress(seed));
+    }
+}
+
+#[test]
+fn a_pool_in_which_nothing_goes_wrong_comes_to_its_end() {
+    let options = Options { jobs: 40, span_ms: 60_000, ..Options::draw(5).without_faults() };
+    expect_fine(&options);
+}
+
+#[test]
+fn two_nodes_and_nothing_else_come_to_their_end() {
+    for seed in 0..4 {
+        expect_fine(&Options { nodes: 2, clients: 0, jobs: 20, ..Options::stress(seed) });
+    }
+}
+
+#[test]
+fn one_node_alone_comes_to_its_end() {
+    expect_fine(&Options { nodes: 1, clients: 0, jobs: 20, ..Options::stress(3) });
+}
+
+#[test]
+fn one_seed_is_one_run_and_another_is_another() {
+    let hash = |seed| run(Options { jobs: 20, ..Options::stress(seed) }, false).unwrap().hash;
+    assert_eq!(hash(1), hash(1));
+    assert_ne!(hash(1), hash(2));
+}
+
+#[test]
+fn keeping_lines_does_not_change_the_run() {
+    let run = |keep_lines| run(Options { jobs: 15, ..Options::stress(9) }, keep_lines).unwrap();
+    let (with, without) = (run(true), run(false));
+    assert_eq!(with.hash, without.hash);
+    assert!(!with.world.trace.lines().is_empty() && without.world.trace.lines().is_empty());
+}
+
+/// A rank of two had been committed when the daemon died: the commitment was renewed for
+/// ever, and the gang never prepared whole.
+#[test]
+fn seed_19_a_torn_commitment_is_given_up() {
+    expect_fine(&Options { jobs: 60, ..Options::draw(19) });
+}
+
+/// A submission was refused, and a copy of it that came later was taken.
+#[test]
+fn seed_stress_14_a_refusal_is_final() {
+    expect_fine(&Options::stress(14));
+}
+
+/// A pin from before a reboot came back at a second restart, beside its GPU's next job.
+#[test]
+fn seed_stress_129_holds_of_another_boot_stay_gone() {
+    expect_fine(&Options::stress(129));
+}
+
+/// A crash between the two entries of an ending left no trace of the rank.
+#[test]
+fn seed_stress_159_an_ending_is_written_before_the_rank_leaves_the_book() {
+    expect_fine(&Options::stress(159));
+}
+
+/// Of two ranks on one node one had ended and the other was given up: nobody said so.
+#[test]
+fn seed_stress_983_each_rank_that_is_given_up_is_reported() {
+    expect_fine(&Options::stress(983));
+}
+
+fn expect_fine(options: &Options) {
+    let report = run(options.clone(), false).unwrap();
+    assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);
+}
