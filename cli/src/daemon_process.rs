@@ -36,6 +36,8 @@ pub(crate) const READY_LINE: &str = "ready";
 const START_WITHIN: Duration = Duration::from_secs(60);
 /// A daemon that is ending finishes what it has begun.
 const END_WITHIN: Duration = Duration::from_secs(15);
+/// One that closed the connection instead of answering is on its way out.
+const END_UNANSWERED_WITHIN: Duration = Duration::from_secs(2);
 /// Of its log, shown where it did not start.
 const TAIL_LINES: usize = 8;
 const TAIL_BYTES: u64 = 8 << 10;
@@ -87,10 +89,13 @@ pub(crate) fn this_program() -> PathBuf {
 /// Asks a daemon to end and returns once it has.
 pub(crate) async fn end(client: &Client, me: &Me) -> anyhow::Result<()> {
     let process = Process::of(me.pid)?;
-    client.post_empty(path::SHUTDOWN).await?;
-    if process.gone_within(END_WITHIN).await? {
+    let asked = client.post_empty(path::SHUTDOWN).await;
+    // One with nothing to finish may be gone before its answer is out.
+    let limit = if asked.is_ok() { END_WITHIN } else { END_UNANSWERED_WITHIN };
+    if process.gone_within(limit).await? {
         return Ok(());
     }
+    asked?;
     let message = format!("the daemon (process {}) does not end", me.pid);
     Err(Problem::broken(message).hint(format!("`kill -9 {}` ends it; jobs go on", me.pid)).into())
 }

@@ -127,14 +127,18 @@ fn a_daemon_may_die_before_or_after_any_entry_of_its_journal() {
 
 #[test]
 fn a_daemon_may_die_again_while_it_mends_what_its_first_death_left() {
-    let (mut whole, gang) = gang_of_four(3);
+    let gang_of_six = || {
+        let mut world = pool(3, &["1xgtx1070", "3xv100", "3xv100"]);
+        let gang = submit(&mut world, STEWARD, "6:[v100]", 4_000);
+        (world, gang)
+    };
+    let (mut whole, gang) = gang_of_six();
     reach(&mut whole, gang, State::Preparing);
     let first = whole.machines[BIDDERS[0]].writes;
     reach(&mut whole, gang, State::Running);
-    let entries = whole.machines[BIDDERS[0]].writes - first;
-    for entry in first..first + entries {
-        for later in 1..10 {
-            let (mut world, _) = gang_of_four(3);
+    for entry in first..whole.machines[BIDDERS[0]].writes {
+        for later in 1..8 {
+            let (mut world, _) = gang_of_six();
             let crash = CrashAt { entry, after: true, down_ms: 1_000 };
             world.crash_at_write(BIDDERS[0], crash);
             assert!(world.run_until(60_000, |world| world.counts.write_crashes == 1).unwrap());

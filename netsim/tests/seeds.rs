@@ -83,6 +83,13 @@ fn seed_stress_983_each_rank_that_is_given_up_is_reported() {
     expect_fine(&Options::stress(983));
 }
 
+/// A daemon died again while it gave up a torn commitment: what it had not yet given up
+/// was renewed for ever.
+#[test]
+fn seed_stress_3025_what_is_left_of_a_buried_attempt_is_given_up() {
+    expect_fine(&Options::stress(3025));
+}
+
 fn expect_fine(options: &Options) {
     let report = run(options.clone(), false).unwrap();
     assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);

@@ -278,8 +278,7 @@ impl Bidder {
             let work = &self.book.work[&id];
             let Phase::Committed { .. } = work.phase else { continue };
             let buried = self.tombstones.contains_key(&(work.steward, id.job, id.attempt));
-            let lives =
-                |id: &WorkId| !matches!(self.book.work[id].phase, Phase::Committed { .. });
+            let lives = |id: &WorkId| !matches!(self.book.work[id].phase, Phase::Committed { .. });
             if buried && !self.work_of(id.job, id.attempt).iter().any(lives) {
                 out.events.push_back(Event::Discard { id });
                 self.end(id, RankEnd::bare(Ending::NeverStarted, now.wall_ms), now, out);

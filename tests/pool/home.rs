@@ -19,6 +19,23 @@ fn a_home_has_one_daemon() {
 }
 
 #[test]
+fn a_node_in_the_foreground_runs_until_it_is_interrupted() {
+    let pool = Pool::empty();
+    let node = pool.home("n1");
+    let mut foreground = node.start(&["join", "--no-mdns", "--listen", "127.0.0.1:0"]);
+    foreground.wait_for("Ticket: pit1");
+    assert_eq!(node.daemon().pid(), foreground.pid());
+    // Nor does it stay where there is nothing to run for.
+    let ticket = node.p2pit(&["invite", "--expires", "1ms"]).ok();
+    let late = pool.home("n2").used_with(&pool.path().join("bob"));
+    let ended = late.p2pit(&["join", ticket.trim_end(), "--no-mdns", "--user-name", "bob"]);
+    ended.refused(1, &["expired"]);
+    foreground.interrupt();
+    foreground.end().ok();
+    assert!(mentioning(pool.path()).is_empty());
+}
+
+#[test]
 fn a_directory_with_other_files_does_not_become_a_home() {
     let pool = Pool::empty();
     let node = pool.home("thesis");

@@ -73,7 +73,7 @@ fn a_later_job_does_not_overtake_an_earlier_one() {
 }
 
 #[test]
-fn a_gang_gets_its_gpus_before_later_jobs_of_one_process() {
+fn a_gang_and_jobs_of_one_process_all_get_their_turn() {
     let pool = Pool::of(&["sim:1xv100", "sim:1xv100"]);
     let node = pool.node(1);
     let running: Vec<String> =
@@ -95,7 +95,7 @@ fn a_gang_gets_its_gpus_before_later_jobs_of_one_process() {
     let gang = Run::of(node, &gang);
     for id in &later {
         let later = Run::of(node, id);
-        assert!(gang.end <= later.start, "{gang:?} {later:?}");
+        assert!(!gang.overlaps(&later), "the gang has both GPUs: {gang:?} {later:?}");
     }
 }
 

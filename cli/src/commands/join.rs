@@ -168,20 +168,20 @@ impl Newcomer<'_> {
             let client = Client::connect(self.home).await?;
             let client = client.context("the daemon's own API does not answer")?;
             let entered = self.enter(&client, wish).await;
-            if entered.is_err() {
-                client.post_empty(path::SHUTDOWN).await?;
-            }
-            entered
+            anyhow::Ok((client, entered))
         });
-        let entered = tokio::select! {
+        let (client, entered) = tokio::select! {
             ended = &mut daemon => return ended.map(|()| Status::DONE),
-            entered = &mut entering => entered,
+            entered = &mut entering => entered?,
         };
-        if entered.is_ok() {
-            self.out.note("press Ctrl-C to stop");
+        if let Err(reason) = entered {
+            // It may be gone before its answer is out.
+            let (_, ended) = tokio::join!(client.post_empty(path::SHUTDOWN), daemon);
+            return Err(ended.err().unwrap_or(reason));
         }
+        self.out.note("press Ctrl-C to stop");
         daemon.await?;
-        entered.map(|()| Status::DONE)
+        Ok(Status::DONE)
     }
 
     async fn detached(&self, wish: &Wish) -> anyhow::Result<Status> {
