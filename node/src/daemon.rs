@@ -1,9 +1,9 @@
-//! The daemon: one [`p2pit_protocol::Peer`] with a network, a disk, GPUs and processes.
+//! The daemon: one `p2pit_protocol::Peer` with a network, a disk, GPUs and processes.
 //!
-//! [`core`] owns the peer and lets nothing out before the journal has it. Around it,
-//! [`work`] runs ranks, [`serve`] answers other nodes on the data plane, [`reach`] finds
-//! and asks them, [`join`] founds and joins pools, and [`crate::api`] serves this
-//! machine's users. They share [`Shared`] and speak to the core through closures.
+//! `core` owns the peer and lets nothing out before the journal has it. Around it,
+//! `work` runs ranks, `serve` answers other nodes on the data plane, `reach` finds
+//! and asks them, `join` founds and joins pools, and `crate::api` serves this
+//! machine's users. They share `Shared` and speak to the core through closures.
 
 mod clock;
 mod core;

@@ -1,7 +1,7 @@
 //! Drives one job each: auction, assignment, gang start, outcome.
 //!
 //! A drive is level-triggered. Messages only update what was observed; then
-//! [`Stewards::advance`] compares that with the chosen record value and proposes the
+//! `Stewards::advance` compares that with the chosen record value and proposes the
 //! next value, one at a time. What a bidder may act on is sent after the value that
 //! names it is chosen, never before. Whatever is unanswered is sent again, so that a
 //! lost message costs time and nothing else.

@@ -30,7 +30,7 @@ pub(crate) struct Args {
     /// A unique prefix of its id, or `@last` for your newest job
     #[arg(value_name = "JOB")]
     job: String,
-    /// The archive; `-` is standard output [default: `<JOB>.tar.gz`]
+    /// The archive; `-` is standard output (default: `<JOB>.tar.gz`)
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Overwrite the archive if it is there

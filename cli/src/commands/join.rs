@@ -52,7 +52,7 @@ pub(crate) struct Args {
     /// Your name in full
     #[arg(long, value_name = "TEXT")]
     full_name: Option<String>,
-    /// The pool's name where one is founded [default: `<you>-pool`]
+    /// The pool's name where one is founded (default: `<you>-pool`)
     #[arg(long, value_name = "NAME")]
     pool_name: Option<Name>,
     /// Found a pool although others answer on the local network

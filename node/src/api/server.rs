@@ -372,6 +372,13 @@ async fn upload(State(shared): State<Arc<Shared>>, body: Body) -> Answered<Uploa
     let received = exchange::receive_any(&shared.store, shared.id(), &mut reader)
         .await
         .map_err(|e| Failure::broken(e.into()))?;
+    // An answer before the body's end would close the connection while its last chunk is
+    // being written, and the client would see that instead of the answer.
+    match reader.read(&mut [0]).await {
+        Ok(0) => {}
+        Ok(_) => return Err(Failure::request(anyhow::anyhow!("there is more than the blobs"))),
+        Err(e) => return Err(Failure::broken(e.into())),
+    }
     Ok(Json(Uploaded { blobs: received.blobs, bytes: received.bytes }))
 }
 
