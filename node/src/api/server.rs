@@ -25,7 +25,7 @@ use p2pit_protocol::{
     request::Request as ClusterRequest,
     roster::{Author, Kind, NODE_CLAIMS_MAX},
 };
-use tokio::{net::UnixListener, sync::mpsc};
+use tokio::{io::AsyncReadExt as _, net::UnixListener, sync::mpsc};
 use tokio_util::io::StreamReader;
 use tracing::warn;
 
