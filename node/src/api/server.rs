@@ -42,6 +42,7 @@ use crate::{
     executor::Isolation,
     home::Home,
     transfer::{
+        BlobStore,
         exchange::{self, Source, Wanted},
         frame,
     },
@@ -368,18 +369,21 @@ async fn missing(
 }
 
 async fn upload(State(shared): State<Arc<Shared>>, body: Body) -> Answered<Uploaded> {
+    take_in(&shared.store, shared.id(), body).await.map(Json)
+}
+
+async fn take_in(store: &BlobStore, me: PeerId, body: Body) -> Result<Uploaded, Failure> {
     let mut reader = StreamReader::new(body.into_data_stream().map_err(std::io::Error::other));
-    let received = exchange::receive_any(&shared.store, shared.id(), &mut reader)
+    let received = exchange::receive_any(store, me, &mut reader)
         .await
         .map_err(|e| Failure::broken(e.into()))?;
     // An answer before the body's end would close the connection while its last chunk is
     // being written, and the client would see that instead of the answer.
     match reader.read(&mut [0]).await {
-        Ok(0) => {}
-        Ok(_) => return Err(Failure::request(anyhow::anyhow!("there is more than the blobs"))),
-        Err(e) => return Err(Failure::broken(e.into())),
+        Ok(0) => Ok(Uploaded { blobs: received.blobs, bytes: received.bytes }),
+        Ok(_) => Err(Failure::request(anyhow::anyhow!("there is more than the blobs"))),
+        Err(e) => Err(Failure::broken(e.into())),
     }
-    Ok(Json(Uploaded { blobs: received.blobs, bytes: received.bytes }))
 }
 
 async fn submit(State(shared): State<Arc<Shared>>, Json(submit): Json<Submit>) -> Response {
@@ -784,5 +788,41 @@ impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let status = if self.0.broken { StatusCode::BAD_GATEWAY } else { StatusCode::BAD_REQUEST };
         (status, Json(self.0)).into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use p2pit_protocol::identity::KeyPair;
+
+    use super::*;
+
+    /// As `exchange::send_blobs` ends every stream.
+    const END: &[u8] = &[0; 4];
+
+    async fn take_in_chunks(chunks: Vec<&'static [u8]>) -> (Result<Uploaded, Failure>, bool) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = BlobStore::open(dir.path()).unwrap();
+        let has_ended = Arc::new(AtomicBool::new(false));
+        let ending = Arc::clone(&has_ended);
+        let end = stream::poll_fn(move |_| {
+            ending.store(true, Ordering::Relaxed);
+            std::task::Poll::Ready(None)
+        });
+        let chunks = stream::iter(chunks.into_iter().map(Ok::<_, std::io::Error>));
+        let me = PeerId(KeyPair::from_seed(&[1; 32]).public());
+        let result = take_in(&store, me, Body::from_stream(chunks.chain(end))).await;
+        (result, has_ended.load(Ordering::Relaxed))
+    }
+
+    #[tokio::test]
+    async fn an_upload_is_answered_once_its_body_has_ended() {
+        let (result, has_ended) = take_in_chunks(vec![END]).await;
+        assert_eq!(result.unwrap().blobs, 0);
+        assert!(has_ended);
+        let (result, _) = take_in_chunks(vec![END, b"more"]).await;
+        assert!(!result.unwrap_err().0.broken);
     }
 }

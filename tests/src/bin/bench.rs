@@ -35,7 +35,7 @@ const CPU_TARGET_PERCENT: f64 = 0.5;
 #[expect(clippy::print_stdout, clippy::print_stderr, reason = "it is what this program is for")]
 fn main() -> Result<()> {
     if cfg!(debug_assertions) {
-        eprintln!("this is a debug build: its figures say nothing about a release");
+        eprintln!("a debug build, and so is the p2pit beside it: the figures say little");
     }
     let runs = match env::args().nth(1) {
         Some(text) => text.parse().context("usage: p2pit-bench [RUNS]")?,
@@ -142,18 +142,17 @@ fn kib(pid: u32, name: &str) -> Result<f64> {
     number.with_context(|| format!("no {name} in {path}"))
 }
 
-/// By all threads so far, on any core. To the nanosecond, since an idle daemon may not use
-/// a single tick of the clock that `/proc/PID/stat` counts in.
+/// By all threads so far, those that ended included, on any core.
 fn cpu_seconds(pid: u32) -> Result<f64> {
-    let dir = format!("/proc/{pid}/task");
-    let mut nanoseconds = 0.0;
-    for task in fs::read_dir(&dir).with_context(|| format!("cannot read {dir}"))? {
-        let path = task.with_context(|| format!("cannot read {dir}"))?.path().join("schedstat");
-        // A thread may end at any time; those of an idle daemon hardly do.
-        let text = fs::read_to_string(path).unwrap_or_default();
-        nanoseconds += text.split_whitespace().next().and_then(|it| it.parse().ok()).unwrap_or(0.0);
-    }
-    Ok(nanoseconds / 1e9)
+    let path = format!("/proc/{pid}/stat");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    // The name in parentheses may have anything in it; user and system time are the
+    // 12th and 13th fields behind it.
+    let fields = text.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
+    let ticks: Vec<u64> = fields.skip(11).take(2).filter_map(|it| it.parse().ok()).collect();
+    ensure!(ticks.len() == 2, "no times in {path}");
+    let per_second = rustix::param::clock_ticks_per_second();
+    Ok(ticks.iter().sum::<u64>() as f64 / per_second as f64)
 }
 
 fn machine() -> String {
