@@ -20,7 +20,10 @@ use hyper::{
     header,
 };
 use hyper_util::rt::TokioIo;
-use p2pit_node::transfer::exchange::{self, CHUNK_BYTES_MAX, SendError, Source};
+use p2pit_node::transfer::{
+    Pace,
+    exchange::{self, Ask, CHUNK_BYTES_MAX, SendError, Source},
+};
 use p2pit_node::{api::types::ApiError, home::Home};
 use p2pit_protocol::BlobId;
 use serde::{Serialize, de::DeserializeOwned};
@@ -106,7 +109,10 @@ impl Client {
         on_bytes: impl FnMut(u64),
     ) -> anyhow::Result<T> {
         let (mut writer, reader) = tokio::io::duplex(PIPE_BYTES);
-        let sending = async move { exchange::send_blobs(source, ids, &mut writer, on_bytes).await };
+        let asks = ids.into_iter().map(Ask::whole).collect();
+        let pace = Pace::unlimited();
+        let sending =
+            async { exchange::send_blobs(source, asks, &mut writer, &pace, on_bytes).await };
         let posting = self.exchange(Method::POST, path, piped(reader));
         match tokio::join!(sending, posting) {
             // Where the daemon stopped reading, it says why.

@@ -1,13 +1,13 @@
 //! What the ranks of a job left, as one tree: `keep/` and `artifacts/`, each the union of
 //! all ranks' with conflicting paths under `rank<i>/`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Context as _;
 use p2pit_node::{
-    api::types::{Fetch, Files, JobFiles, RankFiles, Uploaded, path},
+    api::types::{Fetch, Files, JobFiles, Pull, PullEvent, RankFiles, path},
     transfer::{
-        BlobStore, Tree, TreePath,
+        BlobStore, Pace, Tree, TreePath,
         exchange::{self, ReceiveError, Wanted},
         tree::{Entry, Kind, Listed, ListedKind},
     },
@@ -21,7 +21,7 @@ use crate::{
     client::pipe,
     follow::nodes_of,
     names::Names,
-    output::Progress,
+    output::{Output, Progress},
     problem::Problem,
     session::Session,
     view::{File, FileKind},
@@ -36,7 +36,7 @@ pub(crate) struct Left {
     pool: PoolId,
     job: JobId,
     pub(crate) tree: Tree,
-    holders: BTreeMap<BlobId, PeerId>,
+    holders: BTreeMap<BlobId, Vec<PeerId>>,
     /// Nodes that could not be asked, and why: their files are missing.
     pub(crate) silent: Vec<String>,
 }
@@ -104,7 +104,8 @@ impl Left {
         Ok(listed.into_iter().map(|listed| file_of(&prefix, listed)).collect())
     }
 
-    /// Brings the blobs of `tree`, verified, into `store`.
+    /// Brings the blobs of `tree` that `store` lacks, verified, into it. What one node cannot
+    /// give is asked of the next that has it; what came stays there in any case.
     pub(crate) async fn fetch(
         &self,
         session: &Session,
@@ -112,47 +113,105 @@ impl Left {
         store: &BlobStore,
         progress: &Progress,
     ) -> anyhow::Result<()> {
-        for (node, wanted) in self.by_holder(tree)? {
-            let blobs = wanted.iter().map(|wanted| wanted.id).collect();
-            let signed = session.sign(self.pool, &[node], &Command::Files(self.job))?;
-            let fetch = Fetch { node, signed, blobs };
-            let stream = session.client.post_bytes(path::FETCH, &fetch).await?;
-            let (writer, mut reader) = pipe();
-            let bar = progress.clone();
-            let receiving =
-                exchange::receive_blobs(store, &wanted, node, &mut reader, move |n| bar.add(n));
-            let (pumped, received) = tokio::join!(stream.pump(writer), receiving);
-            // What cut the stream short says more than that it was.
-            if matches!(received, Err(ReceiveError::Truncated { .. })) {
-                pumped?;
+        let blobs: Vec<(BlobId, u64)> = tree.blobs().into_iter().collect();
+        let mut failed: BTreeMap<PeerId, anyhow::Error> = BTreeMap::new();
+        loop {
+            let missing = lacking(store, &blobs).await?;
+            let left: u64 = missing.iter().map(Wanted::bytes).sum();
+            progress.skip(tree.total_bytes().saturating_sub(left));
+            if missing.is_empty() {
+                return Ok(());
             }
-            if let Some(blob) = received?.absent.first() {
-                let message = format!("node {node} does not have blob {blob} any more");
-                return Err(Problem::broken(message).into());
+            let mut asked = BTreeMap::<PeerId, Vec<Wanted>>::new();
+            for wanted in missing {
+                let id = wanted.ask.id;
+                let holders = self.holders.get(&id).map(Vec::as_slice).unwrap_or_default();
+                match holders.iter().find(|node| !failed.contains_key(*node)) {
+                    Some(node) => asked.entry(*node).or_default().push(wanted),
+                    None => {
+                        let reason = holders.iter().find_map(|node| failed.remove(node));
+                        return Err(reason.unwrap_or_else(|| {
+                            Problem::broken(format!("nobody has blob {id}")).into()
+                        }));
+                    }
+                }
+            }
+            for (node, wanted) in asked {
+                if let Err(reason) = self.fetch_from(session, node, &wanted, store, progress).await
+                {
+                    failed.insert(node, reason);
+                }
             }
         }
-        Ok(())
+    }
+
+    async fn fetch_from(
+        &self,
+        session: &Session,
+        node: PeerId,
+        wanted: &[Wanted],
+        store: &BlobStore,
+        progress: &Progress,
+    ) -> anyhow::Result<()> {
+        let asks = wanted.iter().map(|wanted| wanted.ask.clone()).collect();
+        let signed = session.sign(self.pool, &[node], &Command::Files(self.job))?;
+        let fetch = Fetch { node, signed, asks };
+        let stream = session.client.post_bytes(path::FETCH, &fetch).await?;
+        let (writer, mut reader) = pipe();
+        let bar = progress.clone();
+        let (pace, on_bytes) = (Pace::unlimited(), move |n| bar.add(n));
+        let receiving = exchange::receive_blobs(store, wanted, node, &mut reader, &pace, on_bytes);
+        let (pumped, received) = tokio::join!(stream.pump(writer), receiving);
+        // What cut the stream short says more than that it was.
+        if matches!(received, Err(ReceiveError::Truncated { .. })) {
+            pumped?;
+        }
+        match received?.absent.first() {
+            None => Ok(()),
+            Some(blob) => {
+                let message = format!("node {node} does not have blob {blob} any more");
+                Err(Problem::broken(message).into())
+            }
+        }
     }
 
     /// Has the daemon bring the blobs of `tree` into its own store.
-    pub(crate) async fn pull(&self, session: &Session, tree: &Tree) -> anyhow::Result<()> {
-        for (node, wanted) in self.by_holder(tree)? {
-            let blobs = wanted.iter().map(|wanted| wanted.id).collect();
-            let signed = session.sign(self.pool, &[node], &Command::Files(self.job))?;
-            let _: Uploaded =
-                session.client.post(path::PULL, &Fetch { node, signed, blobs }).await?;
+    pub(crate) async fn pull(
+        &self,
+        session: &Session,
+        out: &Output,
+        tree: &Tree,
+    ) -> anyhow::Result<()> {
+        let blobs: Vec<(BlobId, u64)> = tree.blobs().into_iter().collect();
+        let holders = blobs.iter().filter_map(|(id, _)| self.holders.get(id)).flatten();
+        let nodes: Vec<PeerId> = holders.copied().collect::<BTreeSet<_>>().into_iter().collect();
+        let signed = session.sign(self.pool, &nodes, &Command::Files(self.job))?;
+        let progress = out.progress("fetching", tree.total_bytes());
+        let pull = Pull { nodes, signed, blobs };
+        let mut events = session.client.post_lines(path::PULL, &pull).await?;
+        while let Some(event) = events.next().await? {
+            match event {
+                PullEvent::Transferring { bytes_done } => {
+                    progress.set(bytes_done, tree.total_bytes());
+                }
+                PullEvent::Pulled { .. } => {
+                    progress.finish();
+                    return Ok(());
+                }
+                PullEvent::Failed { error } => return Err(Problem::from(error).into()),
+            }
         }
-        Ok(())
+        Err(Problem::broken("the daemon ended before everything was fetched").into())
     }
+}
 
-    fn by_holder(&self, tree: &Tree) -> anyhow::Result<BTreeMap<PeerId, Vec<Wanted>>> {
-        let mut by_holder: BTreeMap<PeerId, Vec<Wanted>> = BTreeMap::new();
-        for (id, bytes_max) in tree.blobs() {
-            let holder = self.holders.get(&id).with_context(|| format!("nobody has blob {id}"))?;
-            by_holder.entry(*holder).or_default().push(Wanted { id, bytes_max });
-        }
-        Ok(by_holder)
-    }
+async fn lacking(store: &BlobStore, blobs: &[(BlobId, u64)]) -> anyhow::Result<Vec<Wanted>> {
+    let (store, blobs) = (store.clone(), blobs.to_vec());
+    let missing = tokio::task::spawn_blocking(move || {
+        let missing = blobs.iter().map(|(id, size)| Wanted::missing(&store, *id, *size));
+        missing.filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()
+    });
+    Ok(missing.await??)
 }
 
 /// A path inside a job's files as a person writes it; `None` is the top.
@@ -194,10 +253,10 @@ fn file_of(prefix: &str, Listed { name, kind }: Listed) -> File {
     File { path, kind }
 }
 
-type United = (Tree, BTreeMap<BlobId, PeerId>);
+type United = (Tree, BTreeMap<BlobId, Vec<PeerId>>);
 
 fn unite(ranks: Vec<(PeerId, RankFiles)>) -> anyhow::Result<United> {
-    let mut holders = BTreeMap::new();
+    let mut holders = BTreeMap::<BlobId, Vec<PeerId>>::new();
     let (mut keeps, mut artifacts) = (Vec::new(), Vec::new());
     for (node, RankFiles { rank, keep, artifacts: left }) in ranks {
         for (manifest, trees) in [(keep, &mut keeps), (left, &mut artifacts)] {
@@ -205,7 +264,10 @@ fn unite(ranks: Vec<(PeerId, RankFiles)>) -> anyhow::Result<United> {
             let tree = Tree::decode(&manifest.0)
                 .with_context(|| format!("the files of rank {rank} on node {node} are damaged"))?;
             for blob in tree.blobs().into_keys() {
-                holders.entry(blob).or_insert(node);
+                let nodes = holders.entry(blob).or_default();
+                if !nodes.contains(&node) {
+                    nodes.push(node);
+                }
             }
             trees.push((rank, tree));
         }
@@ -282,15 +344,10 @@ mod tests {
     }
 
     #[test]
-    fn every_blob_is_asked_of_a_node_that_has_it() {
+    fn every_node_that_has_a_blob_is_known_for_it() {
         let left = left();
-        let by_holder = left.by_holder(&left.tree).unwrap();
-        let of = |node| {
-            let mut ids: Vec<BlobId> = by_holder[&peer(node)].iter().map(|w| w.id).collect();
-            ids.sort();
-            ids
-        };
-        assert_eq!(of(2), [BlobId::of(b"b")]);
-        assert_eq!(of(1).len(), 3);
+        assert_eq!(left.holders[&BlobId::of(b"a")], [peer(1)]);
+        assert_eq!(left.holders[&BlobId::of(b"b")], [peer(2)]);
+        assert_eq!(left.holders[&BlobId::of(b"s")], [peer(1), peer(2)]);
     }
 }

@@ -105,7 +105,7 @@ pub(crate) async fn submit(
     let blobs = snapshot.blobs().len() as u64;
     let uploaded = upload(session, out, &snapshot, &missing).await?;
     let continues = match &wish.continues {
-        Some(text) => Some(continue_job(session, text).await?),
+        Some(text) => Some(continue_job(session, out, text).await?),
         None => None,
     };
     let source = source_of(&snapshot);
@@ -244,7 +244,7 @@ fn unknown(job: JobId) -> Problem {
 }
 
 /// The union of what a job's ranks kept, brought to this node as the next job's input.
-async fn continue_job(session: &Session, text: &str) -> anyhow::Result<Continued> {
+async fn continue_job(session: &Session, out: &Output, text: &str) -> anyhow::Result<Continued> {
     let found = Found::by_text(session, text).await?;
     let job = found.job();
     let view = found.view_to_read(session, &p2pit_protocol::message::Command::Files(job)).await?;
@@ -254,7 +254,7 @@ async fn continue_job(session: &Session, text: &str) -> anyhow::Result<Continued
         return Err(Problem::broken(message).into());
     }
     let keep = left.tree.subtree(&TreePath::from_bytes(KEEP)?).unwrap_or_default();
-    left.pull(session, &keep).await?;
+    left.pull(session, out, &keep).await?;
     let manifest = Bytes::from(keep.encode().context("what the job kept is too much")?);
     let root = BlobId::of(&manifest);
     let source = Arc::new(OneBlob { id: root, content: manifest });
@@ -272,7 +272,7 @@ impl Source for OneBlob {
     fn open(&self, id: &BlobId) -> io::Result<Option<OpenBlob>> {
         let content = || Box::new(io::Cursor::new(self.content.clone()));
         let size = self.content.len() as u64;
-        Ok((*id == self.id).then(|| OpenBlob { size, content: content() }))
+        Ok((*id == self.id).then(|| OpenBlob::Content { size, content: content() }))
     }
 }
 

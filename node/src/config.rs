@@ -26,7 +26,7 @@ use crate::gpu::{GpuOption, READ_EVERY_MAX, READ_EVERY_MIN};
 
 pub use self::{
     machine::machine_resources,
-    units::{MemorySize, ParseUnitError, Period},
+    units::{MemorySize, ParseUnitError, Period, Rate},
 };
 
 /// What a daemon runs by.
@@ -55,6 +55,10 @@ pub struct Settings {
     /// How long a client node that a command started waits for the next command.
     /// Default: 10 min.
     pub client_idle: Duration,
+    /// How fast blobs may be sent to other nodes, all transfers together. Default: no limit.
+    pub upload: Option<Rate>,
+    /// How fast blobs may be fetched from other nodes. Default: no limit.
+    pub download: Option<Rate>,
     /// What is logged, as `tracing` filter directives. Default: `info`.
     pub log: String,
 }
@@ -81,6 +85,10 @@ pub struct PartialSettings {
     pub gpu_read_every: Option<Period>,
     #[serde(deserialize_with = "text")]
     pub client_idle: Option<Period>,
+    #[serde(deserialize_with = "text")]
+    pub upload: Option<Rate>,
+    #[serde(deserialize_with = "text")]
+    pub download: Option<Rate>,
     pub log: Option<String>,
 }
 
@@ -159,6 +167,8 @@ impl PartialSettings {
             client: self.client.or(other.client),
             gpu_read_every: self.gpu_read_every.or(other.gpu_read_every),
             client_idle: self.client_idle.or(other.client_idle),
+            upload: self.upload.or(other.upload),
+            download: self.download.or(other.download),
             log: self.log.or(other.log),
         }
     }
@@ -189,6 +199,9 @@ impl Settings {
             within(key, period.unwrap_or(Period(default)), Period(bounds.0)..=Period(bounds.1))
                 .map(|period| period.0)
         };
+        let rate = |key, rate: Option<Rate>| {
+            rate.map(|rate| within(key, rate, RATE_MIN..=RATE_MAX)).transpose()
+        };
         Ok(Self {
             name: given.name.unwrap_or_else(NodeName::of_machine),
             gpus: given.gpus.unwrap_or_default(),
@@ -213,6 +226,8 @@ impl Settings {
                 CLIENT_IDLE,
                 (CLIENT_IDLE_MIN, CLIENT_IDLE_MAX),
             )?,
+            upload: rate("upload", given.upload)?,
+            download: rate("download", given.download)?,
             log: given.log.unwrap_or_else(|| "info".to_owned()),
         })
     }
@@ -323,6 +338,10 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 /// Each is dialled at every start.
 const PEERS_MAX: usize = 64;
+
+/// Below it a transfer would be taken for a dead one.
+const RATE_MIN: Rate = Rate(64 << 10);
+const RATE_MAX: Rate = Rate(64 << 40);
 
 const CPUS_MAX: u32 = 4096;
 const MEMORY_MIN: MemorySize = MemorySize(64 << 20);
@@ -481,6 +500,7 @@ mod tests {
              client: true\n\
              gpu_read_every: 5s\n\
              client_idle: 2min 30s\n\
+             upload: 100Mbit/s\n\
              log: p2pit=debug\n",
         )
         .unwrap();
@@ -493,6 +513,7 @@ mod tests {
         assert_eq!((settings.mdns, settings.client), (false, true));
         assert_eq!(settings.gpu_read_every, Duration::from_secs(5));
         assert_eq!(settings.client_idle, Duration::from_secs(150));
+        assert_eq!((settings.upload, settings.download), (Some(Rate(12_500_000)), None));
         assert_eq!(settings.log, "p2pit=debug");
     }
 
@@ -563,6 +584,7 @@ mod tests {
             ("cpus: 0", "`cpus` is 0; it must be from 1 to 4096"),
             ("memory: 1m", "`memory` is 1m; it must be from 64m to 64t"),
             ("gpu_read_every: 1h", "`gpu_read_every` is 1h; it must be from 1s to 8s"),
+            ("upload: 1k/s", "`upload` is 1k/s; it must be from 64k/s to 64t/s"),
             ("client_idle: 0s", "`client_idle` is 0s; it must be from 1s to 1day"),
         ] {
             assert_eq!(resolved(text).unwrap_err().to_string(), message);

@@ -7,8 +7,10 @@
 
 mod clock;
 mod core;
+pub(crate) mod fetch;
 mod files;
 mod join;
+pub(crate) mod push;
 mod reach;
 pub(crate) mod serve;
 mod work;
@@ -16,6 +18,7 @@ mod work;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    num::NonZeroU64,
     os::fd::OwnedFd,
     path::PathBuf,
     sync::{
@@ -43,7 +46,7 @@ use tracing::{info, warn};
 pub(crate) use self::{clock::now, reach::ReachError};
 use self::{core::Input, work::Work};
 use crate::{
-    config::Settings,
+    config::{Rate, Settings},
     executor::{Executor, Isolation, SupervisorCommand},
     gpu::{GpuLock, GpuLocks, GpuMonitor, GpuReading, GpuSource, Health, foreign_use},
     home::{Home, KeyKind, Ports, load_or_create_key},
@@ -51,8 +54,8 @@ use crate::{
     network::{Network, NetworkConfig},
     store::{PeerEntry, Store},
     transfer::{
+        BlobStore, Pace,
         endpoint::{DATA, DOOR, Endpoint},
-        store::BlobStore,
     },
     workspace::{HostPolicy, Names, Workspace},
 };
@@ -79,6 +82,7 @@ pub(crate) struct Shared {
     pub(crate) boot_count: u64,
     pub(crate) store: BlobStore,
     pub(crate) index: Store,
+    pub(crate) bandwidth: Bandwidth,
     pub(crate) endpoint: Endpoint,
     pub(crate) executor: Executor,
     pub(crate) isolation: Isolation,
@@ -103,6 +107,22 @@ pub(crate) struct Shared {
     gpu_locks: Mutex<Vec<GpuLock>>,
     /// GPUs that only a supervisor of an earlier daemon has locked: not for new jobs.
     unlocked_gpus: Mutex<BTreeSet<GpuUuid>>,
+}
+
+/// How fast blobs may travel, all transfers together.
+pub(crate) struct Bandwidth {
+    pub(crate) upload: Pace,
+    pub(crate) download: Pace,
+}
+
+impl Bandwidth {
+    fn of(settings: &Settings) -> Self {
+        let pace = |rate: Option<Rate>| {
+            let limit = rate.and_then(|rate| NonZeroU64::new(rate.0));
+            limit.map_or_else(Pace::unlimited, Pace::of)
+        };
+        Self { upload: pace(settings.upload), download: pace(settings.download) }
+    }
 }
 
 impl std::fmt::Debug for Shared {
@@ -157,6 +177,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         .with_context(|| format!("cannot use {}", home.jobs().display()))?;
     let members: Arc<RwLock<BTreeSet<PeerId>>> = Arc::default();
     let endpoint = bind_data_plane(&home, &settings, &key, &members)?;
+    let bandwidth = Bandwidth::of(&settings);
     let (inputs, received) = mpsc::channel(core::INPUTS_MAX);
     let (journal, journal_thread) = JournalHandle::spawn(journal)?;
     let mut boot = [0; 16];
@@ -170,6 +191,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         key,
         store,
         index,
+        bandwidth,
         endpoint,
         executor,
         isolation,

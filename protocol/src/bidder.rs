@@ -990,6 +990,7 @@ impl Bidder {
                 phase: Phase::Committed { since_ms: now.boot_ms, until_ms },
                 prepared: None,
                 signed_spec: spec.signed.clone(),
+                certificate: commit.certificate.clone(),
                 spec: Some(Arc::clone(&spec)),
             };
             self.timers.set(Timer::Start(id), until_ms);
@@ -1014,6 +1015,7 @@ impl Bidder {
             id,
             spec: work.spec.clone().map(|spec| (*spec).clone()).map(Box::new),
             assignment: work.assignment.clone(),
+            certificate: work.certificate.clone(),
         }
     }
 

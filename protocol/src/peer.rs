@@ -44,7 +44,7 @@ use crate::{
     inventory::{Board, Capacity, GpuUuid},
     job::{RankAssignment, RankEnd, VerifiedSpec},
     message::{Commit, Message, Soft},
-    record::{Kept, ReceiptBody, Registers},
+    record::{Certificate, Kept, ReceiptBody, Registers},
     request::{Request, Unsatisfiable, satisfiable},
     roster::{self, DeviceId, RequestGuard, Roster},
     sabotage::{Rule, Sabotage},
@@ -97,6 +97,8 @@ pub enum Event {
         spec: Option<Box<VerifiedSpec>>,
         /// What it is given.
         assignment: RankAssignment,
+        /// What proves so to those who have the inputs.
+        certificate: Certificate,
     },
     /// Start the process of a rank; then say [`Peer::started`], and in the end
     /// [`Peer::draining`] and [`Peer::ended`].

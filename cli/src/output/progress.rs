@@ -27,7 +27,7 @@ impl fmt::Debug for Progress {
 impl Progress {
     pub(super) fn new(what: &str, bytes: u64, may_show: bool) -> Self {
         let bar = ProgressBar::with_draw_target(Some(bytes), ProgressDrawTarget::hidden());
-        let template = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+        let template = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}, {eta} left";
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
         }
@@ -39,6 +39,12 @@ impl Progress {
     pub(crate) fn add(&self, bytes: u64) {
         self.show_when_due();
         self.bar.inc(bytes);
+    }
+
+    /// `done` bytes were there before, and say nothing of the rate.
+    pub(crate) fn skip(&self, done: u64) {
+        self.bar.set_position(done);
+        self.bar.reset_eta();
     }
 
     /// `done` of `total` are done.

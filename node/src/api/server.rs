@@ -4,7 +4,14 @@
 //! concerns a job or the roster is signed by its user, and checked by the node that
 //! carries it out.
 
-use std::{collections::BTreeMap, os::unix::fs::PermissionsExt as _, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    os::unix::fs::PermissionsExt as _,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use anyhow::Context as _;
 use axum::{
@@ -31,19 +38,21 @@ use tracing::warn;
 
 use super::types::{
     Answer, ApiError, Ask, Audience, DraftReply, DraftRequest, Fetch, Files, Found, JobFiles, Join,
-    LanNode, Log, Me, NodeInfo, Plan, Planned, PoolInfo, Resolve, Resolved, Submit, SubmitEvent,
-    Unsatisfiable, Uploaded, UserInfo, Watch, path,
+    LanNode, Log, Me, NodeInfo, Plan, Planned, PoolInfo, Pull, PullEvent, Resolve, Resolved,
+    Submit, SubmitEvent, Unsatisfiable, Uploaded, UserInfo, Watch, path,
 };
 use crate::{
     daemon::{
-        NoPeer, ReachError, Shared, now,
+        NoPeer, ReachError, Shared,
+        fetch::{Blobs, Fetch as BlobFetch, fetch as fetch_blobs},
+        now, push,
         serve::{self, Gate, LogReader, Request, UserAnswer, Views},
     },
     executor::Isolation,
     home::Home,
     transfer::{
-        BlobStore,
-        exchange::{self, Source, Wanted},
+        BlobStore, Pace,
+        exchange::{self, Ask as BlobAsk, Source},
         frame,
     },
 };
@@ -407,7 +416,7 @@ async fn carry(
 ) -> anyhow::Result<SubmitEvent> {
     let spec = VerifiedSpec::verify(signed.clone())?;
     let (job, keeper) = (spec.job, spec.spec.keepers[0].0);
-    let mut sent = serve::Pushed::default();
+    let mut sent = push::Pushed::default();
     for tree in spec.inputs() {
         if keeper == shared.id() {
             shared.keep_tree(tree).await?;
@@ -636,15 +645,16 @@ async fn fetch(
     Json(fetch): Json<Fetch>,
 ) -> Result<Response, Failure> {
     if fetch.node == shared.id() {
-        serve::allow_blobs(&shared, fetch.signed, &fetch.blobs).await.map_err(Failure::request)?;
+        serve::allow_blobs(&shared, fetch.signed, &fetch.asks).await.map_err(Failure::request)?;
         let (reader, mut writer) = tokio::io::duplex(1 << 20);
         let source: Arc<dyn Source> = Arc::new(shared.store.clone());
         tokio::spawn(async move {
+            let unlimited = Pace::unlimited();
+            let sent =
+                exchange::send_blobs(source, fetch.asks, &mut writer, &unlimited, |_| {}).await;
             // The reader sees the stream end too early, and says so.
-            if let Err(reason) =
-                exchange::send_blobs(source, fetch.blobs, &mut writer, |_| {}).await
-            {
-                warn!(%reason, "files were not sent");
+            if let Err(reason) = sent {
+                warn!(reason = format!("{:#}", anyhow::Error::from(reason)), "files were not sent");
             }
         });
         return Ok(octets(
@@ -652,46 +662,60 @@ async fn fetch(
                 .map_err(anyhow::Error::from),
         ));
     }
-    let receive = request_blobs(&shared, fetch.node, fetch.signed, &fetch.blobs).await?;
-    Ok(octets(rest_of(receive)))
-}
-
-async fn pull(State(shared): State<Arc<Shared>>, Json(fetch): Json<Fetch>) -> Answered<Uploaded> {
-    if fetch.node == shared.id() {
-        serve::allow_blobs(&shared, fetch.signed, &fetch.blobs).await.map_err(Failure::request)?;
-        return Ok(Json(Uploaded { blobs: 0, bytes: 0 }));
-    }
-    let wanted: Vec<Wanted> = exchange::missing(&shared.store, fetch.blobs.iter().copied())
-        .into_iter()
-        .map(|id| Wanted { id, bytes_max: u64::MAX })
-        .collect();
-    let ids: Vec<BlobId> = wanted.iter().map(|wanted| wanted.id).collect();
-    let mut receive = request_blobs(&shared, fetch.node, fetch.signed, &ids).await?;
-    let received =
-        exchange::receive_blobs(&shared.store, &wanted, fetch.node, &mut receive, |_| {})
-            .await
-            .map_err(|e| Failure::broken(e.into()))?;
-    if let Some(absent) = received.absent.first() {
-        let reason = anyhow::anyhow!("node {} does not have blob {absent} any more", fetch.node);
-        return Err(Failure::broken(reason));
-    }
-    Ok(Json(Uploaded { blobs: received.blobs, bytes: received.bytes }))
-}
-
-async fn request_blobs(
-    shared: &Arc<Shared>,
-    node: PeerId,
-    signed: SignedBytes,
-    ids: &[BlobId],
-) -> Result<quinn::RecvStream, Failure> {
-    let (mut send, receive) = shared.open(node, &Request::Blobs(signed)).await?;
+    let (mut send, receive) = shared.open_bulk(fetch.node, &Request::Blobs(fetch.signed)).await?;
     let asked = async {
-        exchange::write_ids(&mut send, ids).await?;
+        exchange::write_asks(&mut send, &fetch.asks).await?;
         send.finish()?;
         anyhow::Ok(())
     };
     asked.await.map_err(Failure::broken)?;
-    open_gate(node, receive).await
+    let receive = open_gate(fetch.node, receive).await?;
+    let stream = rest_of(receive).and_then(move |bytes: Bytes| {
+        let shared = Arc::clone(&shared);
+        async move {
+            shared.bandwidth.download.take(bytes.len() as u64).await;
+            Ok(bytes)
+        }
+    });
+    Ok(octets(stream))
+}
+
+async fn pull(State(shared): State<Arc<Shared>>, Json(pull): Json<Pull>) -> Response {
+    let (events, receiver) = mpsc::channel(64);
+    tokio::spawn(async move {
+        let progress = events.clone();
+        let done = Arc::new(AtomicU64::new(0));
+        let on_bytes = move |bytes| {
+            let bytes_done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            // Progress is for watching: what does not fit in the queue is not missed.
+            let _ = progress.try_send(PullEvent::Transferring { bytes_done });
+        };
+        let last = match bring(&shared, pull, on_bytes).await {
+            Ok((blobs, bytes)) => PullEvent::Pulled { blobs, bytes },
+            Err(reason) => PullEvent::Failed { error: Failure::broken(reason).0 },
+        };
+        // The command may have been interrupted; what came is kept.
+        let _ = events.send(last).await;
+    });
+    ndjson(tokio_stream(receiver))
+}
+
+async fn bring(
+    shared: &Arc<Shared>,
+    pull: Pull,
+    on_bytes: impl Fn(u64) + Clone + Send + 'static,
+) -> anyhow::Result<(u64, u64)> {
+    let Pull { nodes, signed, blobs } = pull;
+    if nodes.contains(&shared.id()) {
+        // What is here needs no bringing; who may not read it is told so all the same.
+        let here = blobs.iter().filter(|(id, _)| shared.store.has(id));
+        let asks: Vec<BlobAsk> = here.map(|(id, _)| BlobAsk::whole(*id)).collect();
+        serve::allow_blobs(shared, signed.clone(), &asks).await?;
+    }
+    let sources = nodes.into_iter().filter(|node| *node != shared.id()).collect();
+    let (request, blobs) = (Request::Blobs(signed), Blobs::Known(blobs));
+    let bringing = BlobFetch { request, gated: true, sources, blobs };
+    Ok(fetch_blobs(shared, bringing, on_bytes, async || true).await?)
 }
 
 async fn open_gate(

@@ -14,6 +14,8 @@ use p2pit_protocol::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::transfer::exchange;
+
 /// The paths of the API.
 pub mod path {
     /// GET → [`super::Me`].
@@ -61,7 +63,8 @@ pub mod path {
     /// POST [`super::Fetch`] → blobs as `transfer::exchange::send_blobs` writes them. The
     /// signed command is `Files`.
     pub const FETCH: &str = "/v1/fetch";
-    /// POST [`super::Fetch`] → [`super::Uploaded`]: the same blobs, into the daemon's store.
+    /// POST [`super::Pull`] → lines of [`super::PullEvent`]: such blobs, into the daemon's
+    /// store.
     pub const PULL: &str = "/v1/pull";
 }
 
@@ -344,7 +347,25 @@ pub struct Manifest(#[serde(with = "serde_bytes_base64")] pub Vec<u8>);
 pub struct Fetch {
     pub node: PeerId,
     pub signed: SignedBytes,
-    pub blobs: Vec<BlobId>,
+    pub asks: Vec<exchange::Ask>,
+}
+
+/// Blobs, with their sizes, to be brought into the daemon's own store, from whichever of
+/// `nodes`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Pull {
+    pub nodes: Vec<PeerId>,
+    pub signed: SignedBytes,
+    pub blobs: Vec<(BlobId, u64)>,
+}
+
+/// What comes of [`Pull`]; the last line is `Pulled` or `Failed`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum PullEvent {
+    Transferring { bytes_done: u64 },
+    Pulled { blobs: u64, bytes: u64 },
+    Failed { error: ApiError },
 }
 
 /// Answers of several nodes that describe jobs.

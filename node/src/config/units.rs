@@ -9,6 +9,11 @@ use thiserror::Error;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct MemorySize(pub u64);
 
+/// Bytes per second, written as a size or a number of bits per second: `20MiB/s`,
+/// `100Mbit/s`. Units of bytes are powers of 1024, units of bits powers of 1000.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rate(pub u64);
+
 /// A duration, written with units: `30s`, `2h`, `1h 30min`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Period(pub Duration);
@@ -19,6 +24,8 @@ pub enum ParseUnitError {
     NoUnit(String),
     #[error("`{0}` is not a size like `512m`, `64g` or `1t`")]
     Size(String),
+    #[error("`{0}` is not a rate like `20MiB/s` or `100Mbit/s`")]
+    Rate(String),
     #[error("`{0}` is not a duration like `30s`, `10min` or `2h`")]
     Duration(String),
 }
@@ -64,6 +71,35 @@ impl fmt::Display for MemorySize {
 
 const UNITS: [(&str, u32); 4] = [("k", 10), ("m", 20), ("g", 30), ("t", 40)];
 
+impl FromStr for Rate {
+    type Err = ParseUnitError;
+
+    fn from_str(text: &str) -> Result<Self, ParseUnitError> {
+        let wrong = || ParseUnitError::Rate(super::shortened(text));
+        let amount = text.trim().strip_suffix("/s").ok_or_else(wrong)?.trim();
+        let lower = amount.to_ascii_lowercase();
+        let Some(bits) = lower.strip_suffix("bit") else {
+            return amount.parse().map(|size: MemorySize| Self(size.0)).map_err(|_| wrong());
+        };
+        let digits = bits.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, unit) = bits.split_at(digits);
+        let factor: u64 = match unit.trim() {
+            "k" => 1_000,
+            "m" => 1_000_000,
+            "g" => 1_000_000_000,
+            _ => return Err(wrong()),
+        };
+        let number: u64 = number.parse().map_err(|_| wrong())?;
+        number.checked_mul(factor).map(|bits| Self(bits / 8)).ok_or_else(wrong)
+    }
+}
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/s", MemorySize(self.0))
+    }
+}
+
 impl FromStr for Period {
     type Err = ParseUnitError;
 
@@ -101,6 +137,23 @@ mod tests {
         assert_eq!("64".parse::<MemorySize>(), Err(ParseUnitError::NoUnit("64".to_owned())));
         for bad in ["", "g", "-1g", "1.5g", "1p", "99999999999t", "1gg", "64 x"] {
             assert!(bad.parse::<MemorySize>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn rates_are_read_in_bytes_and_bits() {
+        for (text, bytes, shown) in [
+            ("20MiB/s", 20 << 20, "20m/s"),
+            ("512k/s", 512 << 10, "512k/s"),
+            (" 100 Mbit/s ", 12_500_000, "12500000b/s"),
+            ("1gbit/s", 125_000_000, "125000000b/s"),
+        ] {
+            let rate: Rate = text.parse().unwrap();
+            assert_eq!((rate.0, rate.to_string().as_str()), (bytes, shown), "{text}");
+        }
+        for bad in ["", "20m", "20/s", "fast/s", "mbit/s", "1tbit/s", "99999999999999999999kbit/s"]
+        {
+            assert!(matches!(bad.parse::<Rate>(), Err(ParseUnitError::Rate(_))), "{bad}");
         }
     }
 

@@ -203,8 +203,8 @@ fn on_network(state: &mut State, event: network::Event, now: Now) {
 
 fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
     match event {
-        Event::Prepare { id, spec, assignment } => {
-            shared.work.prepare(shared, id, spec, assignment)
+        Event::Prepare { id, spec, assignment, certificate } => {
+            shared.work.prepare(shared, id, spec, assignment, certificate);
         }
         Event::Execute { id, spec, assignment, nodes, hosts, port } => {
             shared.work.execute(

@@ -13,20 +13,24 @@ use p2pit_protocol::{
     door::{Hello, Purpose, Reconcile, RefusalCode, Reply},
     job::VerifiedSpec,
     message::Soft,
+    record::Certificate,
     roster::Roster,
     wire::WIRE_VERSION,
 };
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
-use super::{Shared, clock, serve::Request};
+use super::{
+    Shared, clock,
+    fetch::{Blobs, Fetch, FetchError, fetch},
+    push,
+    serve::{MANIFEST_BYTES_MAX, Request},
+};
 use crate::{
     network::{Announcement, Lan, LanEvent},
     transfer::{
         endpoint::{Connection, DATA, DOOR},
-        exchange::{self, Wanted},
         frame,
-        tree::Tree,
     },
 };
 
@@ -42,8 +46,9 @@ pub(crate) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_MS: (u64, u64) = (500, 60_000);
 /// How often members out of reach are looked at.
 const TEND_EVERY: Duration = Duration::from_secs(2);
-/// Largest tree manifest fetched.
-const MANIFEST_BYTES_MAX: u64 = 128 << 20;
+/// Lanes of a node's connections: for what is short or looked at, and for what takes long.
+const TALK: u8 = 0;
+const BULK: u8 = 1;
 
 /// Why a node could not be asked.
 #[derive(Debug, thiserror::Error)]
@@ -246,7 +251,7 @@ async fn ask_control(
 
 impl Shared {
     /// A data-plane connection to a member.
-    pub(crate) async fn connect(&self, peer: PeerId) -> Result<Connection, ReachError> {
+    async fn connect(&self, peer: PeerId, lane: u8) -> Result<Connection, ReachError> {
         let advertised = self
             .act(move |p, _| p.board().get(peer).map(|posted| posted.advert.data.clone()))
             .await
@@ -254,7 +259,7 @@ impl Shared {
             .unwrap_or_default();
         let addrs = if advertised.is_empty() { cached_addresses(self, peer).1 } else { advertised };
         self.endpoint
-            .connect(peer, &addrs, DATA.alpn)
+            .connect_lane(peer, &addrs, DATA.alpn, lane)
             .await
             .map_err(|e| ReachError::Unreachable(peer, e.into()))
     }
@@ -266,7 +271,7 @@ impl Shared {
         question: &Request,
     ) -> Result<R, ReachError> {
         let talk = async {
-            let connection = self.connect(peer).await?;
+            let connection = self.connect(peer, TALK).await?;
             request(&connection, question).await.map_err(|e| match e.downcast::<frame::Error>() {
                 Ok(e) => ReachError::Answer(peer, e),
                 Err(e) => ReachError::Unreachable(peer, e),
@@ -285,8 +290,27 @@ impl Shared {
         peer: PeerId,
         question: &Request,
     ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
+        self.open_in(TALK, peer, question).await
+    }
+
+    /// As [`Self::open`], for what takes long: in a connection of its own, so that bulk that
+    /// nobody reads just now does not hold up what somebody looks at.
+    pub(crate) async fn open_bulk(
+        &self,
+        peer: PeerId,
+        question: &Request,
+    ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
+        self.open_in(BULK, peer, question).await
+    }
+
+    async fn open_in(
+        &self,
+        lane: u8,
+        peer: PeerId,
+        question: &Request,
+    ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
         let talk = async {
-            let connection = self.connect(peer).await?;
+            let connection = self.connect(peer, lane).await?;
             let unreachable = |e: anyhow::Error| ReachError::Unreachable(peer, e);
             let (mut send, receive) =
                 connection.open_bi().await.map_err(|e| unreachable(e.into()))?;
@@ -300,49 +324,62 @@ impl Shared {
         opened
     }
 
-    /// Have every blob of an input tree of a job here, fetched from its keeper.
-    pub(crate) async fn fetch_tree(&self, spec: &VerifiedSpec, root: BlobId) -> anyhow::Result<()> {
-        let keeper = spec.spec.keepers[0].0;
-        if !self.store.has(&root) {
-            let manifest = Wanted { id: root, bytes_max: MANIFEST_BYTES_MAX };
-            self.fetch_blobs(spec, keeper, &[manifest]).await?;
-        }
-        let bytes = self.store.read(&root, usize::try_from(MANIFEST_BYTES_MAX)?)?;
-        let tree = Tree::decode(&bytes).with_context(|| format!("tree {root} is not in order"))?;
-        let wanted: Vec<Wanted> = tree
-            .blobs()
+    /// Have every blob of an input tree of a job here: from its keeper, from the other
+    /// nodes of its ranks, and where none of them has it from any other that can be reached.
+    pub(crate) async fn fetch_tree<W: Future<Output = bool> + Send>(
+        self: &Arc<Self>,
+        spec: &VerifiedSpec,
+        certificate: &Certificate,
+        root: BlobId,
+        is_wanted: impl Fn() -> W + Sync,
+    ) -> Result<(), FetchError> {
+        let mut sources = vec![spec.spec.keepers[0].0];
+        // A value that cannot be read gives nobody else; the keeper will say so.
+        sources.extend(certificate.value().map(|value| value.body.nodes()).unwrap_or_default());
+        let named = self.others(sources);
+        let connected = self.act(|peer, _| peer.board().connected().collect::<Vec<_>>()).await;
+        let others: Vec<PeerId> = self
+            .others(connected.unwrap_or_default())
             .into_iter()
-            .filter(|(id, _)| !self.store.has(id))
-            .map(|(id, bytes_max)| Wanted { id, bytes_max })
+            .filter(|node| !named.contains(node))
             .collect();
-        if !wanted.is_empty() {
-            self.fetch_blobs(spec, keeper, &wanted).await?;
-        }
+        let from = |sources: &[PeerId], blobs: Blobs| Fetch {
+            request: Request::Inputs {
+                spec: spec.signed.clone(),
+                certificate: certificate.clone(),
+            },
+            gated: true,
+            sources: sources.to_vec(),
+            blobs,
+        };
+        let bring = async |blobs: Blobs| {
+            match fetch(self, from(&named, blobs.clone()), |_| {}, &is_wanted).await {
+                Err(FetchError::Nowhere { from: why, blob }) if !others.is_empty() => {
+                    match fetch(self, from(&others, blobs), |_| {}, &is_wanted).await {
+                        // Those that should have it are those whose reasons count.
+                        Err(FetchError::Nowhere { .. }) => {
+                            Err(FetchError::Nowhere { from: why, blob })
+                        }
+                        result => result,
+                    }
+                }
+                result => result,
+            }
+        };
+        bring(Blobs::UpTo(root, MANIFEST_BYTES_MAX)).await?;
+        let store = self.store.clone();
+        let blobs = tokio::task::spawn_blocking(move || push::blobs_of(&store, root)).await;
+        let blobs = blobs.map_err(|e| FetchError::Here(e.into()))?.map_err(FetchError::Here)?;
+        bring(Blobs::Known(blobs)).await?;
         // The daemon is ending if nobody listens.
         let _ = self.act(move |peer, _| peer.tree_stored(root)).await;
         Ok(())
     }
 
-    async fn fetch_blobs(
-        &self,
-        spec: &VerifiedSpec,
-        from: PeerId,
-        wanted: &[Wanted],
-    ) -> anyhow::Result<()> {
-        if from == self.id() {
-            bail!("blob {} is not on its keeper", wanted[0].id);
-        }
-        let question = Request::Inputs { job: spec.job };
-        let (mut send, mut receive) = self.open(from, &question).await?;
-        let ids: Vec<BlobId> = wanted.iter().map(|wanted| wanted.id).collect();
-        exchange::write_ids(&mut send, &ids).await?;
-        send.finish()?;
-        let received =
-            exchange::receive_blobs(&self.store, wanted, from, &mut receive, |_| {}).await?;
-        match received.absent.first() {
-            None => Ok(()),
-            Some(absent) => bail!("keeper {from} does not have blob {absent}, or may not give it"),
-        }
+    /// Each once and in this order, without this node.
+    fn others(&self, nodes: Vec<PeerId>) -> Vec<PeerId> {
+        let mut seen = BTreeSet::from([self.id()]);
+        nodes.into_iter().filter(|node| seen.insert(*node)).collect()
     }
 }
 

@@ -4,7 +4,6 @@
 //! and the peer decides; inputs go only to nodes that the job's record names.
 
 use std::{
-    collections::BTreeSet,
     io::{Read as _, Seek as _, SeekFrom},
     path::PathBuf,
     sync::Arc,
@@ -16,22 +15,22 @@ use p2pit_protocol::{
     BlobId, JobId, PeerId, UserId,
     door::Hello,
     identity::SignedBytes,
-    job::State,
+    job::{State, VerifiedSpec},
     message::{Command, JobView, Reply},
+    record::Certificate,
 };
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::{Shared, files, work};
+use super::{Shared, files, push, work};
 use crate::{
     api::types::{GpuReading, RankFiles},
     gpu,
     transfer::{
         endpoint::{DOOR, Incoming},
-        exchange::{self, Source, Wanted},
+        exchange::{self, Ask, Source},
         frame,
-        tree::Tree,
     },
 };
 
@@ -48,13 +47,15 @@ pub(crate) enum Request {
     Log { signed: SignedBytes, follow: bool },
     /// The signed `Files` → [`Gate`], then `Vec<`[`RankFiles`]`>` as JSON bytes to the end.
     Files(SignedBytes),
-    /// The signed `Files`, ids behind → [`Gate`], then blobs.
+    /// The signed `Files`, asks behind → [`Gate`], then blobs.
     Blobs(SignedBytes),
-    /// Ids behind: inputs of a job whose record, kept here, names the asking node → blobs.
-    Inputs { job: JobId },
-    /// Ids and sizes of a tree, manifest first, → ids that are missing; then those blobs
-    /// → [`Gate`] once all are durable.
-    Push { root: BlobId, sizes: Vec<u64> },
+    /// Asks behind: inputs of the job → blobs. The certificate is for a value of its record
+    /// that names the asking node; whoever has the blobs may be asked.
+    Inputs { spec: SignedBytes, certificate: Certificate },
+    /// A tree for a job to be submitted → twice, for the manifest and for all else of it:
+    /// [`Gate`], the asks for what is missing, those blobs back; → [`Gate`] once everything
+    /// is durable.
+    Push { root: BlobId, manifest_bytes: u64 },
 }
 
 /// To [`Request::User`].
@@ -75,8 +76,10 @@ pub(crate) enum Gate {
 const HELLOS_MAX: usize = 3 * super::reach::ROUNDS_MAX as usize;
 /// How long a newcomer may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-/// Sizes in one push: bounded by the message that carries them.
-const PUSH_BLOBS_MAX: usize = 100_001;
+/// Largest tree manifest taken.
+pub(super) const MANIFEST_BYTES_MAX: u64 = 128 << 20;
+/// Before bulk, when a connection has room: what somebody looks at.
+const URGENT: i32 = 1;
 const LOG_CHUNK_BYTES: usize = 64 << 10;
 
 /// Take connections until the endpoint closes.
@@ -140,7 +143,11 @@ async fn answer(
     mut send: quinn::SendStream,
     mut receive: quinn::RecvStream,
 ) -> anyhow::Result<()> {
-    match frame::read_message(&mut receive, usize::MAX).await? {
+    let request = frame::read_message(&mut receive, usize::MAX).await?;
+    if !matches!(request, Request::Blobs(_) | Request::Inputs { .. }) {
+        send.set_priority(URGENT)?;
+    }
+    match request {
         Request::Addresses => {
             let addrs = shared.network().map(|n| n.listen_addrs()).unwrap_or_default();
             frame::write_message(&mut send, &addrs).await?;
@@ -173,22 +180,27 @@ async fn answer(
             Err(reason) => return deny(send, reason).await,
         },
         Request::Blobs(signed) => {
-            let ids = exchange::read_ids(&mut receive, exchange::IDS_MAX).await?;
-            if let Err(reason) = allow_blobs(shared, signed, &ids).await {
+            let asks = exchange::read_asks(&mut receive, exchange::ASKS_MAX).await?;
+            if let Err(reason) = allow_blobs(shared, signed, &asks).await {
                 return deny(send, reason).await;
             }
             frame::write_message(&mut send, &Gate::Open).await?;
-            let source: Arc<dyn Source> = Arc::new(shared.store.clone());
-            exchange::send_blobs(source, ids, &mut send, |_| {}).await?;
+            give(shared, asks, &mut send).await?;
         }
-        Request::Inputs { job } => {
-            let ids = exchange::read_ids(&mut receive, exchange::IDS_MAX).await?;
-            let ids = inputs_for(shared, from, job, ids).await?;
-            let source: Arc<dyn Source> = Arc::new(shared.store.clone());
-            exchange::send_blobs(source, ids, &mut send, |_| {}).await?;
+        Request::Inputs { spec, certificate } => {
+            let asks = exchange::read_asks(&mut receive, exchange::ASKS_MAX).await?;
+            if let Err(reason) = allow_inputs(shared, from, spec, certificate, &asks).await {
+                return deny(send, reason).await;
+            }
+            frame::write_message(&mut send, &Gate::Open).await?;
+            give(shared, asks, &mut send).await?;
         }
-        Request::Push { root, sizes } => {
-            take_tree(shared, from, root, &sizes, &mut send, &mut receive).await?;
+        Request::Push { root, manifest_bytes } => {
+            let taken = push::take(shared, from, root, manifest_bytes, &mut send, &mut receive);
+            if let Err(reason) = taken.await {
+                warn!(%from, reason = format!("{reason:#}"), "a submitter's tree was not taken");
+                return deny(send, reason).await;
+            }
         }
     }
     send.finish()?;
@@ -204,6 +216,17 @@ async fn until_unwanted<T>(
         next = next => next,
         _ = send.stopped() => Ok(None),
     }
+}
+
+/// Sends blobs of the store, at the pace of all that is sent.
+async fn give(
+    shared: &Shared,
+    asks: Vec<Ask>,
+    send: &mut quinn::SendStream,
+) -> Result<(), exchange::SendError> {
+    let source: Arc<dyn Source> = Arc::new(shared.store.clone());
+    exchange::send_blobs(source, asks, send, &shared.bandwidth.upload, |_| {}).await?;
+    Ok(())
 }
 
 async fn deny(mut send: quinn::SendStream, reason: anyhow::Error) -> anyhow::Result<()> {
@@ -401,10 +424,11 @@ pub(crate) async fn job_files(
 pub(crate) async fn allow_blobs(
     shared: &Arc<Shared>,
     signed: SignedBytes,
-    ids: &[BlobId],
+    asks: &[Ask],
 ) -> anyhow::Result<()> {
     let (job, _) = may_read(shared, signed).await?;
-    let (shared, ids) = (Arc::clone(shared), ids.to_vec());
+    let ids: Vec<BlobId> = asks.iter().map(|ask| ask.id).collect();
+    let shared = Arc::clone(shared);
     tokio::task::spawn_blocking(move || {
         for id in ids {
             if !files::is_of_job(&shared, job, &id)? {
@@ -416,155 +440,33 @@ pub(crate) async fn allow_blobs(
     .await?
 }
 
-/// Of the ids asked for, those that are inputs of a job whose record names the asking node.
-async fn inputs_for(
+/// Whether the asking node may have these blobs: they are inputs of a job of this pool,
+/// and its record named that node.
+async fn allow_inputs(
     shared: &Arc<Shared>,
     from: PeerId,
-    job: JobId,
-    ids: Vec<BlobId>,
-) -> anyhow::Result<Vec<BlobId>> {
-    let spec = shared
-        .act(move |peer, _| {
-            let kept = peer.record(job)?;
-            let named = kept.value.body.nodes().contains(&from);
-            named.then(|| Arc::clone(&kept.spec))
-        })
-        .await?;
-    let Some(spec) = spec else { bail!("the record of job {} does not name {from}", short(job)) };
+    spec: SignedBytes,
+    certificate: Certificate,
+    asks: &[Ask],
+) -> anyhow::Result<()> {
+    let pool = shared.act(|peer, _| peer.pool()).await?;
+    let ids: Vec<BlobId> = asks.iter().map(|ask| ask.id).collect();
     let shared = Arc::clone(shared);
     tokio::task::spawn_blocking(move || {
-        for id in &ids {
-            if !files::is_input(&shared, &spec, id)? {
+        let spec = VerifiedSpec::verify(spec)?;
+        let job = spec.job;
+        if spec.spec.pool != pool {
+            bail!("job {} is of another pool", short(job));
+        }
+        if !certificate.verify(&spec)?.body.nodes().contains(&from) {
+            bail!("the record of job {} does not name {from}", short(job));
+        }
+        for id in ids {
+            if !files::is_input(&shared, &spec, &id)? {
                 bail!("blob {id} is no input of job {}", short(job));
             }
         }
-        Ok(ids)
+        Ok(())
     })
     .await?
-}
-
-/// Take in a tree that a submitter's node brings, and say so once all of it is durable.
-async fn take_tree(
-    shared: &Arc<Shared>,
-    from: PeerId,
-    root: BlobId,
-    sizes: &[u64],
-    send: &mut quinn::SendStream,
-    receive: &mut quinn::RecvStream,
-) -> anyhow::Result<()> {
-    let ids = exchange::read_ids(receive, PUSH_BLOBS_MAX).await?;
-    if ids.len() != sizes.len() || ids.first() != Some(&root) {
-        bail!("the tree offered is not in order");
-    }
-    let store = shared.store.clone();
-    let offered = ids.clone();
-    let missing = tokio::task::spawn_blocking(move || exchange::missing(&store, offered)).await?;
-    exchange::write_ids(send, &missing).await?;
-    let lacking: BTreeSet<BlobId> = missing.into_iter().collect();
-    let wanted: Vec<Wanted> = ids
-        .iter()
-        .zip(sizes)
-        .filter(|(id, _)| lacking.contains(id))
-        .map(|(id, size)| Wanted { id: *id, bytes_max: *size })
-        .collect();
-    let gate = match receive_tree(shared, from, root, &wanted, receive).await {
-        Ok(()) => Gate::Open,
-        Err(reason) => {
-            warn!(%from, reason = format!("{reason:#}"), "a submitter's tree was not taken");
-            Gate::Denied(format!("{reason:#}"))
-        }
-    };
-    frame::write_message(send, &gate).await?;
-    Ok(())
-}
-
-async fn receive_tree(
-    shared: &Arc<Shared>,
-    from: PeerId,
-    root: BlobId,
-    wanted: &[Wanted],
-    receive: &mut quinn::RecvStream,
-) -> anyhow::Result<()> {
-    let received = exchange::receive_blobs(&shared.store, wanted, from, receive, |_| {}).await?;
-    if let Some(absent) = received.absent.first() {
-        bail!("{from} offered blob {absent} and does not have it");
-    }
-    shared.keep_tree(root).await
-}
-
-impl Shared {
-    /// Make a tree whose blobs are here durable, and tell the peer that it is.
-    pub(crate) async fn keep_tree(self: &Arc<Self>, root: BlobId) -> anyhow::Result<()> {
-        let store = self.store.clone();
-        tokio::task::spawn_blocking(move || {
-            let manifest = store.read(&root, 128 << 20)?;
-            let tree =
-                Tree::decode(&manifest).with_context(|| format!("tree {root} is damaged"))?;
-            let mut blobs: Vec<BlobId> = tree.blobs().into_keys().collect();
-            if let Some(missing) = blobs.iter().find(|blob| !store.has(blob)) {
-                bail!("blob {missing} of tree {root} is missing");
-            }
-            blobs.push(root);
-            store.persist(&blobs)?;
-            Ok(())
-        })
-        .await??;
-        self.act(move |peer, _| peer.tree_stored(root)).await?;
-        Ok(())
-    }
-
-    /// Bring a tree that is here to the keeper of a job. What it lacked, and what it had.
-    pub(crate) async fn push_tree(
-        self: &Arc<Self>,
-        to: PeerId,
-        root: BlobId,
-        mut progress: impl FnMut(Pushed) + Send,
-    ) -> anyhow::Result<Pushed> {
-        let store = self.store.clone();
-        let (ids, sizes) = tokio::task::spawn_blocking(move || {
-            let manifest = store.read(&root, 128 << 20)?;
-            let tree =
-                Tree::decode(&manifest).with_context(|| format!("tree {root} is damaged"))?;
-            let blobs = tree.blobs();
-            let ids: Vec<BlobId> = core::iter::once(root).chain(blobs.keys().copied()).collect();
-            let sizes: Vec<u64> =
-                core::iter::once(manifest.len() as u64).chain(blobs.into_values()).collect();
-            anyhow::Ok((ids, sizes))
-        })
-        .await??;
-        let all = ids.len() as u64;
-        let request = Request::Push { root, sizes: sizes.clone() };
-        let (mut send, mut receive) = self.open(to, &request).await?;
-        exchange::write_ids(&mut send, &ids).await?;
-        let missing = exchange::read_ids(&mut receive, ids.len()).await?;
-        let lacking: BTreeSet<BlobId> = missing.iter().copied().collect();
-        let bytes = ids.iter().zip(&sizes).filter(|(id, _)| lacking.contains(id)).map(|(_, s)| s);
-        let mut pushed = Pushed {
-            bytes: bytes.sum(),
-            blobs: missing.len() as u64,
-            there: all - missing.len() as u64,
-            bytes_done: 0,
-        };
-        let source: Arc<dyn Source> = Arc::new(self.store.clone());
-        exchange::send_blobs(source, missing, &mut send, |bytes| {
-            pushed.bytes_done += bytes;
-            progress(pushed);
-        })
-        .await?;
-        send.finish()?;
-        match frame::read_message(&mut receive, usize::MAX).await? {
-            Gate::Open => Ok(pushed),
-            Gate::Denied(reason) => bail!("keeper {to} did not take the inputs: {reason}"),
-        }
-    }
-}
-
-/// How far a push is.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Pushed {
-    pub(crate) blobs: u64,
-    pub(crate) bytes: u64,
-    pub(crate) bytes_done: u64,
-    /// Blobs the keeper had already.
-    pub(crate) there: u64,
 }

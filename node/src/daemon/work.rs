@@ -14,6 +14,7 @@ use p2pit_protocol::{
     identity::SignedBytes,
     inventory::GpuUuid,
     job::{Attempt, Ending, Rank, RankAssignment, RankEnd, VerifiedSpec},
+    record::Certificate,
     wire,
 };
 use tokio::sync::watch;
@@ -59,11 +60,12 @@ impl Work {
         id: WorkId,
         spec: Option<Box<VerifiedSpec>>,
         assignment: RankAssignment,
+        certificate: Certificate,
     ) {
         let shared = Arc::clone(shared);
         tokio::spawn(async move {
             let prepared = match spec {
-                Some(spec) => prepare(&shared, id, &spec, &assignment).await,
+                Some(spec) => prepare(&shared, id, &spec, &assignment, certificate).await,
                 None => Err(anyhow::anyhow!("the job's spec is not in the book")),
             };
             let result = prepared.map_err(|e| format!("{e:#}"));
@@ -271,10 +273,12 @@ async fn prepare(
     id: WorkId,
     spec: &VerifiedSpec,
     assignment: &RankAssignment,
+    certificate: Certificate,
 ) -> anyhow::Result<(u16, String)> {
+    let is_wanted = async || shared.act(move |peer, _| peer.has_rank(id)).await.unwrap_or(false);
     for tree in spec.inputs() {
         shared
-            .fetch_tree(spec, tree)
+            .fetch_tree(spec, &certificate, tree, is_wanted)
             .await
             .with_context(|| format!("cannot fetch input {tree}"))?;
     }

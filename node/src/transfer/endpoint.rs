@@ -739,6 +739,7 @@ mod tests {
 
     use super::*;
     use crate::transfer::{
+        Pace,
         exchange::{Wanted, receive_blobs, send_blobs},
         frame::{read_message, write_message},
         store::BlobStore,
@@ -940,17 +941,21 @@ mod tests {
         let ids: Vec<_> = contents.iter().map(|c| from.put_bytes(c).unwrap()).collect();
         let (alice, bob) = (bind(1, LOCAL), bind(2, LOCAL));
         let addr = bob.local_addr().unwrap();
-        let wanted: Vec<_> = ids.iter().map(|id| Wanted { id: *id, bytes_max: 9_000 }).collect();
+        let wanted: Vec<_> = ids.iter().map(|id| Wanted::whole(*id, 9_000)).collect();
+        let asks: Vec<_> = wanted.iter().map(|wanted| wanted.ask.clone()).collect();
+        let pace = Pace::unlimited();
         let sending = async {
             let connection = alice.connect(peer(2), &[addr], DATA.alpn).await.unwrap();
             let (mut send, mut receive) = connection.open_bi().await.unwrap();
-            send_blobs(Arc::new(from.clone()), ids.clone(), &mut send, |_| {}).await.unwrap();
+            let source = Arc::new(from.clone());
+            send_blobs(source, asks.clone(), &mut send, &pace, |_| {}).await.unwrap();
             read_message::<bool>(&mut receive, 10).await.unwrap()
         };
         let receiving = async {
             let Incoming { peer, connection, .. } = bob.accept().await.unwrap();
             let (mut send, mut receive) = connection.accept_bi().await.unwrap();
-            let received = receive_blobs(&to, &wanted, peer, &mut receive, |_| {}).await.unwrap();
+            let received = receive_blobs(&to, &wanted, peer, &mut receive, &pace, |_| {});
+            let received = received.await.unwrap();
             write_message(&mut send, &true).await.unwrap();
             send.finish().unwrap();
             connection.closed().await;

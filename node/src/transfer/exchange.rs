@@ -5,48 +5,93 @@
 //! answers in between, each as
 //!
 //! ```text
-//! 1, id (32 bytes), size (8 bytes, big-endian), content      or
-//! 0, id                                                      the sender lacks it
+//! 0, id (32 bytes)                                    the sender lacks it
+//! 1, id, size (8 bytes, big-endian), content          the whole blob
+//! 2, id, size, the ranges asked for, as `verified`    of a blob longer than a group
+//!    encodes them
 //! ```
 //!
 //! and this sequence is cut into chunks of any length up to [`CHUNK_BYTES_MAX`], each
-//! behind its length (4 bytes, big-endian); a chunk of length 0 ends it. So the stream
+//! behind its length (4 bytes, big-endian). A length with its highest bit set stands for
+//! that many zeros, which do not travel. A chunk of length 0 ends it all. So the stream
 //! can be used for more afterwards, and an end that comes too early is noticed.
 //!
-//! Content is hashed as it arrives and stored under its own hash or not at all. Files
-//! are read and written on a blocking thread, which hands chunks to the stream's task
-//! over a short queue; a queue's length is all the memory that a transfer takes.
+//! A blob of one group is hashed when it is there and stored under its own hash or not at
+//! all. A longer one is proved group by group, and what was proved stays in the store's
+//! `partial/` whatever happens next. Files are read and written on a blocking thread,
+//! which hands chunks to the stream's task over a short queue; a queue's length is all the
+//! memory that a transfer takes.
 
 use std::{
     collections::BTreeMap,
-    io::{self, Read},
+    io::{self, Read, Write},
     sync::Arc,
 };
 
 use bytes::{Buf, Bytes, BytesMut};
 use p2pit_protocol::{BlobId, PeerId};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::mpsc,
     task::{JoinError, spawn_blocking},
 };
+use tracing::warn;
 
 use super::{
     frame,
-    store::{self, BUFFER_BYTES, BlobStore, read_some},
+    pace::Pace,
+    store::{self, BUFFER_BYTES, BlobStore, Verifiable, read_some},
+    verified::{self, DecodeError, GROUP_BYTES, Ranges},
 };
 
 /// Bytes in one chunk.
 pub const CHUNK_BYTES_MAX: usize = BUFFER_BYTES;
-/// Ids in one list of [`write_ids`]; as many as a tree has entries, and its manifest.
-pub const IDS_MAX: usize = super::tree::ENTRIES_MAX + 1;
+/// Blobs in one list of [`write_asks`]; as many as a tree has entries, and its manifest.
+pub const ASKS_MAX: usize = super::tree::ENTRIES_MAX + 1;
+/// Ranges of one blob in such a list.
+const RANGES_MAX: usize = 4096;
 /// Chunks between the disk and the stream: enough that neither waits for the other's
 /// every step.
 const QUEUE_CHUNKS: usize = 8;
 
 const ABSENT: u8 = 0;
-const PRESENT: u8 = 1;
+const WHOLE: u8 = 1;
+const PROVED: u8 = 2;
+
+/// What is asked of a blob.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ask {
+    pub id: BlobId,
+    /// First byte and the one behind the last, each rounded to whole groups; none for the
+    /// whole blob.
+    pub ranges: Vec<(u64, u64)>,
+}
+
+impl Ask {
+    pub fn whole(id: BlobId) -> Self {
+        Self { id, ranges: Vec::new() }
+    }
+
+    /// Bytes of content asked for of a blob of `size` bytes.
+    pub fn bytes_of(&self, size: u64) -> u64 {
+        self.of(size).byte_count(size)
+    }
+
+    /// The groups asked for of a blob of `size` bytes.
+    fn of(&self, size: u64) -> Ranges {
+        let all = Ranges::all(size);
+        if self.ranges.is_empty() {
+            return all;
+        }
+        let mut asked = Ranges::default();
+        for (start, end) in &self.ranges {
+            asked.add(&Ranges::covering(*start..(*end).min(size).max(*start)));
+        }
+        asked.intersection(&all)
+    }
+}
 
 /// Where blobs to be sent are read from.
 pub trait Source: Send + Sync + 'static {
@@ -54,26 +99,46 @@ pub trait Source: Send + Sync + 'static {
     fn open(&self, id: &BlobId) -> io::Result<Option<OpenBlob>>;
 }
 
-/// A blob being read: exactly `size` bytes come from `content`.
-pub struct OpenBlob {
-    pub size: u64,
-    pub content: Box<dyn Read + Send>,
+/// A blob to be sent.
+pub enum OpenBlob {
+    /// Exactly `size` bytes come from `content`. Sent whole.
+    Content { size: u64, content: Box<dyn Read + Send> },
+    /// Sent in the ranges asked for, with what proves them.
+    Verifiable { store: BlobStore, blob: Verifiable },
 }
 
 impl std::fmt::Debug for OpenBlob {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("OpenBlob").field("size", &self.size).finish_non_exhaustive()
+        match self {
+            Self::Content { size, .. } => {
+                f.debug_struct("Content").field("size", size).finish_non_exhaustive()
+            }
+            Self::Verifiable { blob, .. } => f.debug_tuple("Verifiable").field(blob).finish(),
+        }
     }
 }
 
 impl Source for BlobStore {
+    /// A blob that has gone bad is not had: it is removed.
     fn open(&self, id: &BlobId) -> io::Result<Option<OpenBlob>> {
-        match self.open_blob(id) {
-            Ok(file) => {
-                let size = file.metadata()?.len();
-                Ok(Some(OpenBlob { size, content: Box::new(file) }))
-            }
+        let opened = match self.size(id) {
+            Ok(size) if size > GROUP_BYTES => self
+                .open_verifiable(id)
+                .map(|blob| OpenBlob::Verifiable { store: self.clone(), blob }),
+            Ok(_) => self.read(id, GROUP_BYTES as usize).map(|bytes| OpenBlob::Content {
+                size: bytes.len() as u64,
+                content: Box::new(io::Cursor::new(bytes)),
+            }),
+            Err(error) => Err(error),
+        };
+        match opened {
+            Ok(blob) => Ok(Some(blob)),
             Err(store::Error::Missing(_)) => Ok(None),
+            Err(store::Error::Corrupt(_)) => {
+                warn!(blob = %id, "a corrupt blob is removed");
+                self.remove(id).map_err(io::Error::other)?;
+                Ok(None)
+            }
             Err(error) => Err(io::Error::other(error)),
         }
     }
@@ -100,19 +165,21 @@ pub enum SendError {
     Thread(#[source] JoinError),
 }
 
-/// Sends the blobs in the order of `ids`. `on_bytes` is told how much content has been
-/// handed to the stream since it was last told. After an error the stream is in the
-/// middle of something: drop it, or the receiver waits.
+/// Sends what is asked for, in its order, no faster than `pace`. `on_bytes` is told how
+/// much content has been handed to the stream since it was last told. After an error the
+/// stream is in the middle of something: drop it, or the receiver waits.
 pub async fn send_blobs(
     source: Arc<dyn Source>,
-    ids: Vec<BlobId>,
+    asks: Vec<Ask>,
     writer: &mut (impl AsyncWrite + Unpin),
+    pace: &Pace,
     mut on_bytes: impl FnMut(u64),
 ) -> Result<Sent, SendError> {
     let (queue, mut chunks) = mpsc::channel(QUEUE_CHUNKS);
-    let reading = spawn_blocking(move || read_out(&*source, &ids, ChunkWriter::new(queue)));
+    let reading = spawn_blocking(move || read_out(&*source, &asks, ChunkWriter::new(queue)));
     let mut broken = None;
     while let Some(Chunk { bytes, content_bytes }) = chunks.recv().await {
+        pace.take(bytes.len() as u64).await;
         let result = writer.write_all(&bytes).await;
         if let Err(error) = result {
             broken = Some(error);
@@ -132,24 +199,92 @@ pub async fn send_blobs(
 }
 
 /// A blob to be received.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
-    pub id: BlobId,
+    pub ask: Ask,
     /// A blob that says it is longer is refused before any of it is kept.
     pub bytes_max: u64,
+}
+
+impl Wanted {
+    pub fn whole(id: BlobId, bytes_max: u64) -> Self {
+        Self { ask: Ask::whole(id), bytes_max }
+    }
+
+    /// What `store` lacks of a blob; `None` where it lacks nothing.
+    pub fn missing(store: &BlobStore, id: BlobId, size: u64) -> Result<Option<Self>, store::Error> {
+        if store.has(&id) {
+            return Ok(None);
+        }
+        let mut wanted = Self::whole(id, size);
+        if size > GROUP_BYTES {
+            let partial = store.partial(&id, size)?;
+            let missing = partial.missing();
+            if missing.is_empty() && partial.finish()? {
+                return Ok(None);
+            }
+            let ranges = missing.bytes(size);
+            // What is in too many pieces is fetched anew from some piece on.
+            let (few, many) = ranges.split_at(ranges.len().min(RANGES_MAX - 1));
+            wanted.ask.ranges = few.iter().map(|range| (range.start, range.end)).collect();
+            wanted.ask.ranges.extend(many.first().map(|range| (range.start, size)));
+        }
+        Ok(Some(wanted))
+    }
+
+    /// What of this `store` still lacks; `None` where it lacks nothing.
+    pub fn still_missing(self, store: &BlobStore) -> Result<Option<Self>, store::Error> {
+        if store.has(&self.ask.id) {
+            return Ok(None);
+        }
+        if !self.is_large() {
+            return Ok(Some(self));
+        }
+        let size = self.bytes_max;
+        let left = self.ask.of(size).intersection(&store.partial(&self.ask.id, size)?.missing());
+        let ranges: Vec<_> =
+            left.bytes(size).iter().map(|range| (range.start, range.end)).collect();
+        let ask = Ask { id: self.ask.id, ranges };
+        Ok((!left.is_empty()).then_some(Self { ask, bytes_max: size }))
+    }
+
+    /// Whether it travels in ranges.
+    pub fn is_large(&self) -> bool {
+        self.bytes_max > GROUP_BYTES && !self.ask.ranges.is_empty()
+    }
+
+    /// Bytes of content that will travel, if the blob has `bytes_max`.
+    pub fn bytes(&self) -> u64 {
+        self.ask.bytes_of(self.bytes_max)
+    }
+
+    /// The same in parts of at most `bytes` each, a multiple of a group.
+    pub fn in_ranges_of(&self, bytes: u64) -> impl Iterator<Item = Self> + '_ {
+        let ranges = self.ask.of(self.bytes_max).bytes(self.bytes_max);
+        let starts = ranges.into_iter().flat_map(move |range| {
+            let step = usize::try_from(bytes).unwrap_or(usize::MAX);
+            let end = range.end;
+            range.step_by(step).map(move |start| (start, (start + bytes).min(end)))
+        });
+        starts.map(|range| Self {
+            ask: Ask { id: self.ask.id, ranges: vec![range] },
+            bytes_max: self.bytes_max,
+        })
+    }
 }
 
 /// What arrived.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Received {
+    /// Of which something came.
     pub blobs: u64,
     pub bytes: u64,
     /// The blobs that the sender does not have.
     pub absent: Vec<BlobId>,
 }
 
-/// Why receiving stopped. The blobs that were complete are in the store; of the one that
-/// was not, nothing is.
+/// Why receiving stopped. Blobs that were complete are in the store; of a long one that
+/// was not, what had been proved is in `partial/`.
 #[derive(Debug, Error)]
 pub enum ReceiveError {
     #[error("blob {id} from {peer} has the wrong content")]
@@ -171,35 +306,44 @@ pub enum ReceiveError {
     Thread(#[source] JoinError),
 }
 
+impl ReceiveError {
+    /// Whether the fault lies here, so that another sender would not help.
+    pub fn is_local(&self) -> bool {
+        matches!(self, Self::Store { .. } | Self::Thread(_))
+    }
+}
+
 /// Receives into `store` what `peer` sends, which must be among `wanted`. `on_bytes` is
-/// told how much content has arrived since it was last told. Blobs are in the store when
-/// this returns, and survive a power loss only after [`BlobStore::persist`].
+/// told how much content has arrived since it was last told. It is read no faster than
+/// `pace`. Blobs are in the store when this returns, and survive a power loss only after [`BlobStore::persist`].
 pub async fn receive_blobs(
     store: &BlobStore,
     wanted: &[Wanted],
     peer: PeerId,
     reader: &mut (impl AsyncRead + Unpin),
+    pace: &Pace,
     on_bytes: impl FnMut(u64) + Send + 'static,
 ) -> Result<Received, ReceiveError> {
-    let wanted = wanted.iter().map(|wanted| (wanted.id, wanted.bytes_max)).collect();
+    let wanted = wanted.iter().map(|wanted| (wanted.ask.id, wanted.clone())).collect();
     let intake = Intake { store: store.clone(), wanted: Some(wanted), peer, on_bytes };
-    take_in(intake, reader).await
+    take_in(intake, reader, pace).await
 }
 
-/// As [`receive_blobs`], for whatever is sent: from a user of this machine, who owns the
-/// store. What says it is some blob must still be that blob.
+/// As [`receive_blobs`], for whatever is sent whole: from a user of this machine, who owns
+/// the store. What says it is some blob must still be that blob.
 pub async fn receive_any(
     store: &BlobStore,
     me: PeerId,
     reader: &mut (impl AsyncRead + Unpin),
 ) -> Result<Received, ReceiveError> {
     let intake = Intake { store: store.clone(), wanted: None, peer: me, on_bytes: |_| {} };
-    take_in(intake, reader).await
+    take_in(intake, reader, &Pace::unlimited()).await
 }
 
 async fn take_in(
     intake: Intake<impl FnMut(u64) + Send + 'static>,
     reader: &mut (impl AsyncRead + Unpin),
+    pace: &Pace,
 ) -> Result<Received, ReceiveError> {
     let peer = intake.peer;
     let (chunks, queue) = mpsc::channel(QUEUE_CHUNKS);
@@ -207,7 +351,7 @@ async fn take_in(
     // The thread may stop while the stream is silent.
     let watch = chunks.clone();
     let end = tokio::select! {
-        end = read_chunks(reader, chunks) => end,
+        end = read_chunks(reader, chunks, pace) => end,
         () = watch.closed() => Ok(()),
     };
     drop(watch);
@@ -230,39 +374,59 @@ pub fn missing(store: &BlobStore, ids: impl IntoIterator<Item = BlobId>) -> Vec<
     ids.into_iter().filter(|id| seen.insert(*id) && !store.has(id)).collect()
 }
 
-/// Writes a list of ids of any length up to [`IDS_MAX`], for asking or offering.
-pub async fn write_ids(writer: &mut (impl AsyncWrite + Unpin), ids: &[BlobId]) -> io::Result<()> {
-    if ids.len() > IDS_MAX {
-        return Err(io::Error::other(format!("{} blobs in one list", ids.len())));
+/// Writes what is asked for, a list of any length up to [`ASKS_MAX`]: their number, and of
+/// each the id, the number of its ranges and these, numbers of 4 and 8 bytes big-endian.
+pub async fn write_asks(writer: &mut (impl AsyncWrite + Unpin), asks: &[Ask]) -> io::Result<()> {
+    let too_long = || io::Error::other(format!("{} blobs in one list", asks.len()));
+    let count = u32::try_from(asks.len()).map_err(|_| too_long())?;
+    if asks.len() > ASKS_MAX || asks.iter().any(|ask| ask.ranges.len() > RANGES_MAX) {
+        return Err(too_long());
     }
-    let mut bytes = Vec::with_capacity(4 + ids.len() * 32);
-    // Fits: see the bound above.
-    bytes.extend_from_slice(&(ids.len() as u32).to_be_bytes());
-    ids.iter().for_each(|id| bytes.extend_from_slice(&id.0));
+    let mut bytes = Vec::with_capacity(4 + asks.len() * 36);
+    bytes.extend_from_slice(&count.to_be_bytes());
+    for ask in asks {
+        bytes.extend_from_slice(&ask.id.0);
+        bytes.extend_from_slice(&(ask.ranges.len() as u32).to_be_bytes());
+        for (start, end) in &ask.ranges {
+            bytes.extend_from_slice(&start.to_be_bytes());
+            bytes.extend_from_slice(&end.to_be_bytes());
+        }
+    }
     writer.write_all(&bytes).await
 }
 
-/// Reads a list of at most `count_max` ids. Memory grows with what arrives, not with
+/// Reads a list of at most `count_max` asks. Memory grows with what arrives, not with
 /// what is claimed.
-pub async fn read_ids(
+pub async fn read_asks(
     reader: &mut (impl AsyncRead + Unpin),
     count_max: usize,
-) -> Result<Vec<BlobId>, frame::Error> {
+) -> Result<Vec<Ask>, frame::Error> {
     let count = frame::read_length(reader).await?.ok_or(frame::Error::Closed)?;
-    let (got, max) = (usize::try_from(count).unwrap_or(usize::MAX), count_max.min(IDS_MAX));
+    let (got, max) = (usize::try_from(count).unwrap_or(usize::MAX), count_max.min(ASKS_MAX));
     if got > max {
-        return Err(frame::Error::TooLong { got: got.saturating_mul(32), max: max * 32 });
+        return Err(frame::Error::TooLong { got, max });
     }
-    let mut ids = Vec::new();
+    let mut asks = Vec::new();
     for _ in 0..got {
         let mut id = [0; 32];
         reader.read_exact(&mut id).await.map_err(frame::truncated_or)?;
-        ids.push(BlobId(id));
+        let count = reader.read_u32().await.map_err(frame::truncated_or)?;
+        let (got, max) = (usize::try_from(count).unwrap_or(usize::MAX), RANGES_MAX);
+        if got > max {
+            return Err(frame::Error::TooLong { got, max });
+        }
+        let mut ranges = Vec::new();
+        for _ in 0..got {
+            let start = reader.read_u64().await.map_err(frame::truncated_or)?;
+            let end = reader.read_u64().await.map_err(frame::truncated_or)?;
+            ranges.push((start, end));
+        }
+        asks.push(Ask { id: BlobId(id), ranges });
     }
-    Ok(ids)
+    Ok(asks)
 }
 
-/// A chunk with its length before it, and how many bytes of it are content.
+/// A chunk with its length before it, and how many bytes of content it stands for.
 struct Chunk {
     bytes: Bytes,
     content_bytes: u64,
@@ -279,6 +443,15 @@ struct ChunkWriter {
 struct Stopped;
 
 const LENGTH_BYTES: usize = 4;
+/// In a length: so many zeros, which do not follow.
+const ZEROS_FLAG: u32 = 1 << 31;
+/// Fewer zeros travel as they are.
+const ZEROS_MIN: usize = 16 << 10;
+static ZEROS: [u8; CHUNK_BYTES_MAX] = [0; CHUNK_BYTES_MAX];
+
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(ZEROS.len()).all(|chunk| *chunk == ZEROS[..chunk.len()])
+}
 
 impl ChunkWriter {
     fn new(queue: mpsc::Sender<Chunk>) -> Self {
@@ -286,6 +459,9 @@ impl ChunkWriter {
     }
 
     fn write(&mut self, mut bytes: &[u8]) -> Result<(), Stopped> {
+        if bytes.len() >= ZEROS_MIN && is_zero(bytes) {
+            return self.zeros(bytes.len());
+        }
         while !bytes.is_empty() {
             let (now, later) = bytes.split_at(bytes.len().min(self.room()));
             self.buffer.extend_from_slice(now);
@@ -295,7 +471,14 @@ impl ChunkWriter {
         Ok(())
     }
 
-    /// Reads up to `max` bytes straight into the chunk; `None` at the end of `reader`.
+    /// Content: as [`Self::write`], and counted.
+    fn content(&mut self, bytes: &[u8]) -> Result<(), Stopped> {
+        self.content_bytes += bytes.len() as u64;
+        self.write(bytes)
+    }
+
+    /// Reads up to `max` bytes of content straight into the chunk; `None` at the end of
+    /// `reader`.
     fn read_from(
         &mut self,
         reader: &mut dyn Read,
@@ -308,7 +491,29 @@ impl ChunkWriter {
         let read = read_some(&mut reader, &mut self.buffer[start..])?;
         self.buffer.truncate(start + read);
         self.content_bytes += read as u64;
-        Ok(self.flush_if_full().map(|()| (read > 0).then_some(read as u64)))
+        let done = if read >= ZEROS_MIN && is_zero(&self.buffer[start..]) {
+            self.buffer.truncate(start);
+            self.zeros(read)
+        } else {
+            self.flush_if_full()
+        };
+        Ok(done.map(|()| (read > 0).then_some(read as u64)))
+    }
+
+    fn zeros(&mut self, count: usize) -> Result<(), Stopped> {
+        let counted = std::mem::take(&mut self.content_bytes);
+        self.flush()?;
+        self.content_bytes = counted;
+        let mut left = count;
+        while left > 0 {
+            let now = left.min(CHUNK_BYTES_MAX);
+            let length = (now as u32) | ZEROS_FLAG;
+            let bytes = Bytes::copy_from_slice(&length.to_be_bytes());
+            let content_bytes = std::mem::take(&mut self.content_bytes);
+            self.queue.blocking_send(Chunk { bytes, content_bytes }).map_err(|_| Stopped)?;
+            left -= now;
+        }
+        Ok(())
     }
 
     fn room(&self) -> usize {
@@ -339,77 +544,121 @@ fn empty_chunk() -> BytesMut {
 }
 
 /// The reading thread's work.
-fn read_out(
-    source: &dyn Source,
-    ids: &[BlobId],
-    mut chunks: ChunkWriter,
-) -> Result<Sent, SendError> {
+fn read_out(source: &dyn Source, asks: &[Ask], mut chunks: ChunkWriter) -> Result<Sent, SendError> {
     let mut sent = Sent::default();
-    for id in ids {
-        match send_one(source, id, &mut chunks) {
+    for ask in asks {
+        match one_blob(source, ask, &mut chunks) {
             Ok(Ok(Some(bytes))) => {
                 sent.blobs += 1;
                 sent.bytes += bytes;
             }
             Ok(Ok(None)) => sent.absent += 1,
+            // Whoever reads the other end of the queue knows why it stopped.
             Ok(Err(Stopped)) => return Ok(sent),
-            Err(source) => return Err(SendError::Source { id: *id, source }),
+            Err(source) => return Err(SendError::Source { id: ask.id, source }),
         }
     }
-    // Where the task has stopped, it reports that itself.
+    // Whoever stopped knows why; see above.
     let _: Result<(), Stopped> = chunks.flush();
     Ok(sent)
 }
 
-fn send_one(
+fn one_blob(
     source: &dyn Source,
-    id: &BlobId,
+    ask: &Ask,
     chunks: &mut ChunkWriter,
 ) -> io::Result<Result<Option<u64>, Stopped>> {
-    let Some(mut blob) = source.open(id)? else {
-        let header = [&[ABSENT][..], &id.0].concat();
-        return Ok(chunks.write(&header).map(|()| None));
-    };
-    let header = [&[PRESENT][..], &id.0, &blob.size.to_be_bytes()].concat();
-    if chunks.write(&header).is_err() {
-        return Ok(Err(Stopped));
-    }
-    let mut left = blob.size;
-    while left > 0 {
-        match chunks.read_from(&mut *blob.content, left)? {
-            Ok(Some(read)) => left -= read,
-            Ok(None) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Err(Stopped) => return Ok(Err(Stopped)),
+    let head = |tag: u8, size: u64| [&[tag][..], &ask.id.0, &size.to_be_bytes()].concat();
+    match source.open(&ask.id)? {
+        None => Ok(chunks.write(&[&[ABSENT][..], &ask.id.0].concat()).map(|()| None)),
+        Some(OpenBlob::Content { size, mut content }) => {
+            if let Err(Stopped) = chunks.write(&head(WHOLE, size)) {
+                return Ok(Err(Stopped));
+            }
+            let mut left = size;
+            while left > 0 {
+                match chunks.read_from(&mut *content, left)? {
+                    Ok(Some(read)) => left -= read,
+                    Ok(None) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Err(Stopped) => return Ok(Err(Stopped)),
+                }
+            }
+            Ok(Ok(Some(size)))
+        }
+        Some(OpenBlob::Verifiable { store, blob }) => {
+            if let Err(Stopped) = chunks.write(&head(PROVED, blob.size)) {
+                return Ok(Err(Stopped));
+            }
+            let ranges = ask.of(blob.size);
+            let mut writer = ProvedWriter { chunks, stopped: false };
+            let encoded = store.encode(&blob, &ranges, &mut writer);
+            match (writer.stopped, encoded) {
+                (true, _) => Ok(Err(Stopped)),
+                (false, Ok(())) => Ok(Ok(Some(ranges.byte_count(blob.size)))),
+                (false, Err(error)) => Err(io::Error::other(error)),
+            }
         }
     }
-    Ok(Ok(Some(blob.size)))
+}
+
+/// Takes what `verified` encodes: pairs of hashes and groups of content.
+struct ProvedWriter<'a> {
+    chunks: &'a mut ChunkWriter,
+    stopped: bool,
+}
+
+impl Write for ProvedWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        const PAIR_BYTES: usize = 64;
+        let written = match bytes.len() {
+            PAIR_BYTES => self.chunks.write(bytes),
+            _ => self.chunks.content(bytes),
+        };
+        if let Err(Stopped) = written {
+            self.stopped = true;
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Hands chunks to the writing thread until the last, or until the thread stops.
 async fn read_chunks(
     reader: &mut (impl AsyncRead + Unpin),
     chunks: mpsc::Sender<Option<Bytes>>,
+    pace: &Pace,
 ) -> Result<(), frame::Error> {
     loop {
         let length = frame::read_length(reader).await?.ok_or(frame::Error::Truncated)?;
-        let (got, max) = (usize::try_from(length).unwrap_or(usize::MAX), CHUNK_BYTES_MAX);
-        if got > max {
-            return Err(frame::Error::TooLong { got, max });
+        let is_zeros = length & ZEROS_FLAG != 0;
+        let got = usize::try_from(length & !ZEROS_FLAG).unwrap_or(usize::MAX);
+        if got > CHUNK_BYTES_MAX {
+            return Err(frame::Error::TooLong { got, max: CHUNK_BYTES_MAX });
         }
-        if got == 0 {
+        if length == 0 {
             // Where the thread has stopped, it says why.
             let _: Result<(), _> = chunks.send(None).await;
             return Ok(());
         }
-        let mut buffer = BytesMut::with_capacity(got);
-        while buffer.len() < got {
-            let left = (got - buffer.len()) as u64;
-            let read = (&mut *reader).take(left).read_buf(&mut buffer).await;
-            if read.map_err(frame::Error::Io)? == 0 {
-                return Err(frame::Error::Truncated);
+        let chunk = if is_zeros {
+            Bytes::from_static(&ZEROS[..got])
+        } else {
+            pace.take(u64::from(length)).await;
+            let mut buffer = BytesMut::with_capacity(got);
+            while buffer.len() < got {
+                let left = (got - buffer.len()) as u64;
+                let read = (&mut *reader).take(left).read_buf(&mut buffer).await;
+                if read.map_err(frame::Error::Io)? == 0 {
+                    return Err(frame::Error::Truncated);
+                }
             }
-        }
-        if chunks.send(Some(buffer.freeze())).await.is_err() {
+            buffer.freeze()
+        };
+        if chunks.send(Some(chunk)).await.is_err() {
             return Ok(());
         }
     }
@@ -442,17 +691,21 @@ impl ChunkReader {
 
     fn exact<const N: usize>(&mut self) -> Result<[u8; N], Truncated> {
         let mut bytes = [0; N];
-        let mut rest = &mut bytes[..];
-        while !rest.is_empty() {
-            let chunk = self.next()?;
-            if chunk.is_empty() {
-                return Err(Truncated);
-            }
-            let now = rest.len().min(chunk.len());
-            chunk.copy_to_slice(&mut rest[..now]);
-            rest = &mut rest[now..];
-        }
+        self.read_exact(&mut bytes).map_err(|_| Truncated)?;
         Ok(bytes)
+    }
+}
+
+impl Read for ChunkReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        let chunk =
+            self.next().map_err(|Truncated| io::Error::from(io::ErrorKind::UnexpectedEof))?;
+        let now = buffer.len().min(chunk.len());
+        chunk.copy_to_slice(&mut buffer[..now]);
+        Ok(now)
     }
 }
 
@@ -461,8 +714,8 @@ struct Truncated;
 /// The writing thread's work.
 struct Intake<F> {
     store: BlobStore,
-    /// The bound of each; `None` where anything may come.
-    wanted: Option<BTreeMap<BlobId, u64>>,
+    /// `None` where anything may come.
+    wanted: Option<BTreeMap<BlobId, Wanted>>,
     peer: PeerId,
     on_bytes: F,
 }
@@ -474,25 +727,28 @@ impl<F: FnMut(u64)> Intake<F> {
         let mut received = Received::default();
         while !chunks.next().map_err(truncated)?.is_empty() {
             let [tag] = chunks.exact().map_err(truncated)?;
-            if tag != PRESENT && tag != ABSENT {
+            if !matches!(tag, ABSENT | WHOLE | PROVED) {
                 return Err(ReceiveError::Malformed { peer });
             }
             let id = BlobId(chunks.exact().map_err(truncated)?);
-            let max = match &mut self.wanted {
+            let wanted = match &mut self.wanted {
                 Some(wanted) => wanted.remove(&id).ok_or(ReceiveError::Unexpected { id, peer })?,
-                None => u64::MAX,
+                None => Wanted::whole(id, u64::MAX),
             };
             if tag == ABSENT {
                 received.absent.push(id);
                 continue;
             }
             let size = u64::from_be_bytes(chunks.exact().map_err(truncated)?);
-            if size > max {
+            if size > wanted.bytes_max {
+                let max = wanted.bytes_max;
                 return Err(ReceiveError::TooLarge { id, peer, size, max });
             }
-            self.blob(id, size, &mut chunks)?;
+            received.bytes += match tag {
+                WHOLE => self.whole(id, size, &mut chunks)?,
+                _ => self.proved(id, size, &wanted.ask.of(size), &mut chunks)?,
+            };
             received.blobs += 1;
-            received.bytes += size;
         }
         // What was wanted and not even named as absent never came.
         match &self.wanted {
@@ -501,31 +757,68 @@ impl<F: FnMut(u64)> Intake<F> {
         }
     }
 
-    fn blob(
+    fn whole(
         &mut self,
         id: BlobId,
         size: u64,
         chunks: &mut ChunkReader,
-    ) -> Result<(), ReceiveError> {
+    ) -> Result<u64, ReceiveError> {
+        let peer = self.peer;
+        let counted = Counted { reader: chunks, on_bytes: &mut self.on_bytes };
+        match self.store.put_expected(&id, counted, size) {
+            Ok(()) => Ok(size),
+            Err(store::Error::OtherContent { .. }) => Err(ReceiveError::WrongContent { id, peer }),
+            // The only thing that is read is what comes from there.
+            Err(store::Error::Io { source, .. })
+                if source.kind() == io::ErrorKind::UnexpectedEof =>
+            {
+                Err(ReceiveError::Truncated { peer })
+            }
+            Err(source) => Err(ReceiveError::Store { id, source }),
+        }
+    }
+
+    fn proved(
+        &mut self,
+        id: BlobId,
+        size: u64,
+        ranges: &Ranges,
+        chunks: &mut ChunkReader,
+    ) -> Result<u64, ReceiveError> {
         let peer = self.peer;
         let store = |source| ReceiveError::Store { id, source };
-        let mut writer = self.store.writer().map_err(store)?;
-        while writer.bytes() < size {
-            let chunk = chunks.next().map_err(|Truncated| ReceiveError::Truncated { peer })?;
-            if chunk.is_empty() {
-                return Err(ReceiveError::Truncated { peer });
+        let partial = self.store.partial(&id, size).map_err(store)?;
+        let mut failed = None;
+        let decoded = verified::decode(&id, size, ranges, chunks, |part| {
+            let bytes = part.content_bytes();
+            partial.add(part).inspect_err(|e| failed = Some(e.kind()))?;
+            (self.on_bytes)(bytes);
+            Ok(())
+        });
+        match decoded {
+            Ok(()) => {}
+            Err(DecodeError::Corrupt) => return Err(ReceiveError::WrongContent { id, peer }),
+            Err(DecodeError::Io(e)) if failed.is_some() => {
+                return Err(store(partial.write_failed(e)));
             }
-            let left = usize::try_from(size - writer.bytes()).unwrap_or(usize::MAX);
-            let now = chunk.len().min(left);
-            writer.write(&chunk[..now]).map_err(store)?;
-            chunk.advance(now);
-            (self.on_bytes)(now as u64);
+            Err(DecodeError::Io(_)) => return Err(ReceiveError::Truncated { peer }),
         }
-        if writer.id() != id {
-            return Err(ReceiveError::WrongContent { id, peer });
-        }
-        writer.commit().map_err(store)?;
-        Ok(())
+        partial.finish().map_err(store)?;
+        Ok(ranges.byte_count(size))
+    }
+}
+
+/// Tells how much is read through it.
+struct Counted<'a, R, F> {
+    reader: &'a mut R,
+    on_bytes: &'a mut F,
+}
+
+impl<R: Read, F: FnMut(u64)> Read for Counted<'_, R, F> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.reader.read(buffer)?;
+        (self.on_bytes)(read as u64);
+        Ok(read)
     }
 }
 
@@ -549,7 +842,7 @@ mod tests {
             .map(|size| (0..size).map(|i| (i % 253) as u8).collect())
             .collect();
         let wanted: Vec<Wanted> = contents.iter().map(|content| from.put(content)).collect();
-        let ids: Vec<BlobId> = wanted.iter().map(|wanted| wanted.id).collect();
+        let ids: Vec<BlobId> = wanted.iter().map(|wanted| wanted.ask.id).collect();
         assert_eq!(missing(&to.store, ids.iter().chain(&ids).copied()), ids);
 
         let (mut ours, mut theirs) = duplex(1000);
@@ -561,13 +854,16 @@ mod tests {
         let mut told = 0;
         let sending = async {
             let source = Arc::new(from.store.clone());
-            let sent = send_blobs(source, ids.clone(), &mut ours, |bytes| told += bytes).await;
+            let asks = wholes(ids.clone());
+            let sent = send_blobs(source, asks, &mut ours, &NO_LIMIT, |n| told += n).await;
             ours.write_all(b"more").await.unwrap();
             sent
         };
         let receiving = async {
             let received =
-                receive_blobs(&to.store, &wanted, peer(), &mut theirs, on_bytes).await.unwrap();
+                receive_blobs(&to.store, &wanted, peer(), &mut theirs, &NO_LIMIT, on_bytes)
+                    .await
+                    .unwrap();
             let mut more = [0; 4];
             theirs.read_exact(&mut more).await.unwrap();
             assert_eq!(&more, b"more");
@@ -579,7 +875,7 @@ mod tests {
         assert_eq!(received, Received { blobs: 6, bytes: total, absent: vec![] });
         assert_eq!((told, progress.load(Ordering::Relaxed)), (total, total));
         for (wanted, content) in wanted.iter().zip(contents) {
-            assert_eq!(to.store.read(&wanted.id, 1 << 20).unwrap(), content);
+            assert_eq!(to.store.read(&wanted.ask.id, 1 << 20).unwrap(), content);
         }
         assert!(missing(&to.store, ids).is_empty());
     }
@@ -596,23 +892,34 @@ mod tests {
     async fn what_the_sender_lacks_is_named_and_the_rest_arrives() {
         let (from, to) = (Side::new(), Side::new());
         let here = from.put(b"here");
-        let gone = Wanted { id: BlobId::of(b"gone"), bytes_max: 9 };
-        let (sent, received) = transfer(&from, &to, &[gone, here]).await;
+        let gone = Wanted::whole(BlobId::of(b"gone"), 9);
+        let (sent, received) = transfer(&from, &to, &[gone.clone(), here.clone()]).await;
         assert_eq!(sent.unwrap().absent, 1);
-        assert_eq!(received.unwrap().absent, [gone.id]);
-        assert!(to.store.has(&here.id));
+        assert_eq!(received.unwrap().absent, [gone.ask.id]);
+        assert!(to.store.has(&here.ask.id));
     }
 
     #[tokio::test]
     async fn wrong_content_is_blamed_on_the_blob_and_its_peer_and_not_kept() {
         let (from, to) = (Side::new(), Side::new());
         let (good, bad) = (from.put(b"good"), from.put(b"right"));
-        fs::write(from.store.path_of(&bad.id), b"wrong").unwrap();
-        let (_, received) = transfer(&from, &to, &[good, bad]).await;
+        struct Liar(BlobStore, BlobId);
+        impl Source for Liar {
+            fn open(&self, id: &BlobId) -> io::Result<Option<OpenBlob>> {
+                if *id == self.1 {
+                    let content = Box::new(&b"wrong"[..]);
+                    return Ok(Some(OpenBlob::Content { size: 5, content }));
+                }
+                self.0.open(id)
+            }
+        }
+        let liar = Liar(from.store.clone(), bad.ask.id);
+        let wanted = [good.clone(), bad.clone()];
+        let (_, received) = transfer_from(Arc::new(liar), &to, &wanted).await;
         assert!(matches!(received, Err(ReceiveError::WrongContent { id, peer: from })
-                if id == bad.id && from == peer()));
-        assert!(to.store.has(&good.id));
-        assert!(!to.store.has(&bad.id) && !to.store.has(&BlobId::of(b"wrong")));
+                if id == bad.ask.id && from == peer()));
+        assert!(to.store.has(&good.ask.id));
+        assert!(!to.store.has(&bad.ask.id) && !to.store.has(&BlobId::of(b"wrong")));
         assert_eq!(fs::read_dir(to.dir.path().join("blobs/tmp")).unwrap().count(), 0);
     }
 
@@ -622,14 +929,17 @@ mod tests {
         let (asked, unasked) = (from.put(b"asked"), from.put(b"unasked"));
         let (mut ours, mut theirs) = duplex(1 << 20);
         let source = Arc::new(from.store.clone());
-        send_blobs(source, vec![unasked.id], &mut ours, |_| {}).await.unwrap();
-        let received = receive_blobs(&to.store, &[asked], peer(), &mut theirs, |_| {}).await;
-        assert!(matches!(received, Err(ReceiveError::Unexpected { id, .. }) if id == unasked.id));
+        let asks = wholes(vec![unasked.ask.id]);
+        send_blobs(source, asks, &mut ours, &NO_LIMIT, |_| {}).await.unwrap();
+        let received = receive(&to, &[asked.clone()], &mut theirs).await;
+        assert!(
+            matches!(received, Err(ReceiveError::Unexpected { id, .. }) if id == unasked.ask.id)
+        );
 
-        let less = Wanted { bytes_max: 4, ..asked };
+        let less = Wanted { bytes_max: 4, ..asked.clone() };
         let (_, received) = transfer(&from, &to, &[less]).await;
         assert!(matches!(received, Err(ReceiveError::TooLarge { size: 5, max: 4, .. })));
-        assert!(!to.store.has(&asked.id));
+        assert!(!to.store.has(&asked.ask.id));
     }
 
     #[tokio::test]
@@ -637,29 +947,29 @@ mod tests {
         let (from, to) = (Side::new(), Side::new());
         let wanted = [from.put(b"first"), from.put(b"second")];
         let mut whole = Vec::new();
-        let ids = wanted.iter().map(|wanted| wanted.id).collect();
-        send_blobs(Arc::new(from.store.clone()), ids, &mut whole, |_| {}).await.unwrap();
+        let asks = wanted.iter().map(|wanted| wanted.ask.clone()).collect();
+        let source = Arc::new(from.store.clone());
+        send_blobs(source, asks, &mut whole, &NO_LIMIT, |_| {}).await.unwrap();
         for cut in 0..whole.len() {
-            let received =
-                receive_blobs(&to.store, &wanted, peer(), &mut &whole[..cut], |_| {}).await;
+            let received = receive(&to, &wanted, &mut &whole[..cut]).await;
             assert!(matches!(received, Err(ReceiveError::Truncated { .. })), "{cut}");
         }
         assert_eq!(fs::read_dir(to.dir.path().join("blobs/tmp")).unwrap().count(), 0);
         let end_only = [0; 4];
-        let received = receive_blobs(&to.store, &wanted, peer(), &mut &end_only[..], |_| {}).await;
+        let received = receive(&to, &wanted, &mut &end_only[..]).await;
         assert!(matches!(received, Err(ReceiveError::Truncated { .. })));
     }
 
     #[tokio::test]
     async fn garbage_is_refused() {
         let to = Side::new();
-        let wanted = [Wanted { id: BlobId([7; 32]), bytes_max: u64::MAX }];
+        let wanted = [Wanted::whole(BlobId([7; 32]), u64::MAX)];
         for (bytes, malformed) in [
             (&[0xff; 64][..], true),
             (&[0, 0, 0, 1, 9, 0, 0, 0, 0][..], true),
             (&[0, 0, 0, 1, 1, 0, 0, 0, 0][..], false),
         ] {
-            let received = receive_blobs(&to.store, &wanted, peer(), &mut &bytes[..], |_| {}).await;
+            let received = receive(&to, &wanted, &mut &bytes[..]).await;
             let is_malformed = matches!(received, Err(ReceiveError::Malformed { .. }));
             assert_eq!(is_malformed, malformed, "{received:?}");
         }
@@ -670,7 +980,7 @@ mod tests {
         let to = Side::new();
         let (mut ours, mut theirs) = duplex(1000);
         ours.write_all(&[0, 0, 0, 1, 9]).await.unwrap();
-        let received = receive_blobs(&to.store, &[], peer(), &mut theirs, |_| {}).await;
+        let received = receive(&to, &[], &mut theirs).await;
         assert!(matches!(received, Err(ReceiveError::Malformed { .. })));
         drop(ours);
     }
@@ -680,29 +990,131 @@ mod tests {
         struct Short;
         impl Source for Short {
             fn open(&self, _: &BlobId) -> io::Result<Option<OpenBlob>> {
-                Ok(Some(OpenBlob { size: 9, content: Box::new(&b"four"[..]) }))
+                Ok(Some(OpenBlob::Content { size: 9, content: Box::new(&b"four"[..]) }))
             }
         }
         let to = Side::new();
-        let wanted = Wanted { id: BlobId([1; 32]), bytes_max: 9 };
+        let wanted = Wanted::whole(BlobId([1; 32]), 9);
         let mut stream = Vec::new();
-        let sent = send_blobs(Arc::new(Short), vec![wanted.id], &mut stream, |_| {}).await;
-        assert!(matches!(sent, Err(SendError::Source { id, .. }) if id == wanted.id));
-        let received = receive_blobs(&to.store, &[wanted], peer(), &mut &stream[..], |_| {}).await;
+        let asks = vec![wanted.ask.clone()];
+        let sent = send_blobs(Arc::new(Short), asks, &mut stream, &NO_LIMIT, |_| {}).await;
+        assert!(matches!(sent, Err(SendError::Source { id, .. }) if id == wanted.ask.id));
+        let received = receive(&to, &[wanted], &mut &stream[..]).await;
         assert!(matches!(received, Err(ReceiveError::Truncated { .. })));
     }
 
     #[tokio::test]
-    async fn lists_of_ids_come_back_within_their_bound() {
-        let ids: Vec<BlobId> = (0..100_u8).map(|i| BlobId([i; 32])).collect();
+    async fn lists_of_asks_come_back_within_their_bounds() {
+        let asks: Vec<Ask> = (0..100_u8)
+            .map(|i| Ask { id: BlobId([i; 32]), ranges: vec![(0, 9); usize::from(i % 3)] })
+            .collect();
         let mut stream = Vec::new();
-        write_ids(&mut stream, &ids).await.unwrap();
-        assert_eq!(read_ids(&mut &stream[..], 100).await.unwrap(), ids);
-        let result = read_ids(&mut &stream[..], 99).await;
+        write_asks(&mut stream, &asks).await.unwrap();
+        assert_eq!(read_asks(&mut &stream[..], 100).await.unwrap(), asks);
+        let result = read_asks(&mut &stream[..], 99).await;
         assert!(matches!(result, Err(frame::Error::TooLong { .. })));
-        let result = read_ids(&mut &stream[..stream.len() - 1], 100).await;
+        let result = read_asks(&mut &stream[..stream.len() - 1], 100).await;
         assert!(matches!(result, Err(frame::Error::Truncated)));
-        assert!(matches!(read_ids(&mut &[][..], 100).await, Err(frame::Error::Closed)));
+        assert!(matches!(read_asks(&mut &[][..], 100).await, Err(frame::Error::Closed)));
+        let many = Ask { id: BlobId([1; 32]), ranges: vec![(0, 1); RANGES_MAX + 1] };
+        assert!(write_asks(&mut Vec::new(), &[many]).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_long_blob_goes_on_where_it_was_cut() {
+        let (from, to) = (Side::new(), Side::new());
+        let content = numbers(7 * GROUP_BYTES as usize + 11);
+        let wanted = from.put(&content);
+        let size = content.len() as u64;
+        let mut whole = Vec::new();
+        let asks = vec![wanted.ask.clone()];
+        let source: Arc<dyn Source> = Arc::new(from.store.clone());
+        send_blobs(Arc::clone(&source), asks, &mut whole, &NO_LIMIT, |_| {}).await.unwrap();
+        let received = receive(&to, &[wanted.clone()], &mut &whole[..whole.len() / 2]).await;
+        assert!(matches!(received, Err(ReceiveError::Truncated { .. })), "{received:?}");
+
+        let rest = Wanted::missing(&to.store, wanted.ask.id, size).unwrap().unwrap();
+        assert!(rest.bytes() < size && rest.bytes() >= size / 2, "{}", rest.bytes());
+        // In parts, and the last part first.
+        let mut parts: Vec<Wanted> = rest.in_ranges_of(2 * GROUP_BYTES).collect();
+        assert!(parts.len() > 1);
+        assert_eq!(parts.iter().map(Wanted::bytes).sum::<u64>(), rest.bytes());
+        parts.reverse();
+        for part in parts {
+            assert!(part.clone().still_missing(&to.store).unwrap().is_some());
+            let (sent, received) = transfer(&from, &to, &[part.clone()]).await;
+            assert_eq!(sent.unwrap().bytes, part.bytes());
+            assert_eq!(received.unwrap().bytes, part.bytes());
+            assert!(part.still_missing(&to.store).unwrap().is_none());
+        }
+        assert!(Wanted::missing(&to.store, wanted.ask.id, size).unwrap().is_none());
+        assert_eq!(to.store.read(&wanted.ask.id, content.len()).unwrap(), content);
+        // What it received it can give on.
+        let third = Side::new();
+        let (_, received) = transfer(&to, &third, &[wanted]).await;
+        assert_eq!(received.unwrap().bytes, size);
+    }
+
+    #[tokio::test]
+    async fn zeros_do_not_travel() {
+        let (from, to) = (Side::new(), Side::new());
+        let mut content = vec![0; 40 * GROUP_BYTES as usize];
+        content[5 * GROUP_BYTES as usize] = 1;
+        let wanted = from.put(&content);
+        let mut stream = Vec::new();
+        let source: Arc<dyn Source> = Arc::new(from.store.clone());
+        let mut told = 0;
+        let asks = vec![wanted.ask.clone()];
+        send_blobs(source, asks, &mut stream, &NO_LIMIT, |n| told += n).await.unwrap();
+        assert!(stream.len() < 2 * GROUP_BYTES as usize, "{}", stream.len());
+        assert_eq!(told, content.len() as u64);
+        receive(&to, &[wanted.clone()], &mut &stream[..]).await.unwrap();
+        assert_eq!(to.store.read(&wanted.ask.id, content.len()).unwrap(), content);
+        struct Zeros;
+        impl Source for Zeros {
+            fn open(&self, _: &BlobId) -> io::Result<Option<OpenBlob>> {
+                let content = Box::new(io::repeat(0).take(1 << 20));
+                Ok(Some(OpenBlob::Content { size: 1 << 20, content }))
+            }
+        }
+        let zeros = Wanted::whole(BlobId::of(&vec![0; 1 << 20]), 1 << 20);
+        let (_, received) = transfer_from(Arc::new(Zeros), &to, &[zeros]).await;
+        assert_eq!(received.unwrap().bytes, 1 << 20);
+    }
+
+    #[tokio::test]
+    async fn a_blob_that_went_bad_is_not_sent_and_named_absent_from_then_on() {
+        let (from, to) = (Side::new(), Side::new());
+        let (short, long) = (from.put(b"short"), from.put(&numbers(3 * GROUP_BYTES as usize)));
+        for wanted in [&short, &long] {
+            let file = fs::File::options().write(true).open(from.store.path_of(&wanted.ask.id));
+            file.unwrap().write_all(b"bad").unwrap();
+        }
+        let (sent, received) = transfer(&from, &to, &[short.clone()]).await;
+        assert_eq!((sent.unwrap().absent, received.unwrap().absent), (1, vec![short.ask.id]));
+        let (sent, received) = transfer(&from, &to, &[long.clone()]).await;
+        assert!(matches!(sent, Err(SendError::Source { id, .. }) if id == long.ask.id));
+        assert!(matches!(received, Err(ReceiveError::Truncated { .. })));
+        let (_, received) = transfer(&from, &to, &[long.clone()]).await;
+        assert_eq!(received.unwrap().absent, [long.ask.id]);
+    }
+
+    static NO_LIMIT: Pace = Pace::unlimited();
+
+    fn numbers(count: usize) -> Vec<u8> {
+        (0..count).map(|i| (i % 251) as u8).collect()
+    }
+
+    fn wholes(ids: Vec<BlobId>) -> Vec<Ask> {
+        ids.into_iter().map(Ask::whole).collect()
+    }
+
+    async fn receive(
+        to: &Side,
+        wanted: &[Wanted],
+        reader: &mut (impl AsyncRead + Unpin),
+    ) -> Result<Received, ReceiveError> {
+        receive_blobs(&to.store, wanted, peer(), reader, &NO_LIMIT, |_| {}).await
     }
 
     struct Side {
@@ -719,7 +1131,7 @@ mod tests {
 
         fn put(&self, content: &[u8]) -> Wanted {
             let id = self.store.put_bytes(content).unwrap();
-            Wanted { id, bytes_max: content.len() as u64 }
+            Wanted::whole(id, content.len() as u64)
         }
     }
 
@@ -728,15 +1140,22 @@ mod tests {
         to: &Side,
         wanted: &[Wanted],
     ) -> (Result<Sent, SendError>, Result<Received, ReceiveError>) {
+        transfer_from(Arc::new(from.store.clone()), to, wanted).await
+    }
+
+    async fn transfer_from(
+        source: Arc<dyn Source>,
+        to: &Side,
+        wanted: &[Wanted],
+    ) -> (Result<Sent, SendError>, Result<Received, ReceiveError>) {
         let (ours, mut theirs): (DuplexStream, DuplexStream) = duplex(1 << 16);
-        let ids = wanted.iter().map(|wanted| wanted.id).collect();
-        let source = Arc::new(from.store.clone());
+        let asks = wanted.iter().map(|wanted| wanted.ask.clone()).collect();
         let sending = async move {
             let mut ours = ours;
-            send_blobs(source, ids, &mut ours, |_| {}).await
+            send_blobs(source, asks, &mut ours, &NO_LIMIT, |_| {}).await
         };
         let receiving = async {
-            let received = receive_blobs(&to.store, wanted, peer(), &mut theirs, |_| {}).await;
+            let received = receive(to, wanted, &mut theirs).await;
             drop(theirs);
             received
         };

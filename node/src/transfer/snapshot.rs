@@ -157,14 +157,12 @@ impl Source for SnapshotSource {
         let (manifest_id, manifest) = &self.shared.manifest;
         if id == manifest_id {
             let size = manifest.len() as u64;
-            return Ok(Some(OpenBlob {
-                size,
-                content: Box::new(io::Cursor::new(manifest.clone())),
-            }));
+            let content = Box::new(io::Cursor::new(manifest.clone()));
+            return Ok(Some(OpenBlob::Content { size, content }));
         }
         let Some(file) = self.shared.files.get(id) else { return Ok(None) };
         let content = UnchangedFile::open(file)?;
-        Ok(Some(OpenBlob { size: file.size, content: Box::new(content) }))
+        Ok(Some(OpenBlob::Content { size: file.size, content: Box::new(content) }))
     }
 }
 
@@ -697,8 +695,11 @@ mod tests {
         let source = snapshot.source();
         let read = |content: &[u8]| -> io::Result<Vec<u8>> {
             let mut bytes = Vec::new();
-            let mut blob = source.open(&BlobId::of(content))?.unwrap();
-            blob.content.read_to_end(&mut bytes)?;
+            let Some(OpenBlob::Content { mut content, .. }) = source.open(&BlobId::of(content))?
+            else {
+                panic!("not there, or not read as it is");
+            };
+            content.read_to_end(&mut bytes)?;
             Ok(bytes)
         };
         assert_eq!(read(b"before").unwrap(), b"before");

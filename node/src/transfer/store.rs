@@ -2,25 +2,38 @@
 //!
 //! A blob is written to `tmp/`, hashed on the way, and renamed to its place, so a name
 //! in the store is never half a blob; what a crash left in `tmp/` is removed when the
-//! store is opened next. Writing is not yet keeping: [`BlobStore::persist`] makes a set
-//! of blobs survive power loss. All calls block.
+//! store is opened next. A blob longer than one group has its outboard beside it, see
+//! [`super::verified`]; it can be made again from the blob at any time. What arrives in
+//! ranges gathers in `partial/`, where it outlives the transfer and the daemon: whoever
+//! asks for the blob next goes on from there, after what is there has proved itself.
+//! Zeros become holes. Writing is not yet keeping: [`BlobStore::persist`] makes a set of
+//! blobs survive power loss. All calls block.
 
 use std::{
-    fmt,
+    collections::BTreeMap,
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
     io::{self, Read, Seek, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
 };
 
 use p2pit_protocol::BlobId;
 use rustix::fs::{FlockOperation, OFlags, flock, ioctl_ficlone, syncfs};
 use tempfile::NamedTempFile;
 use thiserror::Error;
+use tracing::warn;
+
+use super::verified::{self, EncodeError, GROUP_BYTES, Proved, Ranges};
 
 /// The unit of reading and writing content.
 pub(super) const BUFFER_BYTES: usize = 256 << 10;
+/// Zeros of this many bytes at a multiple of it are not written: files start as a hole.
+const HOLE_BYTES: usize = 64 << 10;
+/// What nobody went on with for so long is given up.
+const PARTIAL_KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
+const OUTBOARD: &str = "outboard";
 
 /// A handle on one directory of blobs; clones share it.
 #[derive(Debug, Clone)]
@@ -31,6 +44,8 @@ pub struct BlobStore {
 #[derive(Debug)]
 struct Inner {
     root: PathBuf,
+    /// Those that somebody writes to.
+    partials: Mutex<BTreeMap<BlobId, Weak<Partial>>>,
     /// Holds a shared lock on `tmp/`, which tells another process opening this store
     /// that the files there are in use.
     _tmp_lock: File,
@@ -46,6 +61,9 @@ pub enum Error {
     Corrupt(BlobId),
     #[error("blob {id} has {size} bytes where at most {max} are allowed")]
     TooLarge { id: BlobId, size: u64, max: u64 },
+    /// Content from elsewhere is not what it was said to be.
+    #[error("what was to be blob {expected} is blob {found}")]
+    OtherContent { expected: BlobId, found: BlobId },
     #[error("cannot {doing} `{path}`")]
     Io { doing: &'static str, path: PathBuf, source: io::Error },
 }
@@ -60,8 +78,9 @@ impl Error {
 impl BlobStore {
     /// The store in `dir`, made if it is not there, readable by this user alone.
     pub fn open(dir: &Path) -> Result<Self, Error> {
-        let tmp = dir.join("tmp");
+        let (tmp, partial) = (dir.join("tmp"), dir.join("partial"));
         create_private_dir(&tmp)?;
+        create_private_dir(&partial)?;
         fs::set_permissions(dir, Permissions::from_mode(0o700))
             .map_err(Error::io("set the mode of", dir))?;
         // So that `persist` need not look above the store.
@@ -72,11 +91,13 @@ impl BlobStore {
         let lock = open_dir(&tmp)?;
         // Only the first to come may sweep: to others the files may be in use.
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            sweep(&tmp)?;
+            sweep(&tmp, Duration::ZERO)?;
+            sweep(&partial, PARTIAL_KEPT)?;
         }
         flock(&lock, FlockOperation::LockShared)
             .map_err(|errno| Error::io("lock", &tmp)(errno.into()))?;
-        Ok(Self { inner: Arc::new(Inner { root: dir.to_owned(), _tmp_lock: lock }) })
+        let (root, partials) = (dir.to_owned(), Mutex::default());
+        Ok(Self { inner: Arc::new(Inner { root, partials, _tmp_lock: lock }) })
     }
 
     pub fn has(&self, id: &BlobId) -> bool {
@@ -117,16 +138,7 @@ impl BlobStore {
     }
 
     pub fn put_bytes(&self, bytes: &[u8]) -> Result<BlobId, Error> {
-        let mut writer = self.writer()?;
-        writer.write(bytes)?;
-        Ok(writer.commit()?.0)
-    }
-
-    /// Stores all that `reader` yields; gives the blob's id and size.
-    pub fn put_reader(&self, reader: impl Read) -> Result<(BlobId, u64), Error> {
-        let mut writer = self.writer()?;
-        writer.write_from(reader, Path::new("the input"))?;
-        writer.commit()
+        self.take(bytes, bytes.len() as u64, Path::new("the input"))?.commit()
     }
 
     /// Stores the content of a file. A link at the end of `path` is not followed.
@@ -143,37 +155,167 @@ impl BlobStore {
     /// Stores the content of an open file from its start, as much as it has now;
     /// `path` is for errors only. Where the file system can share blocks, it does.
     pub fn put_open_file(&self, mut file: &File, path: &Path) -> Result<(BlobId, u64), Error> {
-        let mut writer = self.writer()?;
-        if ioctl_ficlone(writer.temp.as_file(), file).is_ok() {
-            writer.hash_what_is_there()?;
-            return writer.commit();
-        }
-        file.rewind().map_err(Error::io("read", path))?;
         // A file that somebody keeps appending to has an end all the same.
         let size = file.metadata().map_err(Error::io("read", path))?.len();
-        writer.write_from(file.take(size), path)?;
-        writer.commit()
+        let temp = self.temp()?;
+        if ioctl_ficlone(temp.as_file(), file).is_ok() {
+            // Shared blocks do not change with the file.
+            let size = temp.as_file().metadata().map_err(Error::io("read", path))?.len();
+            let (id, outboard) =
+                verified::hash(temp.as_file(), size).map_err(Error::io("read", temp.path()))?;
+            let taken = Taken { store: self, temp, id, outboard };
+            return Ok((taken.commit()?, size));
+        }
+        file.rewind().map_err(Error::io("read", path))?;
+        let taken = self.take(file, size, path)?;
+        Ok((taken.commit()?, size))
     }
 
-    /// A blob to be written piece by piece.
-    pub fn writer(&self) -> Result<BlobWriter, Error> {
+    /// Stores exactly `size` bytes of `reader`, which must be the blob `id`.
+    pub fn put_expected(&self, id: &BlobId, reader: impl Read, size: u64) -> Result<(), Error> {
+        let taken = self.take(reader, size, Path::new("the input"))?;
+        if taken.id != *id {
+            return Err(Error::OtherContent { expected: *id, found: taken.id });
+        }
+        taken.commit().map(drop)
+    }
+
+    /// Reads `size` bytes into a file of their own, hashing them on the way.
+    fn take(&self, reader: impl Read, size: u64, from: &Path) -> Result<Taken<'_>, Error> {
+        let temp = self.temp()?;
+        let mut tee = Tee { reader, file: temp.as_file(), offset: 0, failed: None };
+        let hashed = if size <= GROUP_BYTES {
+            let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
+            tee.read_exact(&mut bytes).map(|()| (BlobId::of(&bytes), Vec::new()))
+        } else {
+            verified::hash(&mut tee, size)
+        };
+        if let Some(source) = tee.failed {
+            return Err(Error::io("write", temp.path())(source));
+        }
+        let (id, outboard) = hashed.map_err(Error::io("read", from))?;
+        // What ends in a hole is not yet as long as it is.
+        temp.as_file().set_len(size).map_err(Error::io("write", temp.path()))?;
+        Ok(Taken { store: self, temp, id, outboard })
+    }
+
+    fn temp(&self) -> Result<NamedTempFile, Error> {
         let tmp = self.inner.root.join("tmp");
-        let temp = tempfile::Builder::new()
+        tempfile::Builder::new()
             .prefix("in-")
             .tempfile_in(&tmp)
-            .map_err(Error::io("create a file in", &tmp))?;
-        Ok(BlobWriter { store: self.clone(), temp, hasher: blake3::Hasher::new(), bytes: 0 })
+            .map_err(Error::io("create a file in", &tmp))
+    }
+
+    /// Gives a file its name in the store. Renaming over an older copy heals one that has
+    /// gone bad.
+    fn settle(&self, temp: NamedTempFile, path: &Path) -> Result<(), Error> {
+        match temp.persist(path) {
+            Ok(_) => return Ok(()),
+            Err(failed) if failed.error.kind() == io::ErrorKind::NotFound => {
+                create_private_dir(path.parent().unwrap_or(&self.inner.root))?;
+                failed.file.persist(path)
+            }
+            Err(failed) => Err(failed),
+        }
+        .map_err(|failed| Error::io("rename a file to", path)(failed.error))?;
+        Ok(())
+    }
+
+    /// Writes `ranges` of a blob with what proves them. A blob that turns out to be
+    /// corrupt is removed, and is missing from then on.
+    pub fn encode(
+        &self,
+        blob: &Verifiable,
+        ranges: &Ranges,
+        writer: impl Write,
+    ) -> Result<(), Error> {
+        let Verifiable { id, size, data, outboard } = blob;
+        match verified::encode(id, *size, data, outboard, ranges, writer) {
+            Ok(()) => Ok(()),
+            Err(EncodeError::Io(e)) => Err(Error::io("read", &self.path_of(id))(e)),
+            Err(EncodeError::Corrupt) => {
+                self.check(id)?;
+                // The blob is as it should be, so its outboard was not: the next to ask
+                // gets a new one.
+                Err(Error::Corrupt(*id))
+            }
+        }
+    }
+
+    /// A blob longer than one group, opened for [`Self::encode`].
+    pub fn open_verifiable(&self, id: &BlobId) -> Result<Verifiable, Error> {
+        let data = self.open_blob(id)?;
+        let path = self.path_of(id);
+        let size = data.metadata().map_err(Error::io("read", &path))?.len();
+        let beside = path.with_extension(OUTBOARD);
+        let outboard = match File::open(&beside) {
+            Ok(outboard) => outboard,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                self.check(id)?;
+                File::open(&beside).map_err(Error::io("open", &beside))?
+            }
+            Err(e) => return Err(Error::io("open", &beside)(e)),
+        };
+        Ok(Verifiable { id: *id, size, data, outboard })
+    }
+
+    /// Reads a blob to its end. It gets a new outboard if it is what it should be, and is
+    /// removed if it is not.
+    pub fn check(&self, id: &BlobId) -> Result<(), Error> {
+        let file = self.open_blob(id)?;
+        let path = self.path_of(id);
+        let size = file.metadata().map_err(Error::io("read", &path))?.len();
+        let (found, outboard) = verified::hash(&file, size).map_err(Error::io("read", &path))?;
+        if found != *id {
+            warn!(blob = %id, path = %path.display(), "a corrupt blob is removed");
+            self.remove(id)?;
+            return Err(Error::Corrupt(*id));
+        }
+        self.write_outboard(&path, &outboard)
+    }
+
+    fn write_outboard(&self, blob: &Path, outboard: &[u8]) -> Result<(), Error> {
+        if outboard.is_empty() {
+            return Ok(());
+        }
+        let mut temp = self.temp()?;
+        temp.write_all(outboard).map_err(Error::io("write", temp.path()))?;
+        self.settle(temp, &blob.with_extension(OUTBOARD))
+    }
+
+    /// A blob that arrives in ranges: what is there already, proved anew unless somebody is
+    /// at it just now.
+    pub fn partial(&self, id: &BlobId, size: u64) -> Result<Arc<Partial>, Error> {
+        let mut partials = self.partials();
+        if let Some(partial) = partials.get(id).and_then(Weak::upgrade)
+            && partial.size == size
+        {
+            return Ok(partial);
+        }
+        let partial = Arc::new(Partial::open(self, *id, size)?);
+        partials.retain(|_, partial| partial.strong_count() > 0);
+        partials.insert(*id, Arc::downgrade(&partial));
+        Ok(partial)
+    }
+
+    fn partials(&self) -> MutexGuard<'_, BTreeMap<BlobId, Weak<Partial>>> {
+        // Whole between any two of its statements.
+        self.inner.partials.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets a blob; one that is not there is forgotten already.
     pub fn remove(&self, id: &BlobId) -> Result<(), Error> {
         let path = self.path_of(id);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(Error::io("remove", &path)(source))
+        for path in [path.with_extension(OUTBOARD), path] {
+            match fs::remove_file(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io("remove", &path)(source));
+                }
+                Ok(()) | Err(_) => {}
             }
-            Ok(()) | Err(_) => Ok(()),
         }
+        Ok(())
     }
 
     /// Returns once these blobs survive the loss of power.
@@ -205,77 +347,162 @@ impl BlobStore {
     }
 }
 
-/// A blob on its way into the store. Dropped before it is committed, it is gone.
-pub struct BlobWriter {
-    store: BlobStore,
+/// Content in a file of its own that has no name in the store yet.
+struct Taken<'a> {
+    store: &'a BlobStore,
     temp: NamedTempFile,
-    hasher: blake3::Hasher,
-    bytes: u64,
+    id: BlobId,
+    outboard: Vec<u8>,
 }
 
-impl BlobWriter {
-    pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.hasher.update(bytes);
-        self.bytes += bytes.len() as u64;
-        let (mut file, path) = (self.temp.as_file(), self.temp.path());
-        file.write_all(bytes).map_err(Error::io("write", path))
-    }
-
-    /// What has been written so far.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// The id of what has been written so far.
-    pub fn id(&self) -> BlobId {
-        BlobId(*self.hasher.finalize().as_bytes())
-    }
-
-    /// Gives the blob its name in the store.
-    pub fn commit(self) -> Result<(BlobId, u64), Error> {
-        let (id, bytes) = (self.id(), self.bytes);
-        let path = self.store.path_of(&id);
-        // Renaming over an older copy heals one that has gone bad.
-        match self.temp.persist(&path) {
-            Ok(_) => return Ok((id, bytes)),
-            Err(failed) if failed.error.kind() == io::ErrorKind::NotFound => {
-                create_private_dir(path.parent().unwrap_or(&self.store.inner.root))?;
-                failed.file.persist(&path)
-            }
-            Err(failed) => Err(failed),
-        }
-        .map_err(|failed| Error::io("rename a file to", &path)(failed.error))?;
-        Ok((id, bytes))
-    }
-
-    fn write_from(&mut self, mut reader: impl Read, from: &Path) -> Result<(), Error> {
-        let mut buffer = vec![0; BUFFER_BYTES];
-        loop {
-            match read_some(&mut reader, &mut buffer).map_err(Error::io("read", from))? {
-                0 => return Ok(()),
-                read => self.write(&buffer[..read])?,
-            }
-        }
-    }
-
-    fn hash_what_is_there(&mut self) -> Result<(), Error> {
-        let mut buffer = vec![0; BUFFER_BYTES];
-        loop {
-            let (mut file, path) = (self.temp.as_file(), self.temp.path());
-            match read_some(&mut file, &mut buffer).map_err(Error::io("read", path))? {
-                0 => return Ok(()),
-                read => {
-                    self.hasher.update(&buffer[..read]);
-                    self.bytes += read as u64;
-                }
-            }
-        }
+impl Taken<'_> {
+    fn commit(self) -> Result<BlobId, Error> {
+        let path = self.store.path_of(&self.id);
+        self.store.settle(self.temp, &path)?;
+        self.store.write_outboard(&path, &self.outboard)?;
+        Ok(self.id)
     }
 }
 
-impl fmt::Debug for BlobWriter {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BlobWriter").field("bytes", &self.bytes).finish_non_exhaustive()
+/// Writes what is read through it.
+struct Tee<'a, R> {
+    reader: R,
+    file: &'a File,
+    offset: u64,
+    /// Why writing failed; reading fails then, too.
+    failed: Option<io::Error>,
+}
+
+impl<R: Read> Read for Tee<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = read_some(&mut self.reader, buffer)?;
+        if let Err(error) = write_at(self.file, &buffer[..read], self.offset) {
+            let kind = error.kind();
+            self.failed = Some(error);
+            return Err(kind.into());
+        }
+        self.offset += read as u64;
+        Ok(read)
+    }
+}
+
+/// Writes into a file that has nothing there yet, leaving out what is zero.
+fn write_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    static ZEROS: [u8; HOLE_BYTES] = [0; HOLE_BYTES];
+    let (mut start, mut at) = (0, 0);
+    while at < bytes.len() {
+        let end = bytes.len().min(at + HOLE_BYTES);
+        if end - at == HOLE_BYTES && bytes[at..end] == ZEROS {
+            file.write_all_at(&bytes[start..at], offset + start as u64)?;
+            start = end;
+        }
+        at = end;
+    }
+    file.write_all_at(&bytes[start..], offset + start as u64)
+}
+
+/// A blob longer than one group, whose ranges can be proved.
+#[derive(Debug)]
+pub struct Verifiable {
+    pub id: BlobId,
+    pub size: u64,
+    data: File,
+    outboard: File,
+}
+
+/// A blob of which some ranges may be here. Several transfers may add to it at once.
+#[derive(Debug)]
+pub struct Partial {
+    store: BlobStore,
+    id: BlobId,
+    size: u64,
+    data: File,
+    outboard: File,
+    path: PathBuf,
+    state: Mutex<PartialState>,
+}
+
+#[derive(Debug)]
+struct PartialState {
+    have: Ranges,
+    finished: bool,
+}
+
+impl Partial {
+    fn open(store: &BlobStore, id: BlobId, size: u64) -> Result<Self, Error> {
+        let path = store.inner.root.join("partial").join(id.to_string());
+        let open = |path: &Path| {
+            let options = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(path);
+            options.map_err(Error::io("open", path))
+        };
+        let (data, outboard) = (open(&path)?, open(&path.with_extension(OUTBOARD))?);
+        let length = data.metadata().map_err(Error::io("read", &path))?.len();
+        let have = if length == size {
+            verified::proved_ranges(&id, size, &data, &outboard)
+                .map_err(Error::io("read", &path))?
+        } else {
+            // New, or somebody lied about its size before.
+            for length in [0, size] {
+                data.set_len(length).map_err(Error::io("write", &path))?;
+            }
+            Ranges::default()
+        };
+        let state = Mutex::new(PartialState { have, finished: false });
+        Ok(Self { store: store.clone(), id, size, data, outboard, path, state })
+    }
+
+    /// What is still to come.
+    pub fn missing(&self) -> Ranges {
+        Ranges::all(self.size).without(&self.state().have)
+    }
+
+    /// Adds what has been proved to be of this blob.
+    pub fn add(&self, proved: Proved) -> io::Result<()> {
+        match proved {
+            Proved::Hashes { offset, bytes } => self.outboard.write_all_at(&bytes, offset),
+            Proved::Content { offset, bytes } => {
+                write_at(&self.data, &bytes, offset)?;
+                let end = offset + bytes.len().max(1) as u64;
+                self.state().have.add(&Ranges::covering(offset..end));
+                Ok(())
+            }
+        }
+    }
+
+    /// Says what [`Self::add`] failed of.
+    pub fn write_failed(&self, source: io::Error) -> Error {
+        Error::io("write", &self.path)(source)
+    }
+
+    /// Gives the blob its name once nothing is missing; whether it has it.
+    pub fn finish(&self) -> Result<bool, Error> {
+        let mut state = self.state();
+        if state.finished {
+            return Ok(true);
+        }
+        if !Ranges::all(self.size).without(&state.have).is_empty() {
+            return Ok(false);
+        }
+        let path = self.store.path_of(&self.id);
+        create_private_dir(path.parent().unwrap_or(&self.store.inner.root))?;
+        let from = self.path.with_extension(OUTBOARD);
+        let pairs = [(from, path.with_extension(OUTBOARD)), (self.path.clone(), path)];
+        for (from, to) in pairs {
+            fs::rename(&from, &to).map_err(Error::io("rename a file to", &to))?;
+        }
+        state.finished = true;
+        Ok(true)
+    }
+
+    fn state(&self) -> MutexGuard<'_, PartialState> {
+        // Whole between any two of its statements.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -304,10 +531,15 @@ fn open_dir(dir: &Path) -> Result<File, Error> {
     File::open(dir).map_err(Error::io("open", dir))
 }
 
-fn sweep(tmp: &Path) -> Result<(), Error> {
-    for entry in fs::read_dir(tmp).map_err(Error::io("read", tmp))? {
-        let path = entry.map_err(Error::io("read", tmp))?.path();
-        fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+/// Removes the files of `dir` that nobody wrote to for so long.
+fn sweep(dir: &Path, kept: Duration) -> Result<(), Error> {
+    for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
+        let path = entry.map_err(Error::io("read", dir))?.path();
+        let modified = fs::metadata(&path).and_then(|it| it.modified());
+        let age = modified.map_err(Error::io("read", &path))?.elapsed().unwrap_or_default();
+        if age >= kept {
+            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
     }
     Ok(())
 }
@@ -325,7 +557,9 @@ mod tests {
         assert_eq!(store.size(&id).unwrap(), 5);
         assert_eq!(store.read(&id, 5).unwrap(), b"hello");
         assert!(matches!(store.read(&id, 4), Err(Error::TooLarge { size: 5, max: 4, .. })));
-        assert_eq!(store.put_reader(&b"hello"[..]).unwrap(), (id, 5));
+        store.put_expected(&id, &b"hello"[..], 5).unwrap();
+        let other = store.put_expected(&id, &b"other"[..], 5);
+        assert!(matches!(other, Err(Error::OtherContent { expected, .. }) if expected == id));
         store.remove(&id).unwrap();
         store.remove(&id).unwrap();
         assert!(matches!(store.read(&id, 5), Err(Error::Missing(missing)) if missing == id));
@@ -377,13 +611,103 @@ mod tests {
     }
 
     #[test]
-    fn an_uncommitted_blob_leaves_nothing() {
+    fn what_was_not_read_whole_leaves_nothing() {
         let (dir, store) = store();
-        let mut writer = store.writer().unwrap();
-        writer.write(b"half").unwrap();
-        assert_eq!(writer.id(), BlobId::of(b"half"));
-        drop(writer);
+        for size in [5, GROUP_BYTES + 1] {
+            let id = BlobId::of(b"whole");
+            assert!(store.put_expected(&id, &b"half"[..], size).is_err());
+        }
         assert_eq!(fs::read_dir(dir.path().join("blobs/tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn ranges_gather_over_transfers_and_restarts_until_the_blob_is_whole() {
+        let (from_dir, from) = store();
+        let (to_dir, to) = store();
+        let content = numbers(5 * GROUP_BYTES as usize + 3);
+        let id = from.put_bytes(&content).unwrap();
+        let size = content.len() as u64;
+        let blob = from.open_verifiable(&id).unwrap();
+        let send = |ranges: &Ranges, partial: &Partial| {
+            let mut encoded = Vec::new();
+            from.encode(&blob, ranges, &mut encoded).unwrap();
+            verified::decode(&id, size, ranges, &encoded[..], |it| partial.add(it)).unwrap();
+        };
+        let first = Ranges::covering(GROUP_BYTES..3 * GROUP_BYTES);
+        {
+            let partial = to.partial(&id, size).unwrap();
+            send(&first, &partial);
+            assert!(Arc::ptr_eq(&partial, &to.partial(&id, size).unwrap()));
+            assert!(!partial.finish().unwrap() && !to.has(&id));
+        }
+        // Who said another size before does not spoil what comes.
+        let other = BlobId::of(b"another");
+        to.partial(&other, 9).unwrap();
+        assert_eq!(to.partial(&other, 12).unwrap().missing(), Ranges::all(12));
+        drop(to);
+        let to = BlobStore::open(&to_dir.path().join("blobs")).unwrap();
+        let partial = to.partial(&id, size).unwrap();
+        assert_eq!(partial.missing(), Ranges::all(size).without(&first));
+        // A disk that lost some of it is believed in nothing.
+        partial.data.write_all_at(b"lost", 2 * GROUP_BYTES).unwrap();
+        drop(partial);
+        let partial = to.partial(&id, size).unwrap();
+        let missing = partial.missing();
+        assert_eq!(missing.byte_count(size), size - GROUP_BYTES);
+        send(&missing, &partial);
+        assert!(partial.finish().unwrap() && partial.finish().unwrap());
+        assert_eq!(to.read(&id, content.len()).unwrap(), content);
+        assert!(to.path_of(&id).with_extension(OUTBOARD).exists());
+        drop(from_dir);
+    }
+
+    #[test]
+    fn a_blob_that_went_bad_is_removed_and_a_lost_outboard_is_made_again() {
+        let (_dir, store) = store();
+        let content = numbers(3 * GROUP_BYTES as usize);
+        let (id, all) = (store.put_bytes(&content).unwrap(), Ranges::all(content.len() as u64));
+        let outboard = store.path_of(&id).with_extension(OUTBOARD);
+        fs::remove_file(&outboard).unwrap();
+        let blob = store.open_verifiable(&id).unwrap();
+        store.encode(&blob, &all, io::sink()).unwrap();
+        fs::write(&outboard, [7; 128]).unwrap();
+        let blob = store.open_verifiable(&id).unwrap();
+        assert!(store.encode(&blob, &all, io::sink()).is_err());
+        let blob = store.open_verifiable(&id).unwrap();
+        store.encode(&blob, &all, io::sink()).unwrap();
+        File::options().write(true).open(store.path_of(&id)).unwrap().write_all(b"bad").unwrap();
+        assert!(matches!(store.encode(&blob, &all, io::sink()), Err(Error::Corrupt(_))));
+        assert!(!store.has(&id) && !outboard.exists());
+        assert!(matches!(store.open_verifiable(&id), Err(Error::Missing(_))));
+    }
+
+    #[test]
+    fn zeros_take_no_room() {
+        use std::os::unix::fs::MetadataExt;
+        let (dir, store) = store();
+        let path = dir.path().join("sparse");
+        let file = File::create(&path).unwrap();
+        file.write_all_at(b"start", 0).unwrap();
+        file.write_all_at(b"end", 40 << 20).unwrap();
+        file.set_len(64 << 20).unwrap();
+        let (id, size) = store.put_file(&path).unwrap();
+        let blocks = |path: &Path| fs::metadata(path).unwrap().blocks() * 512;
+        assert_eq!(size, 64 << 20);
+        assert!(blocks(&store.path_of(&id)) <= 1 << 20);
+        let (_other, to) = self::store();
+        let partial = to.partial(&id, size).unwrap();
+        let mut encoded = Vec::new();
+        let blob = store.open_verifiable(&id).unwrap();
+        store.encode(&blob, &Ranges::all(size), &mut encoded).unwrap();
+        verified::decode(&id, size, &Ranges::all(size), &encoded[..], |it| partial.add(it))
+            .unwrap();
+        assert!(partial.finish().unwrap());
+        assert!(blocks(&to.path_of(&id)) <= 1 << 20);
+        to.check(&id).unwrap();
+    }
+
+    fn numbers(count: usize) -> Vec<u8> {
+        (0..count).map(|i| (i % 251) as u8).collect()
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::{
     job::{Attempt, Rank, RankAssignment, VerifiedSpec},
     message::Key,
     peer::Slot,
+    record::Certificate,
     request::Grant,
 };
 
@@ -108,6 +109,8 @@ pub struct Work {
     pub prepared: Option<(u16, String)>,
     /// The job as its owner signed it.
     pub signed_spec: SignedBytes,
+    /// Proof that the record names this node: whoever has the inputs gives them for it.
+    pub certificate: Certificate,
     /// The same, verified; always present once taken into the book.
     #[serde(skip)]
     pub spec: Option<Arc<VerifiedSpec>>,

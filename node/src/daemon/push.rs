@@ -1,0 +1,163 @@
+//! A submitter's tree on its way to the job's keeper.
+//!
+//! The keeper asks for what it lacks, first of the manifest, then of all that it names; so
+//! a tree of any number of blobs fits, and a push that was cut goes on where it stopped.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use anyhow::{Context as _, bail};
+use p2pit_protocol::{BlobId, PeerId};
+
+use super::{
+    Shared,
+    serve::{Gate, MANIFEST_BYTES_MAX, Request},
+};
+use crate::transfer::{
+    exchange::{self, Ask, Source, Wanted},
+    frame,
+    store::{self, BlobStore},
+    tree::Tree,
+};
+
+/// How far a push is.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Pushed {
+    pub(crate) blobs: u64,
+    pub(crate) bytes: u64,
+    pub(crate) bytes_done: u64,
+    /// Blobs the keeper had already.
+    pub(crate) there: u64,
+}
+
+/// Takes in a tree that a submitter's node brings, and says so once all of it is durable.
+pub(super) async fn take(
+    shared: &Arc<Shared>,
+    from: PeerId,
+    root: BlobId,
+    manifest_bytes: u64,
+    send: &mut quinn::SendStream,
+    receive: &mut quinn::RecvStream,
+) -> anyhow::Result<()> {
+    if manifest_bytes > MANIFEST_BYTES_MAX {
+        bail!(
+            "its list of files has {manifest_bytes} bytes; at most {MANIFEST_BYTES_MAX} are taken"
+        );
+    }
+    take_blobs(shared, from, vec![(root, manifest_bytes)], send, receive).await?;
+    let store = shared.store.clone();
+    let blobs = tokio::task::spawn_blocking(move || blobs_of(&store, root)).await??;
+    take_blobs(shared, from, blobs, send, receive).await?;
+    shared.keep_tree(root).await?;
+    frame::write_message(send, &Gate::Open).await?;
+    Ok(())
+}
+
+async fn take_blobs(
+    shared: &Arc<Shared>,
+    from: PeerId,
+    blobs: Vec<(BlobId, u64)>,
+    send: &mut quinn::SendStream,
+    receive: &mut quinn::RecvStream,
+) -> anyhow::Result<()> {
+    let store = shared.store.clone();
+    let wanted = tokio::task::spawn_blocking(move || lacking(&store, &blobs)).await??;
+    let asks: Vec<Ask> = wanted.iter().map(|wanted| wanted.ask.clone()).collect();
+    frame::write_message(send, &Gate::Open).await?;
+    exchange::write_asks(send, &asks).await?;
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let pace = &shared.bandwidth.download;
+    let received =
+        exchange::receive_blobs(&shared.store, &wanted, from, receive, pace, |_| {}).await?;
+    match received.absent.first() {
+        None => Ok(()),
+        Some(absent) => bail!("blob {absent} was offered and cannot be read by {from}"),
+    }
+}
+
+fn lacking(store: &BlobStore, blobs: &[(BlobId, u64)]) -> Result<Vec<Wanted>, store::Error> {
+    let lacking = blobs.iter().map(|(id, size)| Wanted::missing(store, *id, *size));
+    lacking.filter_map(Result::transpose).collect()
+}
+
+/// The blobs that the manifest `root`, which is in the store, names, and their sizes.
+pub(super) fn blobs_of(store: &BlobStore, root: BlobId) -> anyhow::Result<Vec<(BlobId, u64)>> {
+    let manifest = store.read(&root, usize::try_from(MANIFEST_BYTES_MAX)?)?;
+    let tree = Tree::decode(&manifest).with_context(|| format!("tree {root} is not in order"))?;
+    Ok(tree.blobs().into_iter().collect())
+}
+
+impl Shared {
+    /// Makes a tree whose blobs are here durable, and tells the peer that it is.
+    pub(crate) async fn keep_tree(self: &Arc<Self>, root: BlobId) -> anyhow::Result<()> {
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || {
+            let mut ids: Vec<BlobId> =
+                blobs_of(&store, root)?.into_iter().map(|(id, _)| id).collect();
+            if let Some(missing) = ids.iter().find(|id| !store.has(id)) {
+                bail!("blob {missing} of tree {root} is missing");
+            }
+            ids.push(root);
+            store.persist(&ids)?;
+            Ok(())
+        })
+        .await??;
+        self.act(move |peer, _| peer.tree_stored(root)).await?;
+        Ok(())
+    }
+
+    /// Brings a tree that is here to the keeper of a job. What it lacked, and what it had.
+    pub(crate) async fn push_tree(
+        self: &Arc<Self>,
+        to: PeerId,
+        root: BlobId,
+        mut progress: impl FnMut(Pushed) + Send,
+    ) -> anyhow::Result<Pushed> {
+        let store = self.store.clone();
+        let (manifest_bytes, blobs) = tokio::task::spawn_blocking(move || {
+            anyhow::Ok((store.size(&root)?, blobs_of(&store, root)?))
+        })
+        .await??;
+        let (mut send, mut receive) =
+            self.open_bulk(to, &Request::Push { root, manifest_bytes }).await?;
+        let mut pushed = Pushed::default();
+        for blobs in [vec![(root, manifest_bytes)], blobs] {
+            open_gate(&mut receive).await?;
+            let asks = exchange::read_asks(&mut receive, blobs.len()).await?;
+            let sizes: BTreeMap<BlobId, u64> = blobs.into_iter().collect();
+            pushed.blobs += asks.len() as u64;
+            pushed.there += (sizes.len() - asks.len()) as u64;
+            for ask in &asks {
+                let size = sizes.get(&ask.id).with_context(|| {
+                    format!("node {to} asks for blob {}, which is not of this tree", ask.id)
+                })?;
+                pushed.bytes += ask.bytes_of(*size);
+            }
+            if asks.is_empty() {
+                continue;
+            }
+            let source: Arc<dyn Source> = Arc::new(self.store.clone());
+            let pace = &self.bandwidth.upload;
+            let sent = exchange::send_blobs(source, asks, &mut send, pace, |bytes| {
+                pushed.bytes_done += bytes;
+                progress(pushed);
+            });
+            if let Err(reason) = sent.await {
+                // Where the keeper stopped reading, it says why.
+                open_gate(&mut receive).await?;
+                return Err(reason.into());
+            }
+        }
+        send.finish()?;
+        open_gate(&mut receive).await?;
+        Ok(pushed)
+    }
+}
+
+async fn open_gate(receive: &mut quinn::RecvStream) -> anyhow::Result<()> {
+    match frame::read_message(receive, usize::MAX).await? {
+        Gate::Open => Ok(()),
+        Gate::Denied(reason) => bail!("it was not taken: {reason}"),
+    }
+}
