@@ -21,6 +21,7 @@ pub mod tree;
 pub mod verified;
 
 mod beneath;
+mod tls;
 mod workers;
 
 pub use endpoint::{Connection, Endpoint};

@@ -29,7 +29,7 @@ use quinn::{
     ClientConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig,
     VarInt,
     crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig},
-    rustls::{NoKeyLog, client::Resumption, pki_types::CertificateDer},
+    rustls::pki_types::CertificateDer,
 };
 use rustix::net::sockopt::{
     set_socket_recv_buffer_size, set_socket_recv_buffer_size_force, set_socket_send_buffer_size,
@@ -40,6 +40,8 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::{Instant, sleep_until, timeout},
 };
+
+use super::tls;
 
 /// Where a newcomer, or a member with an old roster, speaks first.
 pub const DOOR: Protocol =
@@ -675,12 +677,8 @@ fn server_config(
     protocols: &[Protocol],
     transport: Arc<TransportConfig>,
 ) -> Result<ServerConfig, BindError> {
-    let mut tls = libp2p_tls::make_server_config(identity).map_err(tls_error)?;
+    let mut tls = tls::server(identity).map_err(tls_error)?;
     tls.alpn_protocols = protocols.iter().map(|protocol| protocol.alpn.to_vec()).collect();
-    tls.key_log = Arc::new(NoKeyLog {});
-    // A resumed session would skip the proof of identity.
-    tls.send_tls13_tickets = 0;
-    tls.max_early_data_size = 0;
     let mut config =
         ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls).map_err(tls_error)?));
     config.transport_config(transport).max_incoming(HANDSHAKES_MAX);
@@ -692,10 +690,7 @@ fn client_configs(
     protocols: &[Protocol],
     transport: &Arc<TransportConfig>,
 ) -> Result<Vec<(Protocol, ClientConfig)>, BindError> {
-    let mut tls = libp2p_tls::make_client_config(identity, None).map_err(tls_error)?;
-    tls.key_log = Arc::new(NoKeyLog {});
-    tls.resumption = Resumption::disabled();
-    tls.enable_early_data = false;
+    let tls = tls::client(identity).map_err(tls_error)?;
     let for_protocol = |protocol: &Protocol| {
         let mut tls = tls.clone();
         tls.alpn_protocols = vec![protocol.alpn.to_vec()];
