@@ -110,9 +110,11 @@ impl Client {
     ) -> anyhow::Result<T> {
         let (mut writer, reader) = tokio::io::duplex(PIPE_BYTES);
         let asks = ids.into_iter().map(Ask::whole).collect();
-        let pace = Pace::unlimited();
-        let sending =
-            async { exchange::send_blobs(source, asks, &mut writer, &pace, on_bytes).await };
+        // The writer goes with it: its end is the body's.
+        let sending = async move {
+            let pace = Pace::unlimited();
+            exchange::send_blobs(source, asks, &mut writer, &pace, on_bytes).await
+        };
         let posting = self.exchange(Method::POST, path, piped(reader));
         match tokio::join!(sending, posting) {
             // Where the daemon stopped reading, it says why.

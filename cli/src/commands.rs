@@ -79,7 +79,7 @@ fn runtime(is_daemon: bool) -> anyhow::Result<Runtime> {
 async fn until_interrupted(cli: Cli, out: &Output) -> anyhow::Result<Status> {
     let minds_signals = matches!(
         cli.command,
-        Command::Join(_) | Command::Daemon(_) | Command::Run(_) | Command::Demo(_)
+        Command::Join(_) | Command::Daemon(_) | Command::Run(_) | Command::Cp(_) | Command::Demo(_)
     );
     if minds_signals {
         return dispatch(cli, out).await;

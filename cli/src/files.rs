@@ -27,6 +27,10 @@ use crate::{
     view::{File, FileKind},
 };
 
+/// Failures of a node until another is asked, or none: it says only when it is asked again
+/// that what it was sending has gone bad.
+const FAILURES_MAX: u32 = 2;
+
 pub(crate) const KEEP: &str = "keep";
 pub(crate) const ARTIFACTS: &str = "artifacts";
 
@@ -79,6 +83,10 @@ impl Left {
         Ok(Self { pool, job: view.job, tree, holders, silent })
     }
 
+    pub(crate) fn job(&self) -> JobId {
+        self.job
+    }
+
     /// What is at `path`, or everything.
     pub(crate) fn at(&self, path: Option<&TreePath>) -> anyhow::Result<Tree> {
         let Some(path) = path else { return Ok(self.tree.clone()) };
@@ -114,7 +122,7 @@ impl Left {
         progress: &Progress,
     ) -> anyhow::Result<()> {
         let blobs: Vec<(BlobId, u64)> = tree.blobs().into_iter().collect();
-        let mut failed: BTreeMap<PeerId, anyhow::Error> = BTreeMap::new();
+        let mut failed: BTreeMap<PeerId, (u32, anyhow::Error)> = BTreeMap::new();
         loop {
             let missing = lacking(store, &blobs).await?;
             let left: u64 = missing.iter().map(Wanted::bytes).sum();
@@ -126,20 +134,27 @@ impl Left {
             for wanted in missing {
                 let id = wanted.ask.id;
                 let holders = self.holders.get(&id).map(Vec::as_slice).unwrap_or_default();
-                match holders.iter().find(|node| !failed.contains_key(*node)) {
+                let failures =
+                    |node: &PeerId| failed.get(node).map_or(0, |(failures, _)| *failures);
+                match holders.iter().find(|node| failures(node) < FAILURES_MAX) {
                     Some(node) => asked.entry(*node).or_default().push(wanted),
                     None => {
-                        let reason = holders.iter().find_map(|node| failed.remove(node));
-                        return Err(reason.unwrap_or_else(|| {
-                            Problem::broken(format!("nobody has blob {id}")).into()
-                        }));
+                        let failure = holders.iter().find_map(|it| Some((*it, failed.remove(it)?)));
+                        return Err(match failure {
+                            Some((node, (_, reason))) => {
+                                let names = Names::load(&session.client).await?;
+                                reason.context(format!("node {}", names.node(node)))
+                            }
+                            None => Problem::broken(format!("nobody has blob {id}")).into(),
+                        });
                     }
                 }
             }
             for (node, wanted) in asked {
                 if let Err(reason) = self.fetch_from(session, node, &wanted, store, progress).await
                 {
-                    failed.insert(node, reason);
+                    let failures = failed.get(&node).map_or(0, |(failures, _)| *failures);
+                    failed.insert(node, (failures + 1, reason));
                 }
             }
         }
@@ -168,10 +183,7 @@ impl Left {
         }
         match received?.absent.first() {
             None => Ok(()),
-            Some(blob) => {
-                let message = format!("node {node} does not have blob {blob} any more");
-                Err(Problem::broken(message).into())
-            }
+            Some(blob) => Err(Problem::broken(format!("blob {blob} is not there any more")).into()),
         }
     }
 

@@ -487,6 +487,16 @@ impl Shared {
         Names { username }
     }
 
+    /// What people call the pool's nodes.
+    pub(crate) async fn node_names(&self) -> BTreeMap<PeerId, String> {
+        let names = self.act(|peer, _| {
+            let nodes = peer.roster().state().nodes.iter();
+            nodes.map(|(node, it)| (*node, it.name.to_string())).collect()
+        });
+        // Where the daemon ends, ids will do.
+        names.await.unwrap_or_default()
+    }
+
     /// Copies of the machine-wide locks of these GPUs, for a process to hold.
     pub(crate) fn locks_of(&self, gpus: &[GpuUuid]) -> std::io::Result<Vec<OwnedFd>> {
         use std::os::fd::AsFd as _;

@@ -12,3 +12,4 @@ mod requests;
 mod scripts;
 mod stopping;
 mod survival;
+mod transfers;

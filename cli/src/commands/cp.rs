@@ -1,7 +1,9 @@
 //! `p2pit cp`: files of a job to this machine.
 
 use std::{
+    cell::Cell,
     fs, io,
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
 };
 
@@ -10,22 +12,30 @@ use p2pit_node::transfer::{
     BlobStore, MaterializeOptions, Tree, TreePath,
     materialize::{Existing, materialize},
     tree::{Entry, Kind},
+    verified,
 };
+use p2pit_protocol::BlobId;
 
-use super::ls;
+use super::{Interrupts, ls};
 use crate::{
-    args::Globals, files::parse_path, output::Output, problem::Problem, session::Session,
+    args::Globals,
+    files::{Left, parse_path},
+    output::Output,
+    problem::Problem,
+    session::Session,
     status::Status,
 };
 
 /// Copy a file or directory of a job to this machine
 ///
-/// What is there already is never overwritten without --force. Content is verified.
+/// What is there already is never overwritten without --force. Content is verified. A copy
+/// that was interrupted goes on where it stopped when the same command is given again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     p2pit cp @last artifacts results       a directory, as results/\n  \
     p2pit cp k3qz keep/model.pt            a file, into this directory\n  \
-    p2pit cp k3qz keep/log.txt - | less    a file, to standard output")]
+    p2pit cp k3qz keep/log.txt - | less    a file, to standard output\n  \
+    p2pit cp -c @last keep keep            what an earlier copy did not bring")]
 pub(crate) struct Args {
     /// A unique prefix of its id, or `@last` for your newest job
     #[arg(value_name = "JOB")]
@@ -38,46 +48,114 @@ pub(crate) struct Args {
     /// Overwrite files that are there
     #[arg(long, short)]
     force: bool,
+    /// Leave files that are there with the job's content, and copy the others
+    #[arg(long = "continue", short)]
+    continues: bool,
 }
 
 pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
+    let mut interrupts = Interrupts::new()?;
+    let begun = Cell::new(false);
+    tokio::select! {
+        copied = copy(globals, out, args, &begun) => copied,
+        status = interrupts.next() => {
+            if begun.get() {
+                out.note("interrupted: the same command goes on where it stopped");
+            }
+            Ok(status)
+        }
+    }
+}
+
+async fn copy(
+    globals: &Globals,
+    out: &Output,
+    args: Args,
+    begun: &Cell<bool>,
+) -> anyhow::Result<Status> {
     let path = parse_path(&args.path)?;
     let session = Session::open(globals, out).await?;
     let (_, left) = ls::gather(&session, out, &args.job).await?;
     let is_single = path.as_ref().is_some_and(|path| left.tree.get(path).is_some_and(is_leaf));
     let tree = left.at(path.as_ref())?;
-    let to_stdout = args.dest == Path::new("-");
-    let target = if to_stdout {
-        None
-    } else {
-        let target = Target::choose(path.as_ref(), is_single, &args.dest);
-        if !args.force {
-            target.refuse_existing(&tree)?;
-        }
-        Some(target)
-    };
-    // Beside the destination, so that the disk there is the one that must have room.
-    let beside = target.as_ref().map_or_else(std::env::temp_dir, Target::existing_parent);
-    let stage = tempfile::Builder::new()
-        .prefix(".p2pit-cp-")
-        .tempdir_in(&beside)
-        .with_context(|| format!("cannot write into {}", beside.display()))?;
-    let store = BlobStore::open(&stage.path().join("blobs"))?;
-    let progress = out.progress("copying", tree.total_bytes());
-    left.fetch(&session, &tree, &store, &progress).await?;
-    progress.finish();
-    match target {
-        Some(target) => {
-            tokio::task::spawn_blocking(move || {
-                let result = target.write(&store, &tree, args.force);
-                drop(stage);
-                result
-            })
-            .await??;
-        }
-        None => write_to_stdout(out, &store, &tree, is_single)?,
+    if args.dest == Path::new("-") {
+        let stage = tempfile::Builder::new().prefix("p2pit-cp-").tempdir()?;
+        let store = BlobStore::open(&stage.path().join("blobs"))?;
+        let progress = out.progress("copying", tree.total_bytes());
+        left.fetch(&session, &tree, &store, &progress).await?;
+        progress.finish();
+        write_to_stdout(out, &store, &tree, is_single)?;
+        return Ok(Status::DONE);
     }
+    let target = Target::choose(path.as_ref(), is_single, &args.dest);
+    let tree = match (args.force, args.continues) {
+        (_, true) => {
+            let (target, force) = (target.clone(), args.force);
+            tokio::task::spawn_blocking(move || target.without_what_is_there(&tree, force))
+                .await??
+        }
+        (false, false) => {
+            target.refuse_existing(&tree)?;
+            tree
+        }
+        (true, false) => tree,
+    };
+    let stage = Stage::open(&target, &left, &args.path)?;
+    let progress = out.progress("copying", tree.total_bytes());
+    begun.set(true);
+    if let Err(reason) = left.fetch(&session, &tree, &stage.store, &progress).await {
+        stage.leave()?;
+        let message = format!("not everything came: {reason:#}");
+        return Err(Problem::broken(message)
+            .hint("the same command goes on where it stopped")
+            .into());
+    }
+    progress.finish();
+    tokio::task::spawn_blocking(move || {
+        target.write(&stage.store, &tree, args.force)?;
+        stage.remove()
+    })
+    .await??;
     Ok(Status::DONE)
+}
+
+/// Where content gathers before it gets its names: beside the destination, so that the
+/// disk there is the one that must have room, and under a name that the same command
+/// finds again.
+struct Stage {
+    dir: PathBuf,
+    store: BlobStore,
+    _lock: fs::File,
+}
+
+impl Stage {
+    fn open(target: &Target, left: &Left, path: &str) -> anyhow::Result<Self> {
+        let beside = target.existing_parent();
+        let absolute = std::path::absolute(&target.dir)?;
+        let to = target.name.as_ref().map_or_else(|| absolute.clone(), |it| absolute.join(it));
+        let copy = [&left.job().0[..], path.as_bytes(), b"\0", to.as_os_str().as_bytes()].concat();
+        let name: String = BlobId::of(&copy).to_string().chars().take(16).collect();
+        let dir = beside.join(format!(".p2pit-cp-{name}"));
+        let cannot = || format!("cannot write into {}", beside.display());
+        fs::create_dir_all(&dir).with_context(cannot)?;
+        let lock = fs::File::create(dir.join("lock")).with_context(cannot)?;
+        if let Err(fs::TryLockError::WouldBlock) = lock.try_lock() {
+            let message = format!("another command is copying this to `{}`", absolute.display());
+            return Err(Problem::request(message).hint("wait for it, or end it").into());
+        }
+        let store = BlobStore::open(&dir.join("blobs"))?;
+        Ok(Self { dir, store, _lock: lock })
+    }
+
+    /// Removes it if nothing came.
+    fn leave(self) -> anyhow::Result<()> {
+        if self.store.is_empty()? { self.remove() } else { Ok(()) }
+    }
+
+    fn remove(self) -> anyhow::Result<()> {
+        let dir = self.dir;
+        fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))
+    }
 }
 
 fn is_leaf(entry: &Entry) -> bool {
@@ -85,7 +163,7 @@ fn is_leaf(entry: &Entry) -> bool {
 }
 
 /// Where something goes: a directory, and for a single file its name in it.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Target {
     dir: PathBuf,
     name: Option<PathBuf>,
@@ -118,15 +196,33 @@ impl Target {
     /// Looks before anything is brought; what appears meanwhile is not overwritten either.
     fn refuse_existing(&self, tree: &Tree) -> anyhow::Result<()> {
         for entry in tree.entries().iter().filter(|entry| is_leaf(entry)) {
-            let path = match &self.name {
-                Some(name) => self.dir.join(name),
-                None => self.dir.join(entry.path.as_path()),
-            };
+            let path = self.path_of(entry);
             if path.symlink_metadata().is_ok() {
                 return Err(exists(&path));
             }
         }
         Ok(())
+    }
+
+    fn path_of(&self, entry: &Entry) -> PathBuf {
+        match &self.name {
+            Some(name) => self.dir.join(name),
+            None => self.dir.join(entry.path.as_path()),
+        }
+    }
+
+    /// What an earlier copy has not brought. Other content is only overwritten by force.
+    fn without_what_is_there(&self, tree: &Tree, force: bool) -> anyhow::Result<Tree> {
+        let mut left = Vec::new();
+        for entry in tree.entries() {
+            let path = self.path_of(entry);
+            match is_there(&path, &entry.kind)? {
+                Some(true) => {}
+                Some(false) if !force => return Err(exists(&path)),
+                Some(false) | None => left.push(entry.clone()),
+            }
+        }
+        Ok(Tree::new(left)?)
     }
 
     fn existing_parent(&self) -> PathBuf {
@@ -146,7 +242,7 @@ impl Target {
             _ => tree,
         };
         let existing = if force { Existing::Replace } else { Existing::Keep };
-        let options = MaterializeOptions { existing, owner: None };
+        let options = MaterializeOptions { existing, owner: None, consume: true };
         match materialize(store, tree, &self.dir, &options) {
             Err(p2pit_node::transfer::materialize::Error::Exists(path)) => Err(exists(&path)),
             result => Ok(result?),
@@ -154,9 +250,36 @@ impl Target {
     }
 }
 
+/// Whether what is at `path` is `kind`, if there is something.
+fn is_there(path: &Path, kind: &Kind) -> anyhow::Result<Option<bool>> {
+    let state = match path.symlink_metadata() {
+        Ok(state) => state,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e).with_context(|| format!("cannot look at {}", path.display())),
+    };
+    let cannot_read = || format!("cannot read {}", path.display());
+    Ok(Some(match kind {
+        Kind::Dir => state.is_dir(),
+        Kind::Symlink { target } => {
+            state.is_symlink()
+                && fs::read_link(path).with_context(cannot_read)?.as_os_str().as_bytes()
+                    == target.as_bytes()
+        }
+        Kind::File { blob, size, .. } => {
+            state.is_file() && state.len() == *size && {
+                let file = fs::File::open(path).with_context(cannot_read)?;
+                verified::hash(file, *size).with_context(cannot_read)?.0 == *blob
+            }
+        }
+    }))
+}
+
 fn exists(path: &Path) -> anyhow::Error {
     Problem::request(format!("`{}` is there already", path.display()))
-        .hint("`--force` overwrites files; another name leaves them")
+        .hint(
+            "`--force` overwrites files, `--continue` leaves those that are the job's; another \
+             name leaves them all",
+        )
         .into()
 }
 
@@ -199,9 +322,8 @@ pub(super) fn refuse_existing_file(path: &Path, force: bool) -> anyhow::Result<(
 
 #[cfg(test)]
 mod tests {
-    use p2pit_protocol::BlobId;
-
     use super::*;
+    use p2pit_node::transfer::tree::LinkTarget;
 
     fn path(text: &str) -> TreePath {
         TreePath::from_bytes(text).unwrap()
@@ -244,7 +366,32 @@ mod tests {
         assert_eq!(fs::read(dest.join("b")).unwrap(), b"new");
         let beside = target(&dest, None);
         beside.refuse_existing(&tree).unwrap();
+        store.put_bytes(b"new").unwrap();
         beside.write(&store, &tree, false).unwrap();
         assert_eq!(fs::read(dest.join("a")).unwrap(), b"new");
+    }
+
+    #[test]
+    fn going_on_brings_what_is_not_there_and_spares_what_is_somebody_elses() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, content: &[u8]| {
+            let (blob, size) = (BlobId::of(content), content.len() as u64);
+            Entry { path: path(name), kind: Kind::File { blob, size, executable: false } }
+        };
+        let link = Kind::Symlink { target: LinkTarget::from_bytes("there").unwrap() };
+        let link = Entry { path: path("link"), kind: link };
+        let entries = vec![file("same", b"same"), file("sub/new", b"new"), file("x", b"12"), link];
+        let tree = Tree::new(entries).unwrap();
+        fs::write(dir.path().join("same"), "same").unwrap();
+        std::os::unix::fs::symlink("there", dir.path().join("link")).unwrap();
+        let target = target(dir.path(), None);
+        let left = |force| -> anyhow::Result<Vec<String>> {
+            let left = target.without_what_is_there(&tree, force)?;
+            Ok(left.entries().iter().map(|entry| entry.path.to_string()).collect())
+        };
+        assert_eq!(left(false).unwrap(), ["sub/new", "x"]);
+        fs::write(dir.path().join("x"), "21").unwrap();
+        assert!(left(false).unwrap_err().to_string().contains("x` is there already"));
+        assert_eq!(left(true).unwrap(), ["sub/new", "x"]);
     }
 }

@@ -61,9 +61,9 @@ pub(crate) enum Blobs {
 /// Why not everything is here.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FetchError {
-    /// `from` says of each source why not from there.
+    /// `from` says of each source, by its name, why not from there.
     #[error("blob {blob} cannot be had: {}", list(.from))]
-    Nowhere { blob: BlobId, from: Vec<(PeerId, String)> },
+    Nowhere { blob: BlobId, from: Vec<(String, String)> },
     /// Disk or store.
     #[error("cannot keep what was fetched")]
     Here(#[source] anyhow::Error),
@@ -71,12 +71,12 @@ pub(crate) enum FetchError {
     Unwanted,
 }
 
-fn list(from: &[(PeerId, String)]) -> String {
+fn list(from: &[(String, String)]) -> String {
     match from {
         [] => "no node that may have it can be reached".to_owned(),
         _ => from
             .iter()
-            .map(|(peer, why)| format!("node {peer}: {why}"))
+            .map(|(node, why)| format!("node {node}: {why}"))
             .collect::<Vec<_>>()
             .join("; "),
     }
@@ -111,7 +111,13 @@ pub(crate) async fn fetch<W: Future<Output = bool> + Send>(
         (0..PIECES_IN_FLIGHT).map(|_| run.work(*source, on_bytes.clone(), &is_wanted))
     });
     futures::future::try_join_all(workers).await?;
-    run.plan().outcome()?;
+    let outcome = run.plan().outcome();
+    if let Err(Left { blob, from }) = outcome {
+        let names = shared.node_names().await;
+        let name = |peer: &PeerId| names.get(peer).cloned().unwrap_or_else(|| peer.to_string());
+        let from = from.into_iter().map(|(peer, why)| (name(&peer), why)).collect();
+        return Err(FetchError::Nowhere { blob, from });
+    }
     let total = run.total.into_inner().unwrap_or_else(PoisonError::into_inner);
     Ok((total.blobs, total.bytes))
 }
@@ -260,6 +266,13 @@ enum Next {
     Done,
 }
 
+/// A blob that nobody gave, and why each did not.
+#[derive(Debug)]
+struct Left {
+    blob: BlobId,
+    from: Vec<(PeerId, String)>,
+}
+
 /// Who is asked for what.
 #[derive(Debug, Default)]
 struct Plan {
@@ -355,14 +368,14 @@ impl Plan {
     }
 
     /// Whether everything arrived, once nobody is asked any more.
-    fn outcome(&self) -> Result<(), FetchError> {
+    fn outcome(&self) -> Result<(), Left> {
         let Some(wanted) = self.waiting.iter().flatten().next() else { return Ok(()) };
         let why = |source: &Source| match &source.why {
             Some(why) if source.given_up => why.clone(),
             _ => "does not have it".to_owned(),
         };
         let from = self.sources.iter().map(|(peer, source)| (*peer, why(source))).collect();
-        Err(FetchError::Nowhere { blob: wanted.ask.id, from })
+        Err(Left { blob: wanted.ask.id, from })
     }
 }
 
@@ -421,10 +434,10 @@ mod tests {
         assert!(matches!(plan.next(peer(1)), Next::Wait));
         plan.delivered(peer(2), second, &[wanted[1].ask.id]);
         assert!(matches!(plan.next(peer(2)), Next::Done));
-        let error = plan.outcome().unwrap_err();
-        assert!(matches!(&error, FetchError::Nowhere { blob, from }
-            if *blob == wanted[1].ask.id && from.len() == 2));
-        assert!(error.to_string().contains("does not have it"), "{error}");
+        let left = plan.outcome().unwrap_err();
+        assert_eq!(left.blob, wanted[1].ask.id);
+        let whys: Vec<&str> = left.from.iter().map(|(_, why)| why.as_str()).collect();
+        assert_eq!(whys, ["does not have it"; 2]);
     }
 
     #[test]
@@ -451,7 +464,9 @@ mod tests {
     fn nobody_to_ask_is_said() {
         let mut plan = Plan::new(vec![blob(1, 1)], &[]);
         assert!(matches!(plan.next(peer(1)), Next::Done));
-        let error = plan.outcome().unwrap_err().to_string();
+        let Left { blob, from } = plan.outcome().unwrap_err();
+        assert!(from.is_empty());
+        let error = FetchError::Nowhere { blob, from: Vec::new() }.to_string();
         assert!(error.contains("no node that may have it"), "{error}");
     }
 }

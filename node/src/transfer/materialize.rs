@@ -1,6 +1,7 @@
 //! Writing a tree to a disk.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, Write},
     os::fd::{AsFd, BorrowedFd},
@@ -9,9 +10,12 @@ use std::{
 };
 
 use p2pit_protocol::BlobId;
-use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, fchmod, fchown, ioctl_ficlone, openat,
-    renameat, symlinkat, unlinkat,
+use rustix::{
+    fs::{
+        AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Uid, chownat, fchmod, fchown,
+        ioctl_ficlone, openat, renameat, renameat_with, symlinkat, unlinkat,
+    },
+    io::Errno,
 };
 use thiserror::Error;
 
@@ -27,6 +31,9 @@ pub struct MaterializeOptions {
     pub existing: Existing,
     /// The user and group to own everything written; absent, whoever runs this.
     pub owner: Option<(u32, u32)>,
+    /// Whether the store is given up for it: a blob that one file needs becomes that file,
+    /// where the file system is the same. Its content was verified when it arrived.
+    pub consume: bool,
 }
 
 /// What may be at the destination already.
@@ -80,8 +87,18 @@ pub fn materialize(
         std::os::unix::fs::lchown(dest, Some(uid), Some(gid)).map_err(io)?;
     }
     let entries = tree.entries();
+    let mut uses = BTreeMap::<BlobId, u32>::new();
+    if options.consume {
+        for entry in entries {
+            if let Kind::File { blob, .. } = entry.kind {
+                *uses.entry(blob).or_default() += 1;
+            }
+        }
+    }
+    let single: BTreeSet<BlobId> =
+        uses.into_iter().filter(|(_, uses)| *uses == 1).map(|(blob, _)| blob).collect();
     workers::in_parts(entries.len(), tree.total_bytes(), |part| {
-        let mut writer = Writer::new(store, dest, options).map_err(io)?;
+        let mut writer = Writer::new(store, dest, options, &single).map_err(io)?;
         entries[part].iter().try_for_each(|entry| writer.write(entry))
     })?;
     Ok(())
@@ -91,6 +108,8 @@ struct Writer<'a> {
     store: &'a BlobStore,
     dest: &'a Path,
     options: &'a MaterializeOptions,
+    /// Blobs that may be moved out of the store.
+    movable: &'a BTreeSet<BlobId>,
     descent: Descent,
     buffer: Vec<u8>,
 }
@@ -100,9 +119,10 @@ impl<'a> Writer<'a> {
         store: &'a BlobStore,
         dest: &'a Path,
         options: &'a MaterializeOptions,
+        movable: &'a BTreeSet<BlobId>,
     ) -> io::Result<Self> {
         let descent = Descent::new(dest)?;
-        Ok(Self { store, dest, options, descent, buffer: Vec::new() })
+        Ok(Self { store, dest, options, movable, descent, buffer: Vec::new() })
     }
 
     fn write(&mut self, entry: &Entry) -> Result<(), Error> {
@@ -126,7 +146,11 @@ impl<'a> Writer<'a> {
             Kind::File { blob, size, executable } => {
                 self.buffer.resize(BUFFER_BYTES, 0);
                 let file = FileSpec { blob: *blob, size: *size, executable: *executable };
+                let is_movable = self.movable.contains(blob);
                 place.put(|name| {
+                    if is_movable && file.move_to(self.store, &place, name)? {
+                        return Ok(Ok(()));
+                    }
                     let target = create(dir, name)?;
                     if let Err(error) = file.fill(self.store, target, &place, &mut self.buffer) {
                         unlinkat(dir, name, AtFlags::empty())?;
@@ -187,6 +211,33 @@ struct FileSpec {
 }
 
 impl FileSpec {
+    /// Makes the blob's own file the file, if it has the size and the file system allows.
+    fn move_to(&self, store: &BlobStore, place: &Place<'_>, name: &[u8]) -> io::Result<bool> {
+        let path = store.path_of(&self.blob);
+        let Ok(file) = store.open_blob(&self.blob) else { return Ok(false) };
+        if file.metadata()?.len() != self.size {
+            return Ok(false);
+        }
+        match renameat_with(CWD, &path, place.dir, name, RenameFlags::NOREPLACE) {
+            Ok(()) => {}
+            // Another file system, or one without this kind of renaming.
+            Err(Errno::XDEV | Errno::INVAL) => return Ok(false),
+            Err(errno) => return Err(errno.into()),
+        }
+        self.dress(&file, place)?;
+        Ok(true)
+    }
+
+    /// Mode and owner.
+    fn dress(&self, file: &File, place: &Place<'_>) -> io::Result<()> {
+        let mode = if self.executable { 0o755 } else { 0o644 };
+        fchmod(file, Mode::from_raw_mode(mode))?;
+        if let Some((uid, gid)) = owner(place.options) {
+            fchown(file, Some(uid), Some(gid))?;
+        }
+        Ok(())
+    }
+
     /// Copies the blob into `target`, hashing what arrives there.
     fn fill(
         &self,
@@ -224,12 +275,7 @@ impl FileSpec {
             let (blob, expected) = (self.blob, self.size);
             return Err(Error::Size { path: place.path.to_owned(), blob, expected, found });
         }
-        let mode = if self.executable { 0o755 } else { 0o644 };
-        fchmod(&target, Mode::from_raw_mode(mode)).map_err(|errno| io(errno.into()))?;
-        if let Some((uid, gid)) = owner(place.options) {
-            fchown(&target, Some(uid), Some(gid)).map_err(|errno| io(errno.into()))?;
-        }
-        Ok(())
+        self.dress(&target, place).map_err(io)
     }
 }
 
@@ -303,6 +349,42 @@ mod tests {
         for entry in tree.entries() {
             assert_eq!(fs::read(fixture.dest.join(entry.path.as_path())).unwrap().len(), 1);
         }
+    }
+
+    #[test]
+    fn a_store_that_is_given_up_gives_its_files() {
+        let fixture = Fixture::new();
+        let tree = Tree::new(vec![
+            fixture.file("dir/once", b"once", true),
+            fixture.file("twice", b"twice", false),
+            fixture.file("again", b"twice", false),
+            fixture.file("there", b"new", false),
+        ])
+        .unwrap();
+        fs::create_dir(&fixture.dest).unwrap();
+        fs::write(fixture.dest.join("there"), "old").unwrap();
+        let options = MaterializeOptions { consume: true, ..MaterializeOptions::default() };
+        let keep = MaterializeOptions { existing: Existing::Keep, ..options };
+        let error = materialize(&fixture.store, &tree, &fixture.dest, &keep).unwrap_err();
+        assert!(matches!(error, Error::Exists(path) if path.ends_with("there")));
+        fs::remove_dir_all(&fixture.dest).unwrap();
+        fs::create_dir(&fixture.dest).unwrap();
+        fs::write(fixture.dest.join("there"), "old").unwrap();
+        for content in ["once", "twice", "new"] {
+            fixture.store.put_bytes(content.as_bytes()).unwrap();
+        }
+        let replace = MaterializeOptions { existing: Existing::Replace, ..options };
+        materialize(&fixture.store, &tree, &fixture.dest, &replace).unwrap();
+        for (path, content) in
+            [("dir/once", "once"), ("twice", "twice"), ("again", "twice"), ("there", "new")]
+        {
+            assert_eq!(fs::read_to_string(fixture.dest.join(path)).unwrap(), content);
+        }
+        let mode = |path| fs::metadata(fixture.dest.join(path)).unwrap().permissions().mode();
+        assert_eq!((mode("dir/once") & 0o777, mode("there") & 0o777), (0o755, 0o644));
+        assert!(
+            !fixture.store.has(&BlobId::of(b"once")) && fixture.store.has(&BlobId::of(b"twice"))
+        );
     }
 
     #[test]
@@ -390,7 +472,7 @@ mod tests {
         }
 
         fn materialize(&self, tree: &Tree, existing: Existing) -> Result<(), Error> {
-            let options = MaterializeOptions { existing, owner: None };
+            let options = MaterializeOptions { existing, ..MaterializeOptions::default() };
             materialize(&self.store, tree, &self.dest, &options)
         }
     }

@@ -100,6 +100,22 @@ impl BlobStore {
         Ok(Self { inner: Arc::new(Inner { root, partials, _tmp_lock: lock }) })
     }
 
+    /// Whether there is nothing in it, not even a part of a blob.
+    pub fn is_empty(&self) -> Result<bool, Error> {
+        let root = &self.inner.root;
+        let mut dirs = vec![root.clone()];
+        while let Some(dir) = dirs.pop() {
+            for entry in fs::read_dir(&dir).map_err(Error::io("read", &dir))? {
+                let path = entry.map_err(Error::io("read", &dir))?.path();
+                if !path.is_dir() {
+                    return Ok(false);
+                }
+                dirs.push(path);
+            }
+        }
+        Ok(true)
+    }
+
     pub fn has(&self, id: &BlobId) -> bool {
         self.path_of(id).is_file()
     }
