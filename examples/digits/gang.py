@@ -6,10 +6,11 @@ adds in the order of the ranks and gives everybody the same bits: what is comput
 alone stays the same in all processes.
 
 Nothing here waits for ever: a rank that ends, or says nothing for a while, is an error in all
-the others.
+the others. (Where one ends with an error p2pit ends the others, too.)
 """
 
 import os
+import select
 import socket
 import struct
 import time
@@ -120,51 +121,64 @@ class Gang:
             raise GangError(f"cannot listen on port {port}: {error}") from error
         with server:
             while len(self._peers) < self.size - 1:
-                server.settimeout(max(deadline - time.monotonic(), 0.001))
-                try:
-                    peer, _ = server.accept()
-                except TimeoutError as error:
-                    missing = [r for r in range(1, self.size) if r not in self._peers]
+                left = max(deadline - time.monotonic(), 0)
+                ready, _, _ = select.select([server, *self._peers.values()], [], [], left)
+                if not ready:
+                    missing = [rank for rank in range(1, self.size) if rank not in self._peers]
                     names = ", ".join(map(self._name, missing))
-                    raise GangError(f"not here within {MEET_WITHIN_S:g} s: {names}") from error
-                self._welcome(peer)
+                    raise GangError(f"not here within {MEET_WITHIN_S:g} s: {names}")
+                for rank, peer in self._peers.items():
+                    # It has nothing to say before it is welcomed.
+                    if peer in ready:
+                        raise GangError(f"{self._name(rank)} is gone before all were here")
+                if server in ready:
+                    self._admit(server.accept()[0])
+        for rank, peer in self._peers.items():
+            try:
+                peer.sendall(WELCOME)
+            except OSError as error:
+                raise GangError(f"{self._name(rank)} is gone: {error}") from error
 
-    def _welcome(self, peer):
-        """Takes in a process of this job; whoever else found the port is not answered."""
+    def _admit(self, peer):
+        """Keeps a process of this job; whoever else found the port is not answered."""
         try:
             peer.settimeout(HELLO_WITHIN_S)
             job, rank, size = HELLO.unpack(_read(peer, HELLO.size))
             is_expected = 0 < rank < self.size and rank not in self._peers
             if (job, size) != (_job(), self.size) or not is_expected:
                 raise OSError("not of this job")
-            peer.sendall(WELCOME)
         except OSError:
             peer.close()
             return
         self._keep(rank, peer)
 
     def _connect(self, deadline):
-        host, port = self._hosts.get(0, os.environ.get("MASTER_ADDR", "")), _port()
+        host, port = self._hosts[0], _port()
         while True:
-            left = deadline - time.monotonic()
+            left = max(deadline - time.monotonic(), 0.001)
             try:
-                peer = socket.create_connection((host, port), timeout=max(min(left, 10), 0.001))
-                try:
-                    # Rank 0 may have others to welcome first.
-                    peer.settimeout(HELLO_WITHIN_S * self.size)
-                    peer.sendall(HELLO.pack(_job(), self.rank, self.size))
-                    if _read(peer, len(WELCOME)) != WELCOME:
-                        raise OSError("something else answers there")
-                except OSError:
-                    peer.close()
-                    raise
+                peer = socket.create_connection((host, port), timeout=left)
+                break
             except OSError as error:
-                if left <= 0:
+                if time.monotonic() + RETRY_AFTER_S > deadline:
                     text = f"no rank 0 at {host}, port {port}, within {MEET_WITHIN_S:g} s: {error}"
                     raise GangError(text) from error
+                # It may not have come to listening yet.
                 time.sleep(RETRY_AFTER_S)
-                continue
-            return self._keep(0, peer)
+        self._keep(0, peer)
+        try:
+            peer.sendall(HELLO.pack(_job(), self.rank, self.size))
+            # Rank 0 answers once all are there.
+            peer.settimeout(left)
+            welcome = _read(peer, len(WELCOME))
+        except TimeoutError as error:
+            text = f"not all were here within {MEET_WITHIN_S:g} s: {self._name(0)} waits for them"
+            raise GangError(text) from error
+        except OSError as error:
+            raise GangError(f"{self._name(0)} is gone before all were here: {error}") from error
+        if welcome != WELCOME:
+            raise GangError(f"something else answers at {host}, port {port}")
+        peer.settimeout(ANSWER_WITHIN_S)
 
     def _keep(self, rank, peer):
         peer.settimeout(ANSWER_WITHIN_S)

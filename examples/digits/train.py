@@ -116,6 +116,10 @@ def main():
     done = int(gang.broadcast(np.array([len(metrics)]))[0])
     network.parameters[:] = gang.broadcast(network.parameters)
     velocity[:] = gang.broadcast(velocity)
+    if not is_first:
+        # The job before gave one to every process. p2pit keeps what they all leave in keep/ as
+        # one directory, where an old checkpoint beside the new one would be in conflict.
+        CHECKPOINT.unlink(missing_ok=True)
 
     here = f"rank {gang.rank} of {gang.size}: {len(images)} of {len(train_images)} images"
     say(f"{here}, from epoch {done + 1} to {EPOCHS}" if done < EPOCHS else f"{here}, trained before")
@@ -128,8 +132,9 @@ def main():
         for step in range(steps):
             mine = order[step * batch : (step + 1) * batch]
             loss, gradient = network.loss_and_gradient(images[mine], labels[mine])
-            *gradient, loss, count = gang.sum(np.array([*gradient, loss, len(mine)]))
-            velocity = MOMENTUM * velocity - LEARNING_RATE * np.array(gradient) / count
+            total = gang.sum(np.append(gradient, [loss, len(mine)]))
+            gradient, (loss, count) = total[:-2], total[-2:]
+            velocity = MOMENTUM * velocity - LEARNING_RATE * gradient / count
             network.parameters += velocity
             epoch_loss += loss
             epoch_count += count
