@@ -26,7 +26,8 @@ python=${PYTHON:-python3}
 machine=$(uname -n)
 
 command -v "$python" >/dev/null ||
-  fail "there is no $python on $machine: install it, or name one with --env PYTHON=/path/to/it"
+  fail "jobs on $machine find no $python: install it where they see it, which homes are not," \
+    "or name another with --env PYTHON=/path/to/it"
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   fail "$python on $machine cannot make virtual environments: install them there" \
     "(Debian, Ubuntu: apt install python3-venv), or name another with --env PYTHON=/path/to/it"
@@ -51,7 +52,8 @@ if [ ! -e "$venv/complete" ]; then
   if [ -d "$SHARED_DIR/wheels" ]; then
     export PIP_FIND_LINKS="${PIP_FIND_LINKS:-} $SHARED_DIR/wheels"
   fi
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
+  # What is imported is compiled then; most never is.
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --no-compile \
     --requirement "$requirements" >&2 ||
     fail "pip cannot install the packages of $requirements on $machine: it says why above"
   touch "$venv/complete"
