@@ -3,6 +3,7 @@
 mod admission;
 mod demo;
 mod environment;
+mod examples;
 mod files;
 mod gang;
 mod home;

@@ -18,5 +18,5 @@ pub use command::{Ended, Running};
 pub use node::{Node, job_dir, lines_of};
 pub use pool::Pool;
 pub use processes::{Process, end_all, mentioning, of_job};
-pub use require::has_namespaces;
+pub use require::{has_namespaces, has_torch, python_packages};
 pub use wait::{SOON, wait_until};

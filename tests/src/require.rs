@@ -1,10 +1,16 @@
 //! What a machine may lack, and whether a test may be skipped for it.
 
+use std::{env, path::PathBuf, process::Command};
+
 use crate::Node;
 
 /// Names, with commas between, what this machine has: a test that would be skipped for the
 /// want of it fails instead.
 const REQUIRE: &str = "P2PIT_TEST_REQUIRE";
+/// Names a directory of wheels: what `examples/digits/requirements.txt` asks for.
+const PYTHON_PACKAGES: &str = "P2PIT_TEST_PYTHON_PACKAGES";
+/// Where jobs look for programs.
+const PATH_OF_JOBS: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Whether jobs of this node run in namespaces of their own; says so where they do not.
 ///
@@ -16,8 +22,38 @@ pub fn has_namespaces(node: &Node) -> bool {
     isolation == "namespaces" || skip("namespaces", &isolation)
 }
 
+/// The directory with the Python packages that the examples need; says so where none is
+/// named. No test fetches them by itself.
+///
+/// # Panics
+/// Where none is named although `P2PIT_TEST_REQUIRE` names `python-packages`.
+#[must_use]
+pub fn python_packages() -> Option<PathBuf> {
+    let dir = env::var_os(PYTHON_PACKAGES).map(PathBuf::from);
+    if dir.is_none() {
+        skip("python-packages", &format!("{PYTHON_PACKAGES} is not set; `.ci/run` shows how"));
+    }
+    dir
+}
+
+/// Whether the Python that jobs find has PyTorch; says so where it has not.
+///
+/// # Panics
+/// Where it has not although `P2PIT_TEST_REQUIRE` names `torch`.
+#[must_use]
+pub fn has_torch() -> bool {
+    let mut python = Command::new("env");
+    python.args(["-i", &format!("PATH={PATH_OF_JOBS}"), "python3", "-c", "import torch"]);
+    let reason = match python.output() {
+        Ok(ended) if ended.status.success() => return true,
+        Ok(ended) => String::from_utf8_lossy(&ended.stderr).into_owned(),
+        Err(error) => error.to_string(),
+    };
+    skip("torch", reason.lines().last().unwrap_or_default())
+}
+
 fn skip(what: &str, reason: &str) -> bool {
-    let required = std::env::var(REQUIRE).unwrap_or_default();
+    let required = env::var(REQUIRE).unwrap_or_default();
     assert!(
         !required.split(',').any(|required| required == what),
         "{REQUIRE} names `{what}`, which this machine does not have: {reason}"
