@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Context as _;
 use p2pit_node::{
-    api::types::{Fetch, Files, JobFiles, Pull, PullEvent, RankFiles, path},
+    api::types::{Fetch, Files, JobFiles, Manifest, Pull, PullEvent, RankFiles, path},
     transfer::{
         BlobStore, Pace, Tree, TreePath,
         exchange::{self, ReceiveError, Wanted},
@@ -60,10 +60,14 @@ impl Left {
         });
         let answers = futures::future::join_all(asked).await;
         let mut ranks = Vec::new();
+        let mut continued = None;
         let mut silent = Vec::new();
         for (node, answer) in nodes.iter().zip(answers) {
             match answer {
-                Ok(files) => ranks.extend(files.ranks.into_iter().map(|rank| (*node, rank))),
+                Ok(files) => {
+                    ranks.extend(files.ranks.into_iter().map(|rank| (*node, rank)));
+                    continued = continued.or(files.continued);
+                }
                 Err(reason) => silent.push((*node, reason)),
             }
         }
@@ -79,7 +83,7 @@ impl Left {
             .iter()
             .map(|(node, reason)| format!("node {}: {reason:#}", names.node(*node)))
             .collect();
-        let (tree, holders) = unite(ranks)?;
+        let (tree, holders) = unite(ranks, continued)?;
         Ok(Self { pool, job: view.job, tree, holders, silent })
     }
 
@@ -267,7 +271,7 @@ fn file_of(prefix: &str, Listed { name, kind }: Listed) -> File {
 
 type United = (Tree, BTreeMap<BlobId, Vec<PeerId>>);
 
-fn unite(ranks: Vec<(PeerId, RankFiles)>) -> anyhow::Result<United> {
+fn unite(ranks: Vec<(PeerId, RankFiles)>, continued: Option<Manifest>) -> anyhow::Result<United> {
     let mut holders = BTreeMap::<BlobId, Vec<PeerId>>::new();
     let (mut keeps, mut artifacts) = (Vec::new(), Vec::new());
     for (node, RankFiles { rank, keep, artifacts: left }) in ranks {
@@ -284,14 +288,17 @@ fn unite(ranks: Vec<(PeerId, RankFiles)>) -> anyhow::Result<United> {
             trees.push((rank, tree));
         }
     }
+    let continued = continued.map(|manifest| Tree::decode(&manifest.0)).transpose();
+    let continued = continued.context("what the job continued is damaged")?.unwrap_or_default();
     let mut entries = Vec::new();
-    for (name, trees) in [(KEEP, keeps), (ARTIFACTS, artifacts)] {
+    for (name, base, trees) in [(KEEP, continued, keeps), (ARTIFACTS, Tree::default(), artifacts)] {
         if trees.is_empty() {
             continue;
         }
         let dir = TreePath::from_bytes(name)?;
         let trees: Vec<(u32, &Tree)> = trees.iter().map(|(rank, tree)| (*rank, tree)).collect();
-        let union = Tree::union(&trees).context("the files of the ranks cannot be united")?;
+        let union =
+            Tree::union_since(&base, &trees).context("the files of the ranks cannot be united")?;
         for Entry { path, kind } in union.entries() {
             entries.push(Entry { path: path.under(&dir)?, kind: kind.clone() });
         }
@@ -303,8 +310,6 @@ fn unite(ranks: Vec<(PeerId, RankFiles)>) -> anyhow::Result<United> {
 
 #[cfg(test)]
 mod tests {
-    use p2pit_node::api::types::Manifest;
-
     use super::*;
     use crate::view::samples::peer;
 
@@ -323,10 +328,13 @@ mod tests {
 
     fn left() -> Left {
         let rank = |rank, keep, artifacts| RankFiles { rank, keep, artifacts };
-        let (tree, holders) = unite(vec![
-            (peer(1), rank(0, tree(&[("log", "a"), ("same", "s"), ("d/x", "xyz")]), tree(&[]))),
-            (peer(2), rank(1, tree(&[("log", "b"), ("same", "s")]), None)),
-        ])
+        let (tree, holders) = unite(
+            vec![
+                (peer(1), rank(0, tree(&[("log", "a"), ("same", "s"), ("d/x", "xyz")]), tree(&[]))),
+                (peer(2), rank(1, tree(&[("log", "b"), ("same", "s")]), None)),
+            ],
+            None,
+        )
         .unwrap();
         Left { pool: PoolId([0; 32]), job: JobId([0; 32]), tree, holders, silent: Vec::new() }
     }

@@ -97,6 +97,20 @@ fn a_job_goes_on_with_what_another_kept() {
 }
 
 #[test]
+fn a_gang_of_which_one_process_keeps_can_be_continued_again_and_again() {
+    let pool = Pool::of(&["sim:1xv100", "sim:1xv100"]);
+    let node = pool.node(1);
+    // Each process begins with a copy; only one of them changes it.
+    let script = "n=$(($(cat $JOB_DIR/keep/n 2>/dev/null || echo 0) + 1)); \
+                  [ $RANK = 1 ] || echo $n > $JOB_DIR/keep/n; echo run $n";
+    node.p2pit(&["run", "One", "2:[v100]", "-d", script, "-l"]).ended(0);
+    for run in ["run 2", "run 3"] {
+        let log = node.p2pit(&["run", "On", "2:[v100]", "-c", "@last", "-d", script, "-l"]).ok();
+        assert_eq!((lines_of(&log, 0), lines_of(&log, 1)), (vec![run], vec![run]));
+    }
+}
+
+#[test]
 fn only_what_the_pool_does_not_have_travels() {
     let mut pool = Pool::of(&["sim:1xv100"]);
     let client = pool.add_client("laptop");

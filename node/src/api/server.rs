@@ -621,8 +621,8 @@ async fn log(State(shared): State<Arc<Shared>>, Json(log): Json<Log>) -> Result<
 
 async fn files(State(shared): State<Arc<Shared>>, Json(files): Json<Files>) -> Answered<JobFiles> {
     if files.node == shared.id() {
-        let ranks = serve::job_files(&shared, files.signed).await.map_err(Failure::request)?;
-        return Ok(Json(JobFiles { node: files.node, ranks }));
+        let files = serve::job_files(&shared, files.signed).await.map_err(Failure::request)?;
+        return Ok(Json(files));
     }
     let (_, receive) = shared.open(files.node, &Request::Files(files.signed)).await?;
     let mut receive = open_gate(files.node, receive).await?;
@@ -631,10 +631,10 @@ async fn files(State(shared): State<Arc<Shared>>, Json(files): Json<Files>) -> A
         .await
         .context("the node's list of files broke off")
         .map_err(Failure::broken)?;
-    let ranks = serde_json::from_slice(&bytes)
+    let answered: JobFiles = serde_json::from_slice(&bytes)
         .context("the node's list of files is not in order")
         .map_err(Failure::broken)?;
-    Ok(Json(JobFiles { node: files.node, ranks }))
+    Ok(Json(JobFiles { node: files.node, ..answered }))
 }
 
 /// Manifests of all ranks of one node, as base64 in JSON.

@@ -329,6 +329,8 @@ pub struct Files {
 pub struct JobFiles {
     pub node: PeerId,
     pub ranks: Vec<RankFiles>,
+    /// The `keep/` that each of them began with, where the job continued another.
+    pub continued: Option<Manifest>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

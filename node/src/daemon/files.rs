@@ -13,7 +13,7 @@ use p2pit_protocol::{
 
 use super::{Shared, lock, work};
 use crate::{
-    api::types::{Manifest, RankFiles},
+    api::types::{JobFiles, Manifest, RankFiles},
     transfer::{store::BlobStore, tree::Tree},
     workspace::Workspace,
 };
@@ -70,7 +70,7 @@ impl Served {
 
 /// The trees of the newest attempt's ranks on this node: as kept where a rank is over, as
 /// they are now where it runs.
-pub(crate) async fn live_trees(shared: &Arc<Shared>, job: JobId) -> anyhow::Result<Vec<RankFiles>> {
+pub(crate) async fn live_trees(shared: &Arc<Shared>, job: JobId) -> anyhow::Result<JobFiles> {
     let (store, job_dir) = (shared.store.clone(), shared.job_dir(job));
     let shared = Arc::clone(shared);
     tokio::task::spawn_blocking(move || {
@@ -81,7 +81,15 @@ pub(crate) async fn live_trees(shared: &Arc<Shared>, job: JobId) -> anyhow::Resu
             let (keep, artifacts) = trees_of(&shared, &workspace, &store, job)?;
             ranks.push(RankFiles { rank: rank.0, keep, artifacts });
         }
-        Ok(ranks)
+        let continued = work::read_spec(&job_dir)?.spec.continues.map(|it| it.keep);
+        let continued = match continued {
+            // What went bad or was removed is not missed: ranks that differ stand apart.
+            Some(root) if store.has(&root) => {
+                store.read(&root, MANIFEST_BYTES_MAX).ok().map(Manifest)
+            }
+            Some(_) | None => None,
+        };
+        Ok(JobFiles { node: shared.id(), ranks, continued })
     })
     .await?
 }

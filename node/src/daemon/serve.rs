@@ -25,7 +25,7 @@ use tracing::{debug, warn};
 
 use super::{Shared, files, push, work};
 use crate::{
-    api::types::{GpuReading, RankFiles},
+    api::types::{GpuReading, JobFiles},
     gpu,
     transfer::{
         endpoint::{DOOR, Incoming},
@@ -45,7 +45,7 @@ pub(crate) enum Request {
     Watch(SignedBytes),
     /// The signed `Log` → [`Gate`], then the log lines, as bytes.
     Log { signed: SignedBytes, follow: bool },
-    /// The signed `Files` → [`Gate`], then `Vec<`[`RankFiles`]`>` as JSON bytes to the end.
+    /// The signed `Files` → [`Gate`], then [`JobFiles`] as JSON bytes to the end.
     Files(SignedBytes),
     /// The signed `Files`, asks behind → [`Gate`], then blobs.
     Blobs(SignedBytes),
@@ -415,7 +415,7 @@ fn read_on(
 pub(crate) async fn job_files(
     shared: &Arc<Shared>,
     signed: SignedBytes,
-) -> anyhow::Result<Vec<RankFiles>> {
+) -> anyhow::Result<JobFiles> {
     let (job, _) = may_read(shared, signed).await?;
     files::live_trees(shared, job).await
 }

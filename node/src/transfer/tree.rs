@@ -250,6 +250,27 @@ impl Tree {
         Ok(Self::new(entries)?)
     }
 
+    /// As [`Self::union`], of ranks that each began with a copy of `base`: what one of them
+    /// changed or removed is not brought back, or made a conflict, by those that left it
+    /// as it was.
+    pub fn union_since(base: &Self, ranks: &[(u32, &Self)]) -> Result<Self, UnionError> {
+        let is_left = |tree: &Self, entry: &Entry| tree.get(&entry.path) == Some(entry);
+        let changed: BTreeMap<&TreePath, &Entry> = base
+            .entries
+            .iter()
+            .filter(|entry| ranks.iter().any(|(_, tree)| !is_left(tree, entry)))
+            .map(|entry| (&entry.path, entry))
+            .collect();
+        let is_old = |entry: &Entry| changed.get(&entry.path) == Some(&entry);
+        let without = |tree: &Self| Self {
+            entries: tree.entries.iter().filter(|entry| !is_old(entry)).cloned().collect(),
+        };
+        let ranks: Vec<(u32, Self)> =
+            ranks.iter().map(|(rank, tree)| (*rank, without(tree))).collect();
+        let ranks: Vec<(u32, &Self)> = ranks.iter().map(|(rank, tree)| (*rank, tree)).collect();
+        Self::union(&ranks)
+    }
+
     fn files(&self) -> impl Iterator<Item = (BlobId, u64)> {
         self.entries.iter().filter_map(|entry| match entry.kind {
             Kind::File { blob, size, .. } => Some((blob, size)),
@@ -745,6 +766,38 @@ mod tests {
         ])
         .unwrap();
         assert_eq!(union, expected);
+    }
+
+    #[test]
+    fn what_one_rank_changed_or_removed_is_so_although_the_others_left_it() {
+        let base = Tree::new(vec![
+            file("checkpoint", b"epoch 1"),
+            file("removed", b"old"),
+            file("same", b"1"),
+            file("both", b"before"),
+        ])
+        .unwrap();
+        let zero = Tree::new(vec![
+            file("checkpoint", b"epoch 2"),
+            file("same", b"1"),
+            file("both", b"zero"),
+            file("new", b"n"),
+        ])
+        .unwrap();
+        let mut one = base.entries().to_vec();
+        one[0] = file("both", b"one");
+        let one = Tree::new(one).unwrap();
+        let union = Tree::union_since(&base, &[(0, &zero), (1, &one), (2, &base)]).unwrap();
+        let expected = Tree::new(vec![
+            file("checkpoint", b"epoch 2"),
+            file("same", b"1"),
+            file("new", b"n"),
+            file("rank0/both", b"zero"),
+            file("rank1/both", b"one"),
+        ])
+        .unwrap();
+        assert_eq!(union, expected);
+        assert_eq!(Tree::union_since(&base, &[(0, &base), (1, &base)]).unwrap(), base);
     }
 
     #[test]
