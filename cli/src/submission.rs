@@ -20,7 +20,9 @@ use p2pit_protocol::{
 };
 
 use crate::{
+    args::Globals,
     files::{KEEP, Left},
+    home,
     identity::{random, wall_ms},
     jobs::Found,
     names::short_job,
@@ -58,10 +60,12 @@ pub(crate) struct Prepared {
 
 /// Hashes a directory on a thread of its own, from now on.
 pub(crate) fn start_snapshot(
+    globals: &Globals,
     dir: &Path,
 ) -> tokio::task::JoinHandle<Result<Snapshot, snapshot::Error>> {
     let dir = dir.to_owned();
-    tokio::task::spawn_blocking(move || snapshot(&dir, &SnapshotOptions::default()))
+    let options = SnapshotOptions { hashes: home::hashes(globals), ..SnapshotOptions::default() };
+    tokio::task::spawn_blocking(move || snapshot(&dir, &options))
 }
 
 /// Asks whether the pool could run it while the directory is being hashed.

@@ -19,6 +19,7 @@ pub mod store;
 pub mod tree;
 
 mod beneath;
+mod holes;
 mod workers;
 
 pub use endpoint::{Connection, Endpoint};

@@ -2,8 +2,11 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Write},
-    os::fd::{AsFd, BorrowedFd},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileExt as _,
+    },
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -17,7 +20,8 @@ use thiserror::Error;
 
 use super::{
     beneath::{self, Descent, Made},
-    store::{self, BUFFER_BYTES, BlobStore, read_some},
+    holes::{self, Piece, Pieces},
+    store::{self, BUFFER_BYTES, BlobStore},
     tree::{Entry, Kind, Tree},
     workers,
 };
@@ -80,10 +84,12 @@ pub fn materialize(
         std::os::unix::fs::lchown(dest, Some(uid), Some(gid)).map_err(io)?;
     }
     let entries = tree.entries();
-    workers::in_parts(entries.len(), tree.total_bytes(), |part| {
-        let mut writer = Writer::new(store, dest, options).map_err(io)?;
-        entries[part].iter().try_for_each(|entry| writer.write(entry))
-    })?;
+    workers::in_parts(
+        entries.len(),
+        tree.total_bytes(),
+        || Writer::new(store, dest, options).map_err(io),
+        |writer, part| entries[part].iter().try_for_each(|entry| writer.write(entry)),
+    )?;
     Ok(())
 }
 
@@ -102,7 +108,7 @@ impl<'a> Writer<'a> {
         options: &'a MaterializeOptions,
     ) -> io::Result<Self> {
         let descent = Descent::new(dest)?;
-        Ok(Self { store, dest, options, descent, buffer: Vec::new() })
+        Ok(Self { store, dest, options, descent, buffer: vec![0; BUFFER_BYTES] })
     }
 
     fn write(&mut self, entry: &Entry) -> Result<(), Error> {
@@ -124,7 +130,6 @@ impl<'a> Writer<'a> {
                 Ok(Ok(()))
             }),
             Kind::File { blob, size, executable } => {
-                self.buffer.resize(BUFFER_BYTES, 0);
                 let file = FileSpec { blob: *blob, size: *size, executable: *executable };
                 place.put(|name| {
                     let target = create(dir, name)?;
@@ -191,7 +196,7 @@ impl FileSpec {
     fn fill(
         &self,
         store: &BlobStore,
-        mut target: File,
+        target: File,
         place: &Place<'_>,
         buffer: &mut [u8],
     ) -> Result<(), Error> {
@@ -201,21 +206,31 @@ impl FileSpec {
             content(store::Error::Io { doing: "read", path, source })
         };
         let io = |source| place.io(source);
-        let mut source = store.open_blob(&self.blob).map_err(content)?;
+        let source = store.open_blob(&self.blob).map_err(content)?;
         let cloned = self.size >= BUFFER_BYTES as u64 && ioctl_ficlone(&target, &source).is_ok();
         let mut hasher = blake3::Hasher::new();
         let mut found = 0;
-        loop {
-            let from = if cloned { &mut target } else { &mut source };
-            let read = read_some(from, buffer).map_err(unreadable)?;
-            if read == 0 {
-                break;
+        let mut ends_in_hole = false;
+        let mut pieces = Pieces::of(if cloned { &target } else { &source }, self.size);
+        while let Some(piece) = pieces.next(buffer).map_err(unreadable)? {
+            match piece {
+                Piece::Data(bytes) => {
+                    hasher.update(bytes);
+                    if !cloned {
+                        target.write_all_at(bytes, found).map_err(io)?;
+                    }
+                    found += bytes.len() as u64;
+                    ends_in_hole = false;
+                }
+                Piece::Hole(bytes) => {
+                    holes::hash_zeros(&mut hasher, bytes);
+                    found += bytes;
+                    ends_in_hole = true;
+                }
             }
-            hasher.update(&buffer[..read]);
-            found += read as u64;
-            if !cloned {
-                target.write_all(&buffer[..read]).map_err(io)?;
-            }
+        }
+        if ends_in_hole && !cloned {
+            target.set_len(found).map_err(io)?;
         }
         if hasher.finalize().as_bytes() != &self.blob.0 {
             return Err(content(store::Error::Corrupt(self.blob)));

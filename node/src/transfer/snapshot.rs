@@ -6,6 +6,7 @@
 //! git itself would; `.pitignore` has the last word. `.git` is never taken, that of a
 //! submodule neither; a submodule's files are. Links stay links.
 
+mod cache;
 mod git;
 
 use std::{
@@ -13,7 +14,7 @@ use std::{
     ffi::OsString,
     fs::File,
     io::{self, Read},
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -22,17 +23,23 @@ use std::{
 use bytes::Bytes;
 use ignore::{WalkBuilder, gitignore::Gitignore};
 use p2pit_protocol::BlobId;
-use rustix::fs::{FileType, OFlags, Stat, fstat};
+use rustix::{
+    fs::{FileType, OFlags, Stat, Statx, StatxTimestamp, fstat, makedev},
+    io::Errno,
+};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{
     beneath::{self, Descent},
     exchange::{OpenBlob, Source},
-    store::{BUFFER_BYTES, read_some},
+    holes::{self, Piece, Pieces},
+    store::BUFFER_BYTES,
     tree::{self, ENTRIES_MAX, Entry, Kind, LinkTarget, PathError, Tree, TreePath},
     workers,
 };
 
+use cache::{Clock, HashCache};
 pub use git::GitInfo;
 
 /// Patterns for p2pit alone, in the syntax of `.gitignore`.
@@ -43,11 +50,14 @@ pub struct SnapshotOptions {
     /// The git program. Where it does not run, a checkout is walked like any directory
     /// and no git information is given.
     pub git: OsString,
+    /// Where hashes of files are remembered, so that those that did not change need not be
+    /// read again; made if it is not there. Absent, every file is read.
+    pub hashes: Option<PathBuf>,
 }
 
 impl Default for SnapshotOptions {
     fn default() -> Self {
-        Self { git: "git".into() }
+        Self { git: "git".into(), hashes: None }
     }
 }
 
@@ -93,14 +103,26 @@ pub enum Error {
 
 /// Walks and hashes `dir`. Blocks.
 pub fn snapshot(dir: &Path, options: &SnapshotOptions) -> Result<Snapshot, Error> {
+    snapshot_by(dir, options, &Clock::now)
+}
+
+fn snapshot_by(
+    dir: &Path,
+    options: &SnapshotOptions,
+    clock: &(dyn Fn() -> io::Result<Clock> + Sync),
+) -> Result<Snapshot, Error> {
     let unreadable = |source| Error::Unreadable { path: dir.to_owned(), source };
     let dir = dir.canonicalize().map_err(unreadable)?;
     let checkout = git::is_inside_checkout(&dir);
+    let start = clock();
     thread::scope(|scope| {
         // Git answers while we walk and hash.
         let (dir, program) = (&dir, &options.git);
         let info = checkout.then(|| scope.spawn(|| git::info(program, dir)));
         let tracked = checkout.then(|| scope.spawn(|| git::tracked(program, dir)));
+        let hashes = options.hashes.as_ref().map(|hashes| {
+            scope.spawn(move || start.map(|start| HashCache::load(hashes, dir, start)))
+        });
         let mut walk = Walk::new(dir);
         walk.run(checkout)?;
         let mut failure = None;
@@ -109,7 +131,20 @@ pub fn snapshot(dir: &Path, options: &SnapshotOptions) -> Result<Snapshot, Error
             Some(Err(note)) => failure = Some(note),
             None => {}
         }
-        let files = walk.hash()?;
+        let Walk { entries, files, mut notes, .. } = walk;
+        let hashes = hashes.map(join).transpose().unwrap_or_else(|error| {
+            notes.push(format!("hashes of files are not remembered: {error}"));
+            None
+        });
+        let hashed = hash(dir, files, hashes.as_ref(), &mut notes)?;
+        if let Some(hashes) = hashes {
+            let files = hashed.iter().map(|Hashed { entry, file }| (&entry.path, file));
+            let files = files.map(|(path, file)| (path, file.stamp, file.blob));
+            let saved = clock().and_then(|end| hashes.save(&end, files));
+            if let Err(error) = saved {
+                notes.push(format!("hashes of files are not remembered: {error}"));
+            }
+        }
         let git = match info.map(join) {
             Some(Ok(info)) => Some(info),
             Some(Err(note)) => {
@@ -119,9 +154,8 @@ pub fn snapshot(dir: &Path, options: &SnapshotOptions) -> Result<Snapshot, Error
             }
             None => None,
         };
-        let mut notes = walk.notes;
         notes.extend(failure);
-        assemble(dir, walk.entries, files, git, notes)
+        assemble(dir, entries, hashed, git, notes)
     })
 }
 
@@ -171,10 +205,12 @@ impl Source for SnapshotSource {
 /// A file of a snapshot being sent. The last bytes are withheld if it is no longer what
 /// was hashed, so that the receiver is never left with content that it must refuse.
 struct UnchangedFile {
-    file: File,
+    pieces: Pieces<File>,
     path: PathBuf,
     stamp: Stamp,
     left: u64,
+    /// Zeros that come next and need not be read.
+    hole: u64,
 }
 
 impl UnchangedFile {
@@ -185,14 +221,19 @@ impl UnchangedFile {
             .custom_flags(flags)
             .open(&file.path)
             .map_err(|error| named(&file.path, &error))?;
-        let unchanged =
-            Self { file: opened, path: file.path.clone(), stamp: file.stamp, left: file.size };
+        let unchanged = Self {
+            pieces: Pieces::of(opened, file.size),
+            path: file.path.clone(),
+            stamp: file.stamp,
+            left: file.size,
+            hole: 0,
+        };
         unchanged.check()?;
         Ok(unchanged)
     }
 
     fn check(&self) -> io::Result<()> {
-        if Stamp::of(&fstat(&self.file)?) == self.stamp {
+        if Stamp::of(&fstat(self.pieces.file())?) == self.stamp {
             return Ok(());
         }
         Err(io::Error::other(format!(
@@ -205,8 +246,21 @@ impl UnchangedFile {
 impl Read for UnchangedFile {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let wanted = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
-        let read = read_some(&mut self.file, &mut buffer[..wanted])
-            .map_err(|error| named(&self.path, &error))?;
+        let buffer = &mut buffer[..wanted];
+        let mut read = 0;
+        if self.hole == 0 && wanted > 0 {
+            let next = self.pieces.next(buffer).map_err(|error| named(&self.path, &error))?;
+            match next {
+                Some(Piece::Data(bytes)) => read = bytes.len(),
+                Some(Piece::Hole(bytes)) => self.hole = bytes,
+                None => {}
+            }
+        }
+        if self.hole > 0 {
+            read = wanted.min(usize::try_from(self.hole).unwrap_or(usize::MAX));
+            buffer[..read].fill(0);
+            self.hole -= read as u64;
+        }
         self.left -= read as u64;
         if self.left == 0 || read == 0 {
             self.check()?;
@@ -220,11 +274,12 @@ fn named(path: &Path, error: &io::Error) -> io::Error {
 }
 
 /// What shows that a file has been written to or replaced.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Stamp {
     device: u64,
     inode: u64,
-    size: i64,
+    size: u64,
+    /// Seconds and nanoseconds, here and below.
     modified: (i64, i64),
     changed: (i64, i64),
 }
@@ -234,9 +289,32 @@ impl Stamp {
         Self {
             device: state.st_dev,
             inode: state.st_ino,
-            size: state.st_size,
+            size: u64::try_from(state.st_size).unwrap_or(0),
             modified: (state.st_mtime, state.st_mtime_nsec.cast_signed()),
             changed: (state.st_ctime, state.st_ctime_nsec.cast_signed()),
+        }
+    }
+
+    fn of_statx(state: &Statx) -> Self {
+        let time = |time: StatxTimestamp| (time.tv_sec, i64::from(time.tv_nsec));
+        Self {
+            device: makedev(state.stx_dev_major, state.stx_dev_minor),
+            inode: state.stx_ino,
+            size: state.stx_size,
+            modified: time(state.stx_mtime),
+            changed: time(state.stx_ctime),
+        }
+    }
+
+    /// Of the file right inside `dir`, with its mode.
+    fn look(dir: impl AsFd, name: &[u8]) -> io::Result<(Self, u32)> {
+        match beneath::fresh_state(&dir, name) {
+            Ok(state) => Ok((Self::of_statx(&state), u32::from(state.stx_mode))),
+            Err(Errno::NOSYS) => {
+                let state = beneath::state(dir, name)?;
+                Ok((Self::of(&state), state.st_mode))
+            }
+            Err(errno) => Err(errno.into()),
         }
     }
 }
@@ -246,14 +324,13 @@ struct Walk<'a> {
     dir: &'a Path,
     /// Links and empty directories.
     entries: Vec<Entry>,
-    files: Vec<(TreePath, u64)>,
-    seen: BTreeSet<TreePath>,
+    files: Vec<TreePath>,
     notes: Vec<String>,
 }
 
 impl<'a> Walk<'a> {
     fn new(dir: &'a Path) -> Self {
-        Self { dir, entries: vec![], files: vec![], seen: BTreeSet::new(), notes: vec![] }
+        Self { dir, entries: vec![], files: vec![], notes: vec![] }
     }
 
     fn run(&mut self, checkout: bool) -> Result<(), Error> {
@@ -285,20 +362,28 @@ impl<'a> Walk<'a> {
             let relative = path.strip_prefix(self.dir).unwrap_or(path);
             let tree_path = TreePath::from_path(relative)
                 .map_err(|source| Error::Path { path: path.to_owned(), source })?;
-            self.take(tree_path)?;
+            match found.file_type() {
+                Some(kind) if kind.is_file() => self.take(tree_path, FileType::RegularFile)?,
+                Some(kind) if kind.is_dir() => self.take(tree_path, FileType::Directory)?,
+                Some(_) | None => self.take_unknown(tree_path)?,
+            }
         }
         Ok(())
     }
 
     /// Adds what git tracks although the walk passed it over.
     fn add_tracked(&mut self, paths: &[Vec<u8>]) -> Result<(), Error> {
+        let walked = self.files.iter().chain(self.entries.iter().map(|entry| &entry.path));
+        let walked: BTreeSet<&[u8]> = walked.map(TreePath::as_bytes).collect();
+        let passed_over = paths.iter().filter(|path| !walked.contains(&path[..]));
+        let passed_over: BTreeSet<&Vec<u8>> = passed_over.collect();
         let mut rules = PitIgnores::new(self.dir);
         let mut descent = Descent::new(self.dir)
             .map_err(|source| Error::Unreadable { path: self.dir.to_owned(), source })?;
-        for bytes in paths {
+        for bytes in passed_over {
             // Git's index may hold what is no path below here; then the walk has it.
             let Ok(path) = TreePath::from_bytes(&bytes[..]) else { continue };
-            if self.seen.contains(&path) || rules.ignore(&path) {
+            if rules.ignore(&path) {
                 continue;
             }
             let (parents, name) = path.split();
@@ -307,34 +392,46 @@ impl<'a> Walk<'a> {
             // submodule stands in the index as a directory.
             let Ok(state) = state else { continue };
             if !beneath::is(&state, FileType::Directory) {
-                self.take(path)?;
+                self.take(path, FileType::from_raw_mode(state.st_mode))?;
             }
         }
         Ok(())
     }
 
-    fn take(&mut self, path: TreePath) -> Result<(), Error> {
+    fn take_unknown(&mut self, path: TreePath) -> Result<(), Error> {
         let full = self.dir.join(path.as_path());
-        let unreadable = |source| Error::Unreadable { path: full.clone(), source };
-        if self.seen.len() >= ENTRIES_MAX {
+        match rustix::fs::lstat(&full) {
+            Ok(state) => self.take(path, FileType::from_raw_mode(state.st_mode)),
+            Err(Errno::NOENT) => {
+                self.notes.push(vanished(&path));
+                Ok(())
+            }
+            Err(errno) => Err(Error::Unreadable { path: full, source: errno.into() }),
+        }
+    }
+
+    fn take(&mut self, path: TreePath, kind: FileType) -> Result<(), Error> {
+        if self.files.len() + self.entries.len() >= ENTRIES_MAX {
             return Err(Error::TooManyEntries { dir: self.dir.to_owned() });
         }
-        let state = rustix::fs::lstat(&full).map_err(|errno| unreadable(errno.into()))?;
-        match FileType::from_raw_mode(state.st_mode) {
-            FileType::RegularFile => {
-                self.files.push((path.clone(), u64::try_from(state.st_size).unwrap_or(0)));
-            }
+        if kind == FileType::RegularFile {
+            self.files.push(path);
+            return Ok(());
+        }
+        let full = self.dir.join(path.as_path());
+        let unreadable = |source| Error::Unreadable { path: full.clone(), source };
+        match kind {
             FileType::Symlink => {
                 let target = rustix::fs::readlink(&full, Vec::new())
                     .map_err(|errno| unreadable(errno.into()))?;
                 let target = LinkTarget::from_bytes(target.into_bytes())
                     .map_err(|source| Error::Path { path: full.clone(), source })?;
-                self.entries.push(Entry { path: path.clone(), kind: Kind::Symlink { target } });
+                self.entries.push(Entry { path, kind: Kind::Symlink { target } });
             }
             FileType::Directory => {
                 // Only what is empty on disk: a directory of ignored files is not.
                 if full.read_dir().map_err(unreadable)?.next().is_none() {
-                    self.entries.push(Entry { path: path.clone(), kind: Kind::Dir });
+                    self.entries.push(Entry { path, kind: Kind::Dir });
                 }
             }
             other => {
@@ -342,22 +439,7 @@ impl<'a> Walk<'a> {
                 return Err(Error::Special { path: full, what });
             }
         }
-        self.seen.insert(path);
         Ok(())
-    }
-
-    fn hash(&self) -> Result<Vec<Hashed>, Error> {
-        let bytes = self.files.iter().map(|(_, size)| size).sum();
-        let parts = workers::in_parts(self.files.len(), bytes, |part| {
-            let mut descent = Descent::new(self.dir)
-                .map_err(|source| Error::Unreadable { path: self.dir.to_owned(), source })?;
-            let mut buffer = vec![0; BUFFER_BYTES];
-            let mut hash = |(path, _): &(TreePath, u64)| {
-                Hashed::read(self.dir, &mut descent, path, &mut buffer)
-            };
-            self.files[part].iter().map(&mut hash).collect::<Result<Vec<_>, _>>()
-        })?;
-        Ok(parts.into_iter().flatten().collect())
     }
 
     fn walk_error(&self, error: &ignore::Error) -> Error {
@@ -416,53 +498,153 @@ impl<'a> PitIgnores<'a> {
     }
 }
 
+/// The second pass: what the files of the first are, in two steps, so that how much there
+/// is to read is known before it is shared out.
+fn hash(
+    dir: &Path,
+    files: Vec<TreePath>,
+    hashes: Option<&HashCache>,
+    notes: &mut Vec<String>,
+) -> Result<Vec<Hashed>, Error> {
+    let descend = || {
+        Descent::new(dir)
+            .map_err(|source| Error::Unreadable { path: dir.to_owned(), source })
+            .map(|descent| (descent, vec![0; BUFFER_BYTES]))
+    };
+    let looked = workers::in_parts(files.len(), 0, descend, |(descent, _), part| {
+        files[part]
+            .iter()
+            .map(|path| look(dir, descent, path, hashes))
+            .collect::<Result<Vec<_>, _>>()
+    })?;
+    let (mut hashed, mut unread, mut bytes) = (Vec::new(), Vec::new(), 0);
+    for (path, looked) in files.into_iter().zip(looked.into_iter().flatten()) {
+        match looked {
+            Looked::Known(state, blob) => hashed.push(Hashed::new(dir, path, state, blob)),
+            Looked::Unknown(size) => {
+                bytes += size;
+                unread.push(path);
+            }
+            Looked::Gone => notes.push(vanished(&path)),
+        }
+    }
+    let read = workers::in_parts(unread.len(), bytes, descend, |(descent, buffer), part| {
+        let read = |path: &TreePath| read(dir, descent, path, buffer);
+        unread[part].iter().map(read).collect::<Result<Vec<_>, _>>()
+    })?;
+    for (path, read) in unread.into_iter().zip(read.into_iter().flatten()) {
+        match read {
+            Some((state, blob)) => hashed.push(Hashed::new(dir, path, state, blob)),
+            None => notes.push(vanished(&path)),
+        }
+    }
+    Ok(hashed)
+}
+/// What is known of a file before it is read.
+enum Looked {
+    Known(State, BlobId),
+    /// With its size.
+    Unknown(u64),
+    /// It was there when its directory was listed.
+    Gone,
+}
+
+#[derive(Clone, Copy)]
+struct State {
+    stamp: Stamp,
+    executable: bool,
+}
+
+impl State {
+    fn new(stamp: Stamp, mode: u32) -> Self {
+        Self { stamp, executable: mode & 0o111 != 0 }
+    }
+}
+
 struct Hashed {
     entry: Entry,
     file: SnapshotFile,
 }
 
 impl Hashed {
-    fn read(
-        dir: &Path,
-        descent: &mut Descent,
-        path: &TreePath,
-        buffer: &mut [u8],
-    ) -> Result<Self, Error> {
-        // An editor saving at this moment is done by the second look.
-        const TRIES_MAX: u32 = 3;
+    fn new(dir: &Path, path: TreePath, state: State, blob: BlobId) -> Self {
+        let State { stamp, executable } = state;
         let full = dir.join(path.as_path());
-        let unreadable = |source| Error::Unreadable { path: full.clone(), source };
-        for _ in 0..TRIES_MAX {
-            let (parents, name) = path.split();
-            let (mut file, before) = descent
-                .enter(&parents)
-                .and_then(|dir| beneath::open_file(dir, name))
-                .map_err(unreadable)?;
-            let mut hasher = blake3::Hasher::new();
-            let mut size = 0;
-            let size_max = u64::try_from(before.st_size).unwrap_or(0);
-            // One byte more than it should have shows that it grows.
-            while size <= size_max {
-                match read_some(&mut file, buffer).map_err(unreadable)? {
-                    0 => break,
-                    read => {
-                        hasher.update(&buffer[..read]);
-                        size += read as u64;
-                    }
+        let kind = Kind::File { blob, size: stamp.size, executable };
+        let file = SnapshotFile { blob, path: full, size: stamp.size, stamp };
+        Self { entry: Entry { path, kind }, file }
+    }
+}
+
+fn look(
+    dir: &Path,
+    descent: &mut Descent,
+    path: &TreePath,
+    hashes: Option<&HashCache>,
+) -> Result<Looked, Error> {
+    let (parents, name) = path.split();
+    let looked = descent.enter(&parents).and_then(|dir| Stamp::look(dir, name));
+    match looked {
+        Ok((stamp, mode)) => {
+            let is_file = FileType::from_raw_mode(mode) == FileType::RegularFile;
+            let known = hashes.filter(|_| is_file).and_then(|hashes| hashes.get(path, &stamp));
+            Ok(match known {
+                Some(blob) => Looked::Known(State::new(stamp, mode), blob),
+                None => Looked::Unknown(stamp.size),
+            })
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Looked::Gone),
+        Err(source) => Err(Error::Unreadable { path: dir.join(path.as_path()), source }),
+    }
+}
+
+/// The hash of a file, and what the file was all the while; `None` where it is gone.
+fn read(
+    dir: &Path,
+    descent: &mut Descent,
+    path: &TreePath,
+    buffer: &mut [u8],
+) -> Result<Option<(State, BlobId)>, Error> {
+    // An editor saving at this moment is done by the second look.
+    const TRIES_MAX: u32 = 3;
+    let unreadable = |source| Error::Unreadable { path: dir.join(path.as_path()), source };
+    for _ in 0..TRIES_MAX {
+        let (parents, name) = path.split();
+        let opened = descent.enter(&parents).and_then(|dir| beneath::open_file(dir, name));
+        let (file, before) = match opened {
+            Ok(opened) => opened,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(unreadable(error)),
+        };
+        let stamp = Stamp::of(&before);
+        let mut hasher = blake3::Hasher::new();
+        let mut size = 0;
+        let mut pieces = Pieces::of(&file, stamp.size);
+        // One byte more than it should have shows that it grows.
+        while size <= stamp.size {
+            match pieces.next(buffer).map_err(unreadable)? {
+                Some(Piece::Data(bytes)) => {
+                    hasher.update(bytes);
+                    size += bytes.len() as u64;
                 }
-            }
-            let after = fstat(&file).map_err(|errno| unreadable(errno.into()))?;
-            let stamp = Stamp::of(&before);
-            if stamp == Stamp::of(&after) && size == size_max {
-                let blob = BlobId(*hasher.finalize().as_bytes());
-                let executable = before.st_mode & 0o111 != 0;
-                let kind = Kind::File { blob, size, executable };
-                let entry = Entry { path: path.clone(), kind };
-                return Ok(Self { entry, file: SnapshotFile { blob, path: full, size, stamp } });
+                Some(Piece::Hole(bytes)) => {
+                    holes::hash_zeros(&mut hasher, bytes);
+                    size += bytes;
+                }
+                None => break,
             }
         }
-        Err(Error::Changing { path: full })
+        let after = fstat(&file).map_err(|errno| unreadable(errno.into()))?;
+        if stamp == Stamp::of(&after) && size == stamp.size {
+            let blob = BlobId(*hasher.finalize().as_bytes());
+            return Ok(Some((State::new(stamp, before.st_mode), blob)));
+        }
     }
+    Err(Error::Changing { path: dir.join(path.as_path()) })
+}
+
+fn vanished(path: &TreePath) -> String {
+    format!("`{path}` vanished while the directory was read: it is not submitted")
 }
 
 fn assemble(
@@ -499,11 +681,13 @@ mod tests {
         fs,
         os::unix::{
             ffi::OsStrExt,
-            fs::{PermissionsExt, symlink},
+            fs::{FileExt as _, MetadataExt as _, PermissionsExt, symlink},
             net::UnixListener,
         },
         process::Command,
     };
+
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -639,7 +823,7 @@ mod tests {
         else {
             return;
         };
-        let options = SnapshotOptions { git: "/nonexistent/git".into() };
+        let options = SnapshotOptions { git: "/nonexistent/git".into(), hashes: None };
         let snapshot = snapshot(dir.root.path(), &options).unwrap();
         assert_eq!(paths(&snapshot), [".gitignore", "a.c"]);
         assert!(snapshot.git.is_none());
@@ -678,7 +862,7 @@ mod tests {
         let dir = Path::new("/proc/self");
         let mut descent = Descent::new(dir).unwrap();
         let path = TreePath::from_bytes("status").unwrap();
-        let error = Hashed::read(dir, &mut descent, &path, &mut [0; 4096]).err().unwrap();
+        let error = read(dir, &mut descent, &path, &mut [0; 4096]).err().unwrap();
         assert!(matches!(error, Error::Changing { path } if path.ends_with("status")));
     }
 
@@ -725,6 +909,162 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_file_with_holes_is_hashed_and_served_as_what_it_stands_for() {
+        let dir = Dir::new(&[]);
+        let file = File::create(dir.at("sparse")).unwrap();
+        file.set_len(5 << 20).unwrap();
+        file.write_all_at(b"middle", 2 << 20).unwrap();
+        drop(file);
+        let content = fs::read(dir.at("sparse")).unwrap();
+        let snapshot = dir.snapshot().unwrap();
+        let blob = BlobId::of(&content);
+        assert_eq!((snapshot.files[0].blob, snapshot.files[0].size), (blob, 5 << 20));
+        let mut served = Vec::new();
+        let source = snapshot.source();
+        source.open(&blob).unwrap().unwrap().content.read_to_end(&mut served).unwrap();
+        assert!(served == content);
+    }
+
+    #[test]
+    fn what_did_not_change_is_not_read_again() {
+        let dir = Dir::new(&[("same", "same"), ("edited", "before"), ("gone", "gone")]);
+        let hashes = tempfile::tempdir().unwrap();
+        let first = dir.remembered(&hashes, LATER).unwrap();
+        // Only reading it would show.
+        let lie = BlobId::of(b"a lie");
+        forge(&hashes, dir.root.path(), lie);
+        fs::write(dir.at("edited"), "behind").unwrap();
+        fs::remove_file(dir.at("gone")).unwrap();
+        fs::write(dir.at("new"), "new").unwrap();
+        let second = dir.remembered(&hashes, LATER).unwrap();
+        let blobs: Vec<BlobId> = second.tree.entries().iter().map(blob_of).collect();
+        assert_eq!(blobs, [BlobId::of(b"behind"), BlobId::of(b"new"), lie]);
+        assert_eq!(first.tree.file_count(), 3);
+    }
+
+    #[test]
+    fn a_damaged_memory_is_ignored_and_replaced() {
+        let dir = Dir::new(&[("file", "content")]);
+        let hashes = tempfile::tempdir().unwrap();
+        let first = dir.remembered(&hashes, LATER).unwrap();
+        let memory = fs::read_dir(hashes.path()).unwrap().next().unwrap().unwrap().path();
+        let good = fs::read(&memory).unwrap();
+        let mut flipped = good.clone();
+        *flipped.last_mut().unwrap() ^= 1;
+        for damaged in [&flipped[..], &good[..good.len() - 1], &good[..20], b"", b"other/2\n"] {
+            fs::write(&memory, damaged).unwrap();
+            let again = dir.remembered(&hashes, LATER).unwrap();
+            assert_eq!((again.root, again.notes), (first.root, vec![]));
+            assert!(fs::read(&memory).unwrap().len() == good.len());
+        }
+        // Not even a place for it is a reason to fail.
+        let options = SnapshotOptions { hashes: Some(dir.at("file")), ..Default::default() };
+        let without = snapshot_by(dir.root.path(), &options, &|| Clock::shifted(LATER)).unwrap();
+        assert_eq!(without.root, first.root);
+        assert!(without.notes[0].contains("not remembered"), "{:?}", without.notes);
+    }
+
+    #[derive(Debug, Clone)]
+    enum Change {
+        /// Another content of the same length.
+        Edit(usize, u8),
+        /// As [`Self::Edit`], by cutting the file short first, with its time put back.
+        Restamp(usize, u8),
+        /// Two names change places.
+        Swap(usize, usize),
+        /// A new file takes the name.
+        Replace(usize, u8),
+        Remove(usize),
+        Snapshot,
+        /// The wall clock is set, by so many seconds.
+        Step(i64),
+    }
+
+    fn change() -> impl Strategy<Value = Change> {
+        let file = || 0..4_usize;
+        prop_oneof![
+            (file(), any::<u8>()).prop_map(|(f, byte)| Change::Edit(f, byte)),
+            (file(), any::<u8>()).prop_map(|(f, byte)| Change::Restamp(f, byte)),
+            (file(), file()).prop_map(|(a, b)| Change::Swap(a, b)),
+            (file(), any::<u8>()).prop_map(|(f, byte)| Change::Replace(f, byte)),
+            file().prop_map(Change::Remove),
+            Just(Change::Snapshot),
+            Just(Change::Snapshot),
+            (-5..5_i64).prop_map(Change::Step),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+        #[test]
+        fn what_is_remembered_never_shows(
+            settled in any::<bool>(),
+            changes in prop::collection::vec(change(), 1..24),
+        ) {
+            let dir = Dir::new(&[]);
+            let hashes = tempfile::tempdir().unwrap();
+            let at = |file: usize| dir.at(&format!("f{file}"));
+            (0..4).for_each(|file| fs::write(at(file), [0; 3]).unwrap());
+            let mut shift_s = if settled { LATER } else { 0 };
+            for change in changes {
+                match change {
+                    Change::Edit(file, byte) => fs::write(at(file), [byte; 3]).unwrap(),
+                    Change::Restamp(file, byte) => {
+                        let modified = at(file).metadata().and_then(|m| m.modified());
+                        let opened = File::create(at(file)).unwrap();
+                        opened.write_all_at(&[byte; 3], 0).unwrap();
+                        if let Ok(modified) = modified {
+                            opened.set_modified(modified).unwrap();
+                        }
+                    }
+                    Change::Swap(a, b) => {
+                        for (from, to) in [(at(a), dir.at("x")), (at(b), at(a)), (dir.at("x"), at(b))] {
+                            // Where one is missing, the other is only renamed.
+                            let _ = fs::rename(from, to);
+                        }
+                    }
+                    Change::Replace(file, byte) => {
+                        fs::write(dir.at("y"), [byte; 3]).unwrap();
+                        fs::rename(dir.at("y"), at(file)).unwrap();
+                    }
+                    Change::Remove(file) => {
+                        let _ = fs::remove_file(at(file));
+                    }
+                    Change::Snapshot => {
+                        let remembered = dir.remembered(&hashes, shift_s).unwrap();
+                        prop_assert_eq!(remembered.root, dir.snapshot().unwrap().root);
+                        if settled {
+                            // The clock that we pretend has gone on since then.
+                            dir.wait_for_a_tick();
+                        }
+                    }
+                    Change::Step(seconds) => shift_s += seconds,
+                }
+            }
+        }
+    }
+
+    /// Seconds after which a time is believed.
+    const LATER: i64 = 3600;
+
+    fn blob_of(entry: &Entry) -> BlobId {
+        let Kind::File { blob, .. } = entry.kind else { panic!("{entry:?} is no file") };
+        blob
+    }
+
+    /// Remembers `blob` for every file that is remembered.
+    fn forge(hashes: &tempfile::TempDir, root: &Path, blob: BlobId) {
+        let root = root.canonicalize().unwrap();
+        let clock = || Clock::shifted(LATER).unwrap();
+        let cache = HashCache::load(hashes.path(), &root, clock());
+        let known = cache.known();
+        assert!(!known.is_empty());
+        let forged = known.iter().map(|(path, stamp)| (path, *stamp, blob));
+        cache.save(&clock(), forged).unwrap();
+    }
+
     struct Dir {
         root: tempfile::TempDir,
     }
@@ -765,6 +1105,26 @@ mod tests {
 
         fn snapshot(&self) -> Result<Snapshot, Error> {
             snapshot(self.root.path(), &SnapshotOptions::default())
+        }
+
+        /// With a memory, on a machine whose wall clock is so many seconds ahead.
+        fn remembered(&self, hashes: &tempfile::TempDir, shift_s: i64) -> Result<Snapshot, Error> {
+            let hashes = Some(hashes.path().to_owned());
+            let options = SnapshotOptions { hashes, ..SnapshotOptions::default() };
+            snapshot_by(self.root.path(), &options, &|| Clock::shifted(shift_s))
+        }
+
+        /// Returns once a file that is written to gets another time than one before.
+        fn wait_for_a_tick(&self) {
+            let probe =
+                tempfile::NamedTempFile::new_in(self.root.path().parent().unwrap()).unwrap();
+            let changed = || {
+                fs::write(probe.path(), "x").unwrap();
+                let metadata = probe.path().metadata().unwrap();
+                (metadata.ctime(), metadata.ctime_nsec())
+            };
+            let before = changed();
+            while changed() == before {}
         }
     }
 
