@@ -113,7 +113,8 @@ fn snapshot_by(
 ) -> Result<Snapshot, Error> {
     let unreadable = |source| Error::Unreadable { path: dir.to_owned(), source };
     let dir = dir.canonicalize().map_err(unreadable)?;
-    let checkout = git::is_inside_checkout(&dir);
+    let top = git::top_of_checkout(&dir);
+    let checkout = top.is_some();
     let start = clock();
     thread::scope(|scope| {
         // Git answers while we walk and hash.
@@ -124,10 +125,10 @@ fn snapshot_by(
             scope.spawn(move || start.map(|start| HashCache::load(hashes, dir, start)))
         });
         let mut walk = Walk::new(dir);
-        walk.run(checkout)?;
+        walk.run(top, top.and_then(|_| git::excludes(program, dir)))?;
         let mut failure = None;
         match tracked.map(join) {
-            Some(Ok(paths)) => walk.add_tracked(&paths)?,
+            Some(Ok(paths)) => walk.add_tracked(&paths, checkout)?,
             Some(Err(note)) => failure = Some(note),
             None => {}
         }
@@ -333,20 +334,28 @@ impl<'a> Walk<'a> {
         Self { dir, entries: vec![], files: vec![], notes: vec![] }
     }
 
-    fn run(&mut self, checkout: bool) -> Result<(), Error> {
-        let walk = WalkBuilder::new(self.dir)
-            .standard_filters(false)
+    /// `top` is the top of the checkout, `excludes` what git said about it.
+    fn run(&mut self, top: Option<&Path>, excludes: Option<Vec<PathBuf>>) -> Result<(), Error> {
+        let checkout = top.is_some();
+        let mut walk = WalkBuilder::new(self.dir);
+        walk.standard_filters(false)
             .git_ignore(true)
             .git_exclude(checkout)
-            .git_global(checkout)
+            .git_global(checkout && excludes.is_none())
+            // Patterns from outside the checkout are relative to its top.
+            .current_dir(top.unwrap_or(self.dir))
             .require_git(false)
             // Above a directory that is no checkout, ignore files mean something else.
             .parents(checkout)
             .add_custom_ignore_filename(IGNORE_FILE)
             .follow_links(false)
-            .filter_entry(|entry| entry.file_name() != ".git")
-            .build();
-        for found in walk {
+            .filter_entry(|entry| entry.file_name() != ".git");
+        for file in excludes.into_iter().flatten().filter(|file| file.is_file()) {
+            if let Some(error) = walk.add_ignore(file) {
+                self.notes.push(error.to_string());
+            }
+        }
+        for found in walk.build() {
             let found = found.map_err(|error| self.walk_error(&error))?;
             if let Some(error) = found.error() {
                 self.notes.push(error.to_string());
@@ -372,12 +381,12 @@ impl<'a> Walk<'a> {
     }
 
     /// Adds what git tracks although the walk passed it over.
-    fn add_tracked(&mut self, paths: &[Vec<u8>]) -> Result<(), Error> {
+    fn add_tracked(&mut self, paths: &[Vec<u8>], checkout: bool) -> Result<(), Error> {
         let walked = self.files.iter().chain(self.entries.iter().map(|entry| &entry.path));
         let walked: BTreeSet<&[u8]> = walked.map(TreePath::as_bytes).collect();
         let passed_over = paths.iter().filter(|path| !walked.contains(&path[..]));
         let passed_over: BTreeSet<&Vec<u8>> = passed_over.collect();
-        let mut rules = PitIgnores::new(self.dir);
+        let mut rules = PitIgnores::new(self.dir, checkout);
         let mut descent = Descent::new(self.dir)
             .map_err(|source| Error::Unreadable { path: self.dir.to_owned(), source })?;
         for bytes in passed_over {
@@ -466,12 +475,14 @@ impl<'a> Walk<'a> {
 /// The `.pitignore` files on the way to a path, read once each.
 struct PitIgnores<'a> {
     dir: &'a Path,
+    /// Those above `dir` count, too.
+    parents: bool,
     rules: BTreeMap<PathBuf, Gitignore>,
 }
 
 impl<'a> PitIgnores<'a> {
-    fn new(dir: &'a Path) -> Self {
-        Self { dir, rules: BTreeMap::new() }
+    fn new(dir: &'a Path, parents: bool) -> Self {
+        Self { dir, parents, rules: BTreeMap::new() }
     }
 
     /// The nearest file with an opinion decides, as in git; an ignored directory takes
@@ -481,7 +492,8 @@ impl<'a> PitIgnores<'a> {
         let mut at = Some(full.as_path());
         while let Some(inner) = at.filter(|inner| *inner != self.dir) {
             let is_dir = inner != full;
-            for outer in inner.ancestors().skip(1).take_while(|a| a.starts_with(self.dir)) {
+            let counts = |outer: &&Path| self.parents || outer.starts_with(self.dir);
+            for outer in inner.ancestors().skip(1).take_while(counts) {
                 let rules = self
                     .rules
                     .entry(outer.to_owned())
@@ -799,6 +811,110 @@ mod tests {
     }
 
     #[test]
+    fn exactly_those_files_are_ignored_that_git_ignores() {
+        let files = [
+            (".gitignore", "*.o\n!keep.o\n/top\nbuild/\n\\#hash\ndoc/**/*.pdf\n a b \n[ab]?.log\n"),
+            ("sub/.gitignore", "!again.o\n/anchored\ndeep/er\n"),
+            ("mine.exclude", "*.mine\n/anchored-mine\n"),
+            ("a.o", ""),
+            ("keep.o", ""),
+            ("top", ""),
+            ("sub/top", ""),
+            ("sub/again.o", ""),
+            ("sub/other.o", ""),
+            ("sub/anchored", ""),
+            ("sub/x/anchored", ""),
+            ("sub/deep/er", ""),
+            ("sub/deep/er2", ""),
+            ("build/x", ""),
+            ("sub/build/keep.o", ""),
+            ("builder/x", ""),
+            ("#hash", ""),
+            ("doc/a.pdf", ""),
+            ("doc/x/y/b.pdf", ""),
+            ("other/a.pdf", ""),
+            (" a b ", ""),
+            (" a b", ""),
+            ("a1.log", ""),
+            ("c1.log", ""),
+            ("x.mine", ""),
+            ("anchored-mine", ""),
+            ("sub/anchored-mine", ""),
+            ("x.own", ""),
+            ("anchored-own", ""),
+            ("sub/anchored-own", ""),
+        ];
+        let Some(dir) = Dir::checkout(&files) else { return };
+        let excludes = dir.at("mine.exclude");
+        dir.git(&["config", "core.excludesFile", excludes.to_str().unwrap()]);
+        fs::write(dir.at(".git/info/exclude"), "*.own\n/anchored-own\n!x.mine\n").unwrap();
+        dir.git(&["add", "builder"]);
+        for part in ["", "sub"] {
+            let listed = dir.git(&["-C", part, "ls-files", "-zco", "--exclude-standard"]);
+            let mut expected: Vec<&str> = listed.split_terminator('\0').collect();
+            expected.sort_by_key(|path| TreePath::from_bytes(*path).unwrap());
+            let found = snapshot(&dir.at(part), &SnapshotOptions::default()).unwrap();
+            assert_eq!(paths(&found), expected, "in `{part}`");
+            assert!(found.notes.is_empty(), "{:?}", found.notes);
+        }
+        // A second worktree has its git directory elsewhere, and the same excludes.
+        dir.git(&["commit", "-qm", "first"]);
+        let other = tempfile::tempdir().unwrap();
+        let other = other.path().join("worktree");
+        dir.git(&["worktree", "add", "-q", other.to_str().unwrap()]);
+        fs::write(other.join("x.own"), "").unwrap();
+        fs::write(other.join("new"), "").unwrap();
+        let found = snapshot(&other, &SnapshotOptions::default()).unwrap();
+        assert_eq!(paths(&found), ["builder/x", "new"]);
+    }
+
+    #[test]
+    fn a_pitignore_above_a_part_of_a_checkout_holds_for_tracked_files_too() {
+        let Some(dir) =
+            Dir::checkout(&[(".pitignore", "*.ckpt\n"), ("sub/a.ckpt", "c"), ("sub/a.py", "p")])
+        else {
+            return;
+        };
+        dir.git(&["add", "-f", "."]);
+        let inner = snapshot(&dir.at("sub"), &SnapshotOptions::default()).unwrap();
+        assert_eq!(paths(&inner), ["a.py"]);
+    }
+
+    #[test]
+    fn files_that_git_stores_otherwise_are_taken_as_they_are_on_disk() {
+        let Some(dir) = Dir::checkout(&[
+            (".gitattributes", "*.bin filter=lfs -text\n*.txt text eol=crlf\n*.c ident\n"),
+            ("weights.bin", "the weights"),
+            ("pointer.bin", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+            ("crlf.txt", "one\r\ntwo\r\n"),
+            ("id.c", "$Id$"),
+        ]) else {
+            return;
+        };
+        // What git-lfs does to content on its way into the repository, and out of it.
+        dir.git(&["config", "filter.lfs.clean", "tr a-z A-Z"]);
+        dir.git(&["config", "filter.lfs.smudge", "tr A-Z a-z"]);
+        dir.git(&["config", "filter.lfs.required", "true"]);
+        dir.git(&["add", "."]);
+        dir.git(&["commit", "-qm", "first"]);
+        let content = |snapshot: &Snapshot, path: &str| {
+            let entry = snapshot.tree.get(&TreePath::from_bytes(path).unwrap()).unwrap();
+            blob_of(entry)
+        };
+        let first = dir.snapshot().unwrap();
+        for path in ["weights.bin", "pointer.bin", "crlf.txt", "id.c"] {
+            assert_eq!(content(&first, path), BlobId::of(&fs::read(dir.at(path)).unwrap()));
+        }
+        assert!(first.notes.is_empty(), "{:?}", first.notes);
+        // A machine without git-lfs: git itself fails on changed files, we do not.
+        dir.git(&["config", "filter.lfs.clean", "no-such-program"]);
+        fs::write(dir.at("weights.bin"), "new weights").unwrap();
+        let second = dir.snapshot().unwrap();
+        assert_eq!(content(&second, "weights.bin"), BlobId::of(b"new weights"));
+        assert_eq!(paths(&second), paths(&first));
+    }
+
+    #[test]
     fn a_submodules_files_are_taken_and_its_git_directory_is_not() {
         let (Some(library), Some(dir)) =
             (Dir::checkout(&[("lib.py", "lib")]), Dir::checkout(&[("main.py", "main")]))
@@ -1087,7 +1203,7 @@ mod tests {
             Some(dir)
         }
 
-        fn git(&self, args: &[&str]) {
+        fn git(&self, args: &[&str]) -> String {
             let output = Command::new("git")
                 .arg("-C")
                 .arg(self.root.path())
@@ -1097,6 +1213,7 @@ mod tests {
                 .output()
                 .unwrap();
             assert!(output.status.success(), "git {args:?}: {output:?}");
+            String::from_utf8(output.stdout).unwrap()
         }
 
         fn at(&self, path: &str) -> PathBuf {
