@@ -16,6 +16,15 @@ pub fn has_namespaces(node: &Node) -> bool {
     isolation == "namespaces" || skip("namespaces", &isolation)
 }
 
+/// Whether this process may do what only root may; says so where it may not.
+///
+/// # Panics
+/// Where it may not although `P2PIT_TEST_REQUIRE` names `root`.
+#[must_use]
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root() || skip("root", "this is an ordinary user")
+}
+
 fn skip(what: &str, reason: &str) -> bool {
     let required = std::env::var(REQUIRE).unwrap_or_default();
     assert!(

@@ -31,7 +31,7 @@ pub(crate) struct Args {
     #[arg(value_name = "JOB")]
     job: String,
     /// A path as `p2pit ls` shows it; `.` is everything
-    path: String,
+    path: PathBuf,
     /// A directory to copy into, a new name, or `-` for standard output
     #[arg(default_value = ".")]
     dest: PathBuf,

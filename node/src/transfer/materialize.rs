@@ -55,9 +55,12 @@ pub enum Error {
     Exists(PathBuf),
     #[error("cannot write `{path}`")]
     Io { path: PathBuf, source: io::Error },
-    /// A blob that is missing or corrupt, or a disk that does not read.
+    /// A blob that is missing, or a disk that does not read.
     #[error("no content for `{path}`")]
     Content { path: PathBuf, source: store::Error },
+    /// It is not in the store any more, so that it can be brought again.
+    #[error("no content for `{path}`: blob {blob} was corrupt in the store and is removed from it")]
+    Corrupt { path: PathBuf, blob: BlobId },
     #[error("`{path}` should have {expected} bytes, but blob {blob} has {found}")]
     Size { path: PathBuf, blob: BlobId, expected: u64, found: u64 },
 }
@@ -233,7 +236,9 @@ impl FileSpec {
             target.set_len(found).map_err(io)?;
         }
         if hasher.finalize().as_bytes() != &self.blob.0 {
-            return Err(content(store::Error::Corrupt(self.blob)));
+            // As long as it lies there, nobody sends it again.
+            store.remove(&self.blob).map_err(content)?;
+            return Err(Error::Corrupt { path: place.path.to_owned(), blob: self.blob });
         }
         if found != self.size {
             let (blob, expected) = (self.blob, self.size);
@@ -278,7 +283,7 @@ fn temporary_name() -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt, symlink};
 
     use super::{
         super::tree::{LinkTarget, TreePath},
@@ -328,14 +333,31 @@ mod tests {
         fs::write(fixture.store.path_of(&blob), b"wrong").unwrap();
         let error = fixture.materialize(&tree, Existing::Nothing).unwrap_err();
         assert!(
-            matches!(&error, Error::Content { path, source: store::Error::Corrupt(id) }
+            matches!(&error, Error::Corrupt { path, blob: id }
                 if path.ends_with("a/x") && *id == blob),
             "{error:?}"
         );
         assert!(!fixture.dest.join("a/x").exists());
-        fixture.store.remove(&blob).unwrap();
+        assert!(!fixture.store.has(&blob), "it can be brought again");
         let error = fixture.materialize(&tree, Existing::Keep).unwrap_err();
         assert!(matches!(error, Error::Content { source: store::Error::Missing(_), .. }));
+    }
+
+    #[test]
+    fn holes_stay_holes() {
+        let fixture = Fixture::new();
+        let mut content = vec![0; 8 << 20];
+        content[5 << 20..][..6].copy_from_slice(b"middle");
+        let tree = Tree::new(vec![fixture.file("sparse", &content, false)]).unwrap();
+        let path = fixture.store.path_of(&BlobId::of(&content));
+        let blob = File::create(&path).unwrap();
+        blob.write_all_at(b"middle", 5 << 20).unwrap();
+        blob.set_len(content.len() as u64).unwrap();
+        fixture.materialize(&tree, Existing::Nothing).unwrap();
+        let written = fixture.dest.join("sparse");
+        assert!(fs::read(&written).unwrap() == content);
+        let allocated = |path: &Path| fs::metadata(path).unwrap().blocks();
+        assert!(allocated(&written) <= allocated(&path));
     }
 
     #[test]

@@ -700,6 +700,7 @@ mod tests {
     };
 
     use proptest::prelude::*;
+    use rustix::{fs::Uid, thread::set_thread_res_uid};
 
     use super::*;
 
@@ -964,11 +965,32 @@ mod tests {
         let dir = Dir::new(&[("file", "f")]);
         let file = snapshot(&dir.at("file"), &SnapshotOptions::default());
         assert!(file.unwrap_err().to_string().contains("file`"));
-        // Root reads everything, so this part is for everybody else.
-        fs::set_permissions(dir.at("file"), fs::Permissions::from_mode(0o000)).unwrap();
-        if File::open(dir.at("file")).is_err() {
-            let error = dir.snapshot().unwrap_err();
-            assert!(matches!(error, Error::Unreadable { path, .. } if path.ends_with("file")));
+    }
+
+    #[test]
+    fn what_may_not_be_read_is_named() {
+        let dir = Dir::new(&[("sub/file", "f"), ("sub/dir/file", "f")]);
+        let mode = |path: &str, mode| {
+            fs::set_permissions(dir.at(path), fs::Permissions::from_mode(mode)).unwrap();
+        };
+        mode("", 0o755);
+        for (path, none, all) in [("sub/file", 0o000, 0o644), ("sub/dir", 0o000, 0o755)] {
+            mode(path, none);
+            // Root reads everything: one thread, and those that it starts, become somebody else.
+            let error = thread::scope(|scope| {
+                let reading = scope.spawn(|| {
+                    if rustix::process::geteuid().is_root() {
+                        let nobody = Uid::from_raw(65_534);
+                        set_thread_res_uid(nobody, nobody, nobody).unwrap();
+                    }
+                    dir.snapshot().unwrap_err()
+                });
+                join(reading)
+            });
+            mode(path, all);
+            let Error::Unreadable { path: named, source } = error else { panic!("{error}") };
+            assert_eq!(source.kind(), io::ErrorKind::PermissionDenied);
+            assert!(named.ends_with(path), "{}", named.display());
         }
     }
 
