@@ -13,8 +13,8 @@ use std::{
 
 use p2pit_protocol::BlobId;
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, fchmod, fchown, ioctl_ficlone, openat,
-    renameat, symlinkat, unlinkat,
+    AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, fchmod, fchown, fstat, ioctl_ficlone,
+    openat, renameat, symlinkat, unlinkat,
 };
 use thiserror::Error;
 
@@ -135,7 +135,7 @@ impl<'a> Writer<'a> {
             Kind::File { blob, size, executable } => {
                 let file = FileSpec { blob: *blob, size: *size, executable: *executable };
                 place.put(|name| {
-                    let target = create(dir, name)?;
+                    let target = create(dir, name, file.mode())?;
                     if let Err(error) = file.fill(self.store, target, &place, &mut self.buffer) {
                         unlinkat(dir, name, AtFlags::empty())?;
                         return Ok(Err(error));
@@ -195,6 +195,10 @@ struct FileSpec {
 }
 
 impl FileSpec {
+    fn mode(&self) -> Mode {
+        Mode::from_raw_mode(if self.executable { 0o755 } else { 0o644 })
+    }
+
     /// Copies the blob into `target`, hashing what arrives there.
     fn fill(
         &self,
@@ -244,8 +248,12 @@ impl FileSpec {
             let (blob, expected) = (self.blob, self.size);
             return Err(Error::Size { path: place.path.to_owned(), blob, expected, found });
         }
-        let mode = if self.executable { 0o755 } else { 0o644 };
-        fchmod(&target, Mode::from_raw_mode(mode)).map_err(|errno| io(errno.into()))?;
+        // As it was made, unless the umask was in the way: each change of an inode is one
+        // more entry in the file system's journal.
+        let made = fstat(&target).map_err(|errno| io(errno.into()))?;
+        if Mode::from_raw_mode(made.st_mode) != self.mode() {
+            fchmod(&target, self.mode()).map_err(|errno| io(errno.into()))?;
+        }
         if let Some((uid, gid)) = owner(place.options) {
             fchown(&target, Some(uid), Some(gid)).map_err(|errno| io(errno.into()))?;
         }
@@ -253,9 +261,9 @@ impl FileSpec {
     }
 }
 
-fn create(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<File> {
+fn create(dir: BorrowedFd<'_>, name: &[u8], mode: Mode) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(File::from(openat(dir, name, flags, Mode::RUSR | Mode::WUSR)?))
+    Ok(File::from(openat(dir, name, flags, mode)?))
 }
 
 fn make_dir(dir: BorrowedFd<'_>, name: &[u8], options: &MaterializeOptions) -> io::Result<()> {
