@@ -32,6 +32,31 @@ fn a_disk_that_is_full_while_a_job_is_submitted_is_named() {
 }
 
 #[test]
+fn a_disk_without_any_room_is_named_by_whatever_has_to_be_written_down() {
+    let mut pool = Pool::empty();
+    let Some(disk) = SmallDisk::mount(&pool.path().join("n1"), DISK_BYTES) else { return };
+    let node = add(&mut pool, "n1", "sim:1xv100");
+    let daemon = node.daemon().pid();
+    let first = node.submit(&["First", "[v100]", "-d", "sleep 600"]);
+    node.wait_for_state(&first, "RUNNING");
+    disk.fill(0);
+    // The last page of the journal may have room for some more.
+    let refused = wait_until("nothing more can be written down", SOON, || {
+        let run = node.p2pit(&["run", "More", "[v100]", "-d", "true"]);
+        (run.code != 0).then_some(run)
+    });
+    let says = format!("the disk of the home {} is full", home(&node));
+    refused.refused(2, &[&says, "hint: ", "free"]);
+    node.p2pit(&["stop", &first]).refused(2, &[&says, "hint: ", "free"]);
+    disk.free();
+    node.p2pit(&["stop", &first]).ended(0);
+    node.wait_for_outcome(&first, "stopped");
+    let last = node.submit(&["Last", "[v100]", "-d", "true"]);
+    node.wait_for_outcome(&last, "succeeded");
+    assert_eq!(node.daemon().pid(), daemon);
+}
+
+#[test]
 fn a_disk_that_is_full_while_inputs_are_fetched_fails_the_job_and_not_the_node() {
     let mut pool = Pool::empty();
     let Some(disk) = SmallDisk::mount(&pool.path().join("n2"), DISK_BYTES) else { return };

@@ -119,8 +119,12 @@ fn router(shared: Arc<Shared>) -> Router {
         .layer(axum::middleware::from_fn(
             move |request: axum::extract::Request, next: axum::middleware::Next| {
                 let in_use = counted.in_use();
+                let shared = Arc::clone(&counted);
                 async move {
-                    let response = next.run(request).await;
+                    let response = tokio::select! {
+                        response = next.run(request) => response,
+                        () = shared.out_of_room() => Failure::no_room(&shared.home).into_response(),
+                    };
                     // A stream is in use until its last byte.
                     response.map(|body| {
                         let held =
@@ -392,10 +396,11 @@ async fn take_in(store: &BlobStore, me: PeerId, body: Body) -> Result<Uploaded, 
 async fn submit(State(shared): State<Arc<Shared>>, Json(submit): Json<Submit>) -> Response {
     let (events, receiver) = mpsc::channel(64);
     tokio::spawn(async move {
-        let last = match carry(&shared, submit.spec, &events).await {
-            Ok(last) => last,
-            Err(reason) => SubmitEvent::Refused { error: Failure::request(reason).0 },
+        let carried = tokio::select! {
+            carried = carry(&shared, submit.spec, &events) => carried.map_err(Failure::request),
+            () = shared.out_of_room() => Err(Failure::no_room(&shared.home)),
         };
+        let last = carried.unwrap_or_else(|failure| SubmitEvent::Refused { error: failure.0 });
         // The command may have been interrupted; a submission that was sent stands.
         let _ = events.send(last).await;
     });
@@ -777,6 +782,23 @@ pub fn is_disk_full(reason: &anyhow::Error) -> bool {
     use std::io::{Error, ErrorKind};
     let kinds = reason.chain().filter_map(|cause| Some(cause.downcast_ref::<Error>()?.kind()));
     kinds.into_iter().any(|kind| matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+}
+
+impl Failure {
+    /// What was asked for is queued, and cannot be taken back.
+    fn no_room(home: &Home) -> Self {
+        let home = home.path().display();
+        Self(ApiError {
+            error: format!(
+                "the disk of the home {home} is full: the daemon waits for room, and what you asked \
+                 for may still be done then"
+            ),
+            hint: Some(
+                "free some space on that disk; `p2pit status` then says what was done".into(),
+            ),
+            broken: true,
+        })
+    }
 }
 
 impl From<NoPeer> for Failure {
