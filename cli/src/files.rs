@@ -1,7 +1,10 @@
 //! What the ranks of a job left, as one tree: `keep/` and `artifacts/`, each the union of
 //! all ranks' with conflicting paths under `rank<i>/`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Component, Path},
+};
 
 use anyhow::Context as _;
 use p2pit_node::{
@@ -231,12 +234,12 @@ async fn lacking(store: &BlobStore, blobs: &[(BlobId, u64)]) -> anyhow::Result<V
 }
 
 /// A path inside a job's files as a person writes it; `None` is the top.
-pub(crate) fn parse_path(text: &str) -> anyhow::Result<Option<TreePath>> {
-    let trimmed = text.trim_start_matches('/');
-    if trimmed.is_empty() || trimmed.trim_end_matches('/') == "." {
+pub(crate) fn parse_path(path: &Path) -> anyhow::Result<Option<TreePath>> {
+    let relative = path.strip_prefix("/").unwrap_or(path);
+    if relative.components().all(|component| component == Component::CurDir) {
         return Ok(None);
     }
-    let path = TreePath::from_path(std::path::Path::new(trimmed));
+    let path = TreePath::from_path(relative);
     Ok(Some(path.map_err(|e| Problem::request(e.to_string()))?))
 }
 
@@ -352,15 +355,15 @@ mod tests {
     fn a_listing_names_whole_paths() {
         let left = left();
         let paths = |dir: &str| -> Vec<String> {
-            let dir = parse_path(dir).unwrap();
+            let dir = parse_path(Path::new(dir)).unwrap();
             left.list(dir.as_ref()).unwrap().into_iter().map(|file| file.path).collect()
         };
         assert_eq!(paths(""), ["artifacts", "keep"]);
         assert_eq!(paths("/keep/"), ["keep/d", "keep/rank0", "keep/rank1", "keep/same"]);
         assert_eq!(paths("./keep/d/x"), ["keep/d/x"]);
-        let missing = left.list(parse_path("nope").unwrap().as_ref()).unwrap_err();
+        let missing = left.list(parse_path(Path::new("nope")).unwrap().as_ref()).unwrap_err();
         assert_eq!(missing.to_string(), "the job has no file `nope`");
-        assert!(parse_path("../secret").is_err());
+        assert!(parse_path(Path::new("../secret")).is_err());
     }
 
     #[test]

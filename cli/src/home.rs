@@ -30,6 +30,12 @@ pub(crate) fn existing(location: &Location) -> anyhow::Result<Home> {
     if is_empty { Err(no_pool().into()) } else { Ok(home) }
 }
 
+/// Where hashes of submitted files are remembered. Without a home, nothing is submitted.
+pub(crate) fn hashes(globals: &Globals) -> Option<PathBuf> {
+    let location = locate(globals).ok()?;
+    Some(Home::existing(&location.home).ok()??.hashes())
+}
+
 /// While this lives, no other command starts a daemon in the home.
 #[derive(Debug)]
 pub(crate) struct StartLock {

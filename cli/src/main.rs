@@ -19,6 +19,7 @@ mod node_flags;
 mod output;
 mod problem;
 mod processes;
+mod script;
 mod session;
 mod status;
 mod submission;

@@ -2,7 +2,7 @@
 
 use std::{error::Error, fmt, io};
 
-use p2pit_node::api::types::ApiError;
+use p2pit_node::api::{is_disk_full, types::ApiError};
 
 use crate::status::Status;
 
@@ -86,10 +86,11 @@ pub(crate) fn explain(error: &anyhow::Error) -> (Status, Option<Explanation>) {
         return (Status::DONE, None);
     }
     let problem = error.downcast_ref::<Problem>();
+    let room = || is_disk_full(error).then(|| "free some space on that disk, and try again".into());
     let explanation = Explanation {
         message: format!("{error:#}"),
         excerpt: problem.and_then(|problem| problem.excerpt.clone()),
-        hint: problem.and_then(|problem| problem.hint.clone()),
+        hint: problem.map_or_else(room, |problem| problem.hint.clone()),
     };
     (problem.map_or(Status::BROKEN, |problem| problem.status), Some(explanation))
 }
@@ -125,6 +126,15 @@ mod tests {
         let (status, explanation) = explain(&error);
         assert_eq!(status, Status::BROKEN);
         assert_eq!(explanation.unwrap().message, "cannot save: disk on fire");
+    }
+
+    #[test]
+    fn a_full_disk_comes_with_what_to_do_about_it() {
+        let full = io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error());
+        let error = anyhow::Error::from(full).context("cannot write `/data/x`");
+        let (status, explanation) = explain(&error);
+        assert_eq!(status, Status::BROKEN);
+        assert!(explanation.unwrap().hint.unwrap().contains("free some space"));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use p2pit_node::{
     api::types::{Plan, Planned, Submit, SubmitEvent, Unsatisfiable, Uploaded, path},
     transfer::{
-        Snapshot, SnapshotOptions, Tree, TreePath,
+        Snapshot, SnapshotOptions, TreePath,
         exchange::{OpenBlob, Source},
         snapshot,
     },
@@ -20,18 +20,18 @@ use p2pit_protocol::{
 };
 
 use crate::{
+    args::Globals,
     files::{KEEP, Left},
+    home,
     identity::{random, wall_ms},
     jobs::Found,
     names::short_job,
     output::Output,
     problem::Problem,
+    script,
     session::Session,
     view::Submission,
 };
-
-/// The script of a directory.
-pub(crate) const SCRIPT: &str = ".compute";
 
 /// What the user wants to run.
 #[derive(Debug)]
@@ -58,10 +58,12 @@ pub(crate) struct Prepared {
 
 /// Hashes a directory on a thread of its own, from now on.
 pub(crate) fn start_snapshot(
+    globals: &Globals,
     dir: &Path,
 ) -> tokio::task::JoinHandle<Result<Snapshot, snapshot::Error>> {
     let dir = dir.to_owned();
-    tokio::task::spawn_blocking(move || snapshot(&dir, &SnapshotOptions::default()))
+    let options = SnapshotOptions { hashes: home::hashes(globals), ..SnapshotOptions::default() };
+    tokio::task::spawn_blocking(move || snapshot(&dir, &options))
 }
 
 /// Asks whether the pool could run it while the directory is being hashed.
@@ -79,9 +81,9 @@ pub(crate) async fn prepare(
         }
     };
     let hashing = async {
-        let snapshot = snapshot.await?.map_err(blame)?;
+        let mut snapshot = snapshot.await?.map_err(blame)?;
         if wish.command == Command::Script {
-            check_script(&snapshot.tree)?;
+            snapshot.notes.extend(script::check(&snapshot)?);
         }
         let blobs: BTreeMap<BlobId, u64> = snapshot.blobs().into_iter().collect();
         let ids: Vec<BlobId> = blobs.keys().copied().collect();
@@ -172,18 +174,26 @@ fn refuse(request: &Request, unsatisfiable: &Unsatisfiable) -> Problem {
     }
 }
 
-/// A directory that cannot be submitted as it is, is not something that broke.
+/// A directory that cannot be submitted as it is, is not something that broke; a disk that
+/// cannot be read is.
 fn blame(error: snapshot::Error) -> anyhow::Error {
-    Problem::request(format!("{:#}", anyhow::Error::from(error))).into()
-}
-
-fn check_script(tree: &Tree) -> anyhow::Result<()> {
-    if tree.get(&TreePath::from_bytes(SCRIPT)?).is_some() {
-        return Ok(());
-    }
-    Err(Problem::request(format!("this directory has no `{SCRIPT}` to run"))
-        .hint(format!("write the script `{SCRIPT}`, or give commands with `-d 'commands'`"))
-        .into())
+    use snapshot::Error;
+    let hint = match &error {
+        Error::Unreadable { source, .. } => match source.kind() {
+            io::ErrorKind::PermissionDenied => {
+                "give yourself the right to read it, or name it in `.pitignore`"
+            }
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => "try again",
+            _ => return error.into(),
+        },
+        Error::Special { .. } => "remove it, or name it in `.pitignore`",
+        Error::Changing { .. } => "wait until it is written, or name it in `.pitignore`",
+        Error::Path { .. } => "rename it, or name it in `.pitignore`",
+        Error::TooManyEntries { .. } | Error::Tree { .. } => {
+            "name in `.pitignore` what the job does not need"
+        }
+    };
+    Problem::request(format!("{:#}", anyhow::Error::from(error))).hint(hint).into()
 }
 
 async fn upload(
@@ -283,11 +293,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_without_a_script_is_refused_with_the_way_out() {
-        let error = check_script(&Tree::default()).unwrap_err();
-        let (status, explanation) = explain(&error);
-        assert_eq!(status, Status::FAILED);
-        assert!(explanation.unwrap().hint.unwrap().contains("-d"));
+    fn what_cannot_be_submitted_is_the_users_to_mend_unless_the_disk_is_broken() {
+        let unreadable = |kind: io::ErrorKind| snapshot::Error::Unreadable {
+            path: "/data/x".into(),
+            source: kind.into(),
+        };
+        let special = snapshot::Error::Special { path: "/data/x".into(), what: "socket" };
+        for error in [special, unreadable(io::ErrorKind::PermissionDenied)] {
+            let (status, explanation) = explain(&blame(error));
+            let explanation = explanation.unwrap();
+            assert_eq!(status, Status::FAILED);
+            assert!(explanation.message.contains("`/data/x`"), "{explanation:?}");
+            assert!(explanation.hint.unwrap().contains(".pitignore"));
+        }
+        let (status, _) = explain(&blame(unreadable(io::ErrorKind::Other)));
+        assert_eq!(status, Status::BROKEN);
     }
 
     #[test]

@@ -116,10 +116,6 @@ def main():
     done = int(gang.broadcast(np.array([len(metrics)]))[0])
     network.parameters[:] = gang.broadcast(network.parameters)
     velocity[:] = gang.broadcast(velocity)
-    if not is_first:
-        # The job before gave one to every process. p2pit keeps what they all leave in keep/ as
-        # one directory, where an old checkpoint beside the new one would be in conflict.
-        CHECKPOINT.unlink(missing_ok=True)
 
     here = f"rank {gang.rank} of {gang.size}: {len(images)} of {len(train_images)} images"
     say(f"{here}, from epoch {done + 1} to {EPOCHS}" if done < EPOCHS else f"{here}, trained before")

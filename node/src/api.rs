@@ -2,3 +2,5 @@
 
 pub(crate) mod server;
 pub mod types;
+
+pub use self::server::is_disk_full;

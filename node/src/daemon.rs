@@ -40,7 +40,7 @@ use p2pit_protocol::{
     roster::Roster,
     wire,
 };
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 pub(crate) use self::{clock::now, reach::ReachError};
@@ -59,6 +59,9 @@ use crate::{
     },
     workspace::{HostPolicy, Names, Workspace},
 };
+
+/// For how long a full disk is taken for a passing thing by those who wait for an answer.
+const ROOM_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How a daemon is run.
 #[derive(Debug)]
@@ -101,6 +104,8 @@ pub(crate) struct Shared {
     /// GPUs whose last process left something behind.
     quarantined: Mutex<BTreeSet<GpuUuid>>,
     ending: AtomicBool,
+    /// The journal cannot be written for want of room, and the core waits for that.
+    waits_for_room: watch::Sender<bool>,
     requests: AtomicUsize,
     last_request_ms: AtomicU64,
     served: files::Served,
@@ -208,6 +213,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         warnings: Mutex::new(recovered.notes.clone()),
         quarantined: Mutex::default(),
         ending: AtomicBool::new(false),
+        waits_for_room: watch::channel(false).0,
         requests: AtomicUsize::new(0),
         last_request_ms: AtomicU64::new(clock::now().boot_ms),
         served: files::Served::default(),
@@ -285,6 +291,19 @@ async fn resume(shared: &Arc<Shared>, entries: &BTreeMap<Vec<u8>, Vec<u8>>) -> a
 }
 
 impl Shared {
+    /// Returns once the core has been waiting for room on the disk for longer than a
+    /// passing shortage.
+    pub(crate) async fn out_of_room(&self) {
+        let mut waits = self.waits_for_room.subscribe();
+        // Its sender lives as long as this.
+        while waits.wait_for(|waits| *waits).await.is_ok() {
+            let there_is_room = waits.wait_for(|waits| !*waits);
+            if tokio::time::timeout(ROOM_PATIENCE, there_is_room).await.is_err() {
+                return;
+            }
+        }
+    }
+
     /// Let `act` at the peer; returns once what it caused is durable.
     pub(crate) async fn act<R: Send + 'static>(
         &self,

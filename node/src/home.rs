@@ -7,6 +7,7 @@
 //! journal/     what must survive a crash  index/    what can be rebuilt
 //! blobs/       content by hash            jobs/     directories of jobs
 //! run/         sockets and pids of supervisors
+//! cache/       what costs time alone to lose: hashes of submitted files
 //! api.sock     the daemon's API           daemon.log, ports.json
 //! ```
 //!
@@ -200,6 +201,11 @@ impl Home {
 
     pub fn run(&self) -> PathBuf {
         self.path.join("run")
+    }
+
+    /// Where hashes of submitted files are remembered; made when there are any.
+    pub fn hashes(&self) -> PathBuf {
+        self.path.join("cache/hashes")
     }
 
     pub fn node_key(&self) -> PathBuf {

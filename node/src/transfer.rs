@@ -21,6 +21,7 @@ pub mod tree;
 pub mod verified;
 
 mod beneath;
+mod holes;
 mod tls;
 mod workers;
 

@@ -1,6 +1,8 @@
 //! What p2pit promises, tried on real daemons on loopback.
 
 mod admission;
+mod bad_disk;
+mod bad_input_tree;
 mod demo;
 mod environment;
 mod examples;

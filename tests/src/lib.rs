@@ -8,6 +8,7 @@
 //! daemons' logs are printed and the directory stays.
 
 mod command;
+mod disk;
 mod node;
 mod pool;
 mod processes;
@@ -15,8 +16,9 @@ mod require;
 mod wait;
 
 pub use command::{Ended, Running};
+pub use disk::SmallDisk;
 pub use node::{Node, job_dir, lines_of};
 pub use pool::Pool;
 pub use processes::{Process, end_all, mentioning, of_job};
-pub use require::{has_namespaces, has_torch, python_packages};
+pub use require::{has_namespaces, has_torch, is_root, python_packages};
 pub use wait::{SOON, wait_until};

@@ -30,9 +30,21 @@ impl Pool {
     /// Where no directory can be made.
     #[must_use]
     pub fn empty() -> Self {
+        Self::empty_in(&std::env::temp_dir())
+    }
+
+    /// As [`Self::empty`], in memory where this machine has a place for that: for tests that
+    /// would keep a disk busy for minutes.
+    #[must_use]
+    pub fn in_memory() -> Self {
+        let memory = Path::new("/dev/shm");
+        if memory.is_dir() { Self::empty_in(memory) } else { Self::empty() }
+    }
+
+    fn empty_in(dir: &Path) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("p2pit-test-")
-            .tempdir()
+            .tempdir_in(dir)
             .expect("a temporary directory can be made");
         // As processes see it.
         let path = dir.path().canonicalize().expect("the directory is there");

@@ -52,6 +52,15 @@ pub fn has_torch() -> bool {
     skip("torch", reason.lines().last().unwrap_or_default())
 }
 
+/// Whether this process may do what only root may; says so where it may not.
+///
+/// # Panics
+/// Where it may not although `P2PIT_TEST_REQUIRE` names `root`.
+#[must_use]
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root() || skip("root", "this is an ordinary user")
+}
+
 fn skip(what: &str, reason: &str) -> bool {
     let required = env::var(REQUIRE).unwrap_or_default();
     assert!(

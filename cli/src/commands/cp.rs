@@ -41,7 +41,7 @@ pub(crate) struct Args {
     #[arg(value_name = "JOB")]
     job: String,
     /// A path as `p2pit ls` shows it; `.` is everything
-    path: String,
+    path: PathBuf,
     /// A directory to copy into, a new name, or `-` for standard output
     #[arg(default_value = ".")]
     dest: PathBuf,
@@ -129,11 +129,13 @@ struct Stage {
 }
 
 impl Stage {
-    fn open(target: &Target, left: &Left, path: &str) -> anyhow::Result<Self> {
+    fn open(target: &Target, left: &Left, path: &Path) -> anyhow::Result<Self> {
         let beside = target.existing_parent();
         let absolute = std::path::absolute(&target.dir)?;
         let to = target.name.as_ref().map_or_else(|| absolute.clone(), |it| absolute.join(it));
-        let copy = [&left.job().0[..], path.as_bytes(), b"\0", to.as_os_str().as_bytes()].concat();
+        let copy =
+            [&left.job().0[..], path.as_os_str().as_bytes(), b"\0", to.as_os_str().as_bytes()]
+                .concat();
         let name: String = BlobId::of(&copy).to_string().chars().take(16).collect();
         let dir = beside.join(format!(".p2pit-cp-{name}"));
         let cannot = || format!("cannot write into {}", beside.display());

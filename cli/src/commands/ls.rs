@@ -1,5 +1,7 @@
 //! `p2pit ls`: the files of a job.
 
+use std::path::PathBuf;
+
 use p2pit_protocol::message::Command;
 
 use crate::{
@@ -22,15 +24,14 @@ pub(crate) struct Args {
     #[arg(value_name = "JOB")]
     job: String,
     /// A file or directory [default: the top]
-    #[arg(default_value = "", hide_default_value = true)]
-    path: String,
+    path: Option<PathBuf>,
     /// One JSON array
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
-    let path = parse_path(&args.path)?;
+    let path = args.path.as_deref().map(parse_path).transpose()?.flatten();
     let session = Session::open(globals, out).await?;
     let left = gather(&session, out, &args.job).await?.1;
     let files = left.list(path.as_ref())?;

@@ -80,7 +80,7 @@ const REQUEST_FILE: &str = ".pitrequest.txt";
 
 pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
     let dir = std::env::current_dir().context("the current directory is gone")?;
-    let snapshot = submission::start_snapshot(&dir);
+    let snapshot = submission::start_snapshot(globals, &dir);
     let (follows, json, dry_run) = (args.log, args.json, args.dry_run);
     let wish = wish(args, &dir)?;
     let mut interrupts = Interrupts::new()?;

@@ -128,8 +128,12 @@ fn router(shared: Arc<Shared>) -> Router {
         .layer(axum::middleware::from_fn(
             move |request: axum::extract::Request, next: axum::middleware::Next| {
                 let in_use = counted.in_use();
+                let shared = Arc::clone(&counted);
                 async move {
-                    let response = next.run(request).await;
+                    let response = tokio::select! {
+                        response = next.run(request) => response,
+                        () = shared.out_of_room() => Failure::no_room(&shared.home).into_response(),
+                    };
                     // A stream is in use until its last byte.
                     response.map(|body| {
                         let held =
@@ -383,11 +387,14 @@ async fn upload(State(shared): State<Arc<Shared>>, body: Body) -> Answered<Uploa
 
 async fn take_in(store: &BlobStore, me: PeerId, body: Body) -> Result<Uploaded, Failure> {
     let mut reader = StreamReader::new(body.into_data_stream().map_err(std::io::Error::other));
-    let received = exchange::receive_any(store, me, &mut reader)
-        .await
-        .map_err(|e| Failure::broken(e.into()))?;
-    // An answer before the body's end would close the connection while its last chunk is
-    // being written, and the client would see that instead of the answer.
+    let received = exchange::receive_any(store, me, &mut reader).await;
+    // An answer before the body's end would close the connection while the rest is being
+    // written, and the client would see that instead of the answer.
+    if received.is_err() {
+        // Where the body breaks off, nobody waits for an answer.
+        let _ = tokio::io::copy(&mut reader, &mut tokio::io::sink()).await;
+    }
+    let received = received.map_err(|e| Failure::broken(e.into()))?;
     match reader.read(&mut [0]).await {
         Ok(0) => Ok(Uploaded { blobs: received.blobs, bytes: received.bytes }),
         Ok(_) => Err(Failure::request(anyhow::anyhow!("there is more than the blobs"))),
@@ -398,10 +405,11 @@ async fn take_in(store: &BlobStore, me: PeerId, body: Body) -> Result<Uploaded, 
 async fn submit(State(shared): State<Arc<Shared>>, Json(submit): Json<Submit>) -> Response {
     let (events, receiver) = mpsc::channel(64);
     tokio::spawn(async move {
-        let last = match carry(&shared, submit.spec, &events).await {
-            Ok(last) => last,
-            Err(reason) => SubmitEvent::Refused { error: Failure::request(reason).0 },
+        let carried = tokio::select! {
+            carried = carry(&shared, submit.spec, &events) => carried.map_err(Failure::request),
+            () = shared.out_of_room() => Err(Failure::no_room(&shared.home)),
         };
+        let last = carried.unwrap_or_else(|failure| SubmitEvent::Refused { error: failure.0 });
         // The command may have been interrupted; a submission that was sent stands.
         let _ = events.send(last).await;
     });
@@ -776,6 +784,9 @@ struct Failure(ApiError);
 
 impl Failure {
     fn request(reason: anyhow::Error) -> Self {
+        if is_disk_full(&reason) {
+            return Self::broken(reason);
+        }
         Self(ApiError { error: format!("{reason:#}"), hint: None, broken: false })
     }
 
@@ -784,7 +795,33 @@ impl Failure {
     }
 
     fn broken(reason: anyhow::Error) -> Self {
-        Self(ApiError { error: format!("{reason:#}"), hint: None, broken: true })
+        let hint =
+            is_disk_full(&reason).then(|| "free some space on that disk, and try again".into());
+        Self(ApiError { error: format!("{reason:#}"), hint, broken: true })
+    }
+}
+
+/// Whether something could not be written for want of room.
+pub fn is_disk_full(reason: &anyhow::Error) -> bool {
+    use std::io::{Error, ErrorKind};
+    let kinds = reason.chain().filter_map(|cause| Some(cause.downcast_ref::<Error>()?.kind()));
+    kinds.into_iter().any(|kind| matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+}
+
+impl Failure {
+    /// What was asked for is queued, and cannot be taken back.
+    fn no_room(home: &Home) -> Self {
+        let home = home.path().display();
+        Self(ApiError {
+            error: format!(
+                "the disk of the home {home} is full: the daemon waits for room, and what you asked \
+                 for may still be done then"
+            ),
+            hint: Some(
+                "free some space on that disk; `p2pit status` then says what was done".into(),
+            ),
+            broken: true,
+        })
     }
 }
 
@@ -845,6 +882,10 @@ mod tests {
     async fn an_upload_is_answered_once_its_body_has_ended() {
         let (result, has_ended) = take_in_chunks(vec![END]).await;
         assert_eq!(result.unwrap().blobs, 0);
+        assert!(has_ended);
+        let no_blob = b"\0\0\0\x01\x07";
+        let (result, has_ended) = take_in_chunks(vec![no_blob, b"more", END]).await;
+        assert!(result.unwrap_err().0.broken);
         assert!(has_ended);
         let (result, _) = take_in_chunks(vec![END, b"more"]).await;
         assert!(!result.unwrap_err().0.broken);

@@ -142,6 +142,7 @@ async fn commit(
     loop {
         let Err(failure) = journal.commit(writes.clone()).await else {
             if warned {
+                shared.waits_for_room.send_replace(false);
                 info!("the journal can be written again");
             }
             return Ok(());
@@ -152,6 +153,7 @@ async fn commit(
         }
         if !warned {
             warn!(%failure, "the journal cannot be written: nothing is acknowledged until it can");
+            shared.waits_for_room.send_replace(true);
             warned = true;
         }
         if shared.is_ending() {

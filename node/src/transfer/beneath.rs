@@ -16,7 +16,10 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, fstat, mkdirat, openat, statat},
+    fs::{
+        AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, Statx, StatxFlags, fstat, mkdirat, openat,
+        statat, statx,
+    },
     io::Errno,
 };
 
@@ -106,6 +109,13 @@ pub(super) fn open_file(dir: impl AsFd, name: &[u8]) -> io::Result<(File, Stat)>
 /// The state of what is right inside `dir`, links not followed.
 pub(super) fn state(dir: impl AsFd, name: &[u8]) -> io::Result<Stat> {
     Ok(statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?)
+}
+
+/// As [`state`], from the machine that serves the file where that is another: what is
+/// known of it here may be a while old. `NOSYS` from a kernel that cannot be asked so.
+pub(super) fn fresh_state(dir: impl AsFd, name: &[u8]) -> Result<Statx, Errno> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC;
+    statx(dir, name, flags, StatxFlags::BASIC_STATS)
 }
 
 /// Where a link right inside `dir` points.

@@ -113,9 +113,12 @@ pub fn ingest(store: &BlobStore, dir: &Path, options: &IngestOptions) -> Result<
     }
     let Scan { mut entries, mut skipped, files, bytes, .. } = scan;
 
-    let parts = workers::in_parts(files.len(), bytes, |part| {
-        Reading::new(store, dir, options)?.read(&files[part])
-    })?;
+    let parts = workers::in_parts(
+        files.len(),
+        bytes,
+        || Reading::new(store, dir, options),
+        |reading, part| reading.read(&files[part]),
+    )?;
     for (found, missed) in parts {
         entries.extend(found);
         skipped.extend(missed);

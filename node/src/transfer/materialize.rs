@@ -3,8 +3,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
-    io::{self, Write},
-    os::fd::{AsFd, BorrowedFd},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileExt as _,
+    },
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -13,7 +16,7 @@ use p2pit_protocol::BlobId;
 use rustix::{
     fs::{
         AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Uid, chownat, fchmod, fchown,
-        ioctl_ficlone, openat, renameat, renameat_with, symlinkat, unlinkat,
+        fstat, ioctl_ficlone, openat, renameat, renameat_with, symlinkat, unlinkat,
     },
     io::Errno,
 };
@@ -21,7 +24,8 @@ use thiserror::Error;
 
 use super::{
     beneath::{self, Descent, Made},
-    store::{self, BUFFER_BYTES, BlobStore, read_some},
+    holes::{self, Piece, Pieces},
+    store::{self, BUFFER_BYTES, BlobStore},
     tree::{Entry, Kind, Tree},
     workers,
 };
@@ -58,9 +62,12 @@ pub enum Error {
     Exists(PathBuf),
     #[error("cannot write `{path}`")]
     Io { path: PathBuf, source: io::Error },
-    /// A blob that is missing or corrupt, or a disk that does not read.
+    /// A blob that is missing, or a disk that does not read.
     #[error("no content for `{path}`")]
     Content { path: PathBuf, source: store::Error },
+    /// It is not in the store any more, so that it can be brought again.
+    #[error("no content for `{path}`: blob {blob} was corrupt in the store and is removed from it")]
+    Corrupt { path: PathBuf, blob: BlobId },
     #[error("`{path}` should have {expected} bytes, but blob {blob} has {found}")]
     Size { path: PathBuf, blob: BlobId, expected: u64, found: u64 },
 }
@@ -97,10 +104,12 @@ pub fn materialize(
     }
     let single: BTreeSet<BlobId> =
         uses.into_iter().filter(|(_, uses)| *uses == 1).map(|(blob, _)| blob).collect();
-    workers::in_parts(entries.len(), tree.total_bytes(), |part| {
-        let mut writer = Writer::new(store, dest, options, &single).map_err(io)?;
-        entries[part].iter().try_for_each(|entry| writer.write(entry))
-    })?;
+    workers::in_parts(
+        entries.len(),
+        tree.total_bytes(),
+        || Writer::new(store, dest, options, &single).map_err(io),
+        |writer, part| entries[part].iter().try_for_each(|entry| writer.write(entry)),
+    )?;
     Ok(())
 }
 
@@ -122,7 +131,7 @@ impl<'a> Writer<'a> {
         movable: &'a BTreeSet<BlobId>,
     ) -> io::Result<Self> {
         let descent = Descent::new(dest)?;
-        Ok(Self { store, dest, options, movable, descent, buffer: Vec::new() })
+        Ok(Self { store, dest, options, movable, descent, buffer: vec![0; BUFFER_BYTES] })
     }
 
     fn write(&mut self, entry: &Entry) -> Result<(), Error> {
@@ -144,14 +153,13 @@ impl<'a> Writer<'a> {
                 Ok(Ok(()))
             }),
             Kind::File { blob, size, executable } => {
-                self.buffer.resize(BUFFER_BYTES, 0);
                 let file = FileSpec { blob: *blob, size: *size, executable: *executable };
                 let is_movable = self.movable.contains(blob);
                 place.put(|name| {
                     if is_movable && file.move_to(self.store, &place, name)? {
                         return Ok(Ok(()));
                     }
-                    let target = create(dir, name)?;
+                    let target = create(dir, name, file.mode())?;
                     if let Err(error) = file.fill(self.store, target, &place, &mut self.buffer) {
                         unlinkat(dir, name, AtFlags::empty())?;
                         return Ok(Err(error));
@@ -228,21 +236,27 @@ impl FileSpec {
         Ok(true)
     }
 
-    /// Mode and owner.
+    /// Mode and owner. Each change of an inode is one more entry in the file system's
+    /// journal, so the mode is changed only where the umask was in the way.
     fn dress(&self, file: &File, place: &Place<'_>) -> io::Result<()> {
-        let mode = if self.executable { 0o755 } else { 0o644 };
-        fchmod(file, Mode::from_raw_mode(mode))?;
+        if Mode::from_raw_mode(fstat(file)?.st_mode) != self.mode() {
+            fchmod(file, self.mode())?;
+        }
         if let Some((uid, gid)) = owner(place.options) {
             fchown(file, Some(uid), Some(gid))?;
         }
         Ok(())
     }
 
+    fn mode(&self) -> Mode {
+        Mode::from_raw_mode(if self.executable { 0o755 } else { 0o644 })
+    }
+
     /// Copies the blob into `target`, hashing what arrives there.
     fn fill(
         &self,
         store: &BlobStore,
-        mut target: File,
+        target: File,
         place: &Place<'_>,
         buffer: &mut [u8],
     ) -> Result<(), Error> {
@@ -252,24 +266,36 @@ impl FileSpec {
             content(store::Error::Io { doing: "read", path, source })
         };
         let io = |source| place.io(source);
-        let mut source = store.open_blob(&self.blob).map_err(content)?;
+        let source = store.open_blob(&self.blob).map_err(content)?;
         let cloned = self.size >= BUFFER_BYTES as u64 && ioctl_ficlone(&target, &source).is_ok();
         let mut hasher = blake3::Hasher::new();
         let mut found = 0;
-        loop {
-            let from = if cloned { &mut target } else { &mut source };
-            let read = read_some(from, buffer).map_err(unreadable)?;
-            if read == 0 {
-                break;
-            }
-            hasher.update(&buffer[..read]);
-            found += read as u64;
-            if !cloned {
-                target.write_all(&buffer[..read]).map_err(io)?;
+        let mut ends_in_hole = false;
+        let mut pieces = Pieces::of(if cloned { &target } else { &source }, self.size);
+        while let Some(piece) = pieces.next(buffer).map_err(unreadable)? {
+            match piece {
+                Piece::Data(bytes) => {
+                    hasher.update(bytes);
+                    if !cloned {
+                        target.write_all_at(bytes, found).map_err(io)?;
+                    }
+                    found += bytes.len() as u64;
+                    ends_in_hole = false;
+                }
+                Piece::Hole(bytes) => {
+                    holes::hash_zeros(&mut hasher, bytes);
+                    found += bytes;
+                    ends_in_hole = true;
+                }
             }
         }
+        if ends_in_hole && !cloned {
+            target.set_len(found).map_err(io)?;
+        }
         if hasher.finalize().as_bytes() != &self.blob.0 {
-            return Err(content(store::Error::Corrupt(self.blob)));
+            // As long as it lies there, nobody sends it again.
+            store.remove(&self.blob).map_err(content)?;
+            return Err(Error::Corrupt { path: place.path.to_owned(), blob: self.blob });
         }
         if found != self.size {
             let (blob, expected) = (self.blob, self.size);
@@ -279,9 +305,9 @@ impl FileSpec {
     }
 }
 
-fn create(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<File> {
+fn create(dir: BorrowedFd<'_>, name: &[u8], mode: Mode) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(File::from(openat(dir, name, flags, Mode::RUSR | Mode::WUSR)?))
+    Ok(File::from(openat(dir, name, flags, mode)?))
 }
 
 fn make_dir(dir: BorrowedFd<'_>, name: &[u8], options: &MaterializeOptions) -> io::Result<()> {
@@ -309,7 +335,7 @@ fn temporary_name() -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt, symlink};
 
     use super::{
         super::tree::{LinkTarget, TreePath},
@@ -395,14 +421,31 @@ mod tests {
         fs::write(fixture.store.path_of(&blob), b"wrong").unwrap();
         let error = fixture.materialize(&tree, Existing::Nothing).unwrap_err();
         assert!(
-            matches!(&error, Error::Content { path, source: store::Error::Corrupt(id) }
+            matches!(&error, Error::Corrupt { path, blob: id }
                 if path.ends_with("a/x") && *id == blob),
             "{error:?}"
         );
         assert!(!fixture.dest.join("a/x").exists());
-        fixture.store.remove(&blob).unwrap();
+        assert!(!fixture.store.has(&blob), "it can be brought again");
         let error = fixture.materialize(&tree, Existing::Keep).unwrap_err();
         assert!(matches!(error, Error::Content { source: store::Error::Missing(_), .. }));
+    }
+
+    #[test]
+    fn holes_stay_holes() {
+        let fixture = Fixture::new();
+        let mut content = vec![0; 8 << 20];
+        content[5 << 20..][..6].copy_from_slice(b"middle");
+        let tree = Tree::new(vec![fixture.file("sparse", &content, false)]).unwrap();
+        let path = fixture.store.path_of(&BlobId::of(&content));
+        let blob = File::create(&path).unwrap();
+        blob.write_all_at(b"middle", 5 << 20).unwrap();
+        blob.set_len(content.len() as u64).unwrap();
+        fixture.materialize(&tree, Existing::Nothing).unwrap();
+        let written = fixture.dest.join("sparse");
+        assert!(fs::read(&written).unwrap() == content);
+        let allocated = |path: &Path| fs::metadata(path).unwrap().blocks();
+        assert!(allocated(&written) <= allocated(&path));
     }
 
     #[test]

@@ -251,14 +251,15 @@ impl Tree {
     }
 
     /// As [`Self::union`], of ranks that each began with a copy of `base`: what one of them
-    /// changed or removed is not brought back, or made a conflict, by those that left it
-    /// as it was.
+    /// changed is not made a conflict by those that left it as it was. What one removed and
+    /// another left stays: nothing is lost because a process tidied up its own copy.
     pub fn union_since(base: &Self, ranks: &[(u32, &Self)]) -> Result<Self, UnionError> {
-        let is_left = |tree: &Self, entry: &Entry| tree.get(&entry.path) == Some(entry);
+        let is_changed =
+            |tree: &Self, entry: &Entry| tree.get(&entry.path).is_some_and(|it| it != entry);
         let changed: BTreeMap<&TreePath, &Entry> = base
             .entries
             .iter()
-            .filter(|entry| ranks.iter().any(|(_, tree)| !is_left(tree, entry)))
+            .filter(|entry| ranks.iter().any(|(_, tree)| is_changed(tree, entry)))
             .map(|entry| (&entry.path, entry))
             .collect();
         let is_old = |entry: &Entry| changed.get(&entry.path) == Some(&entry);
@@ -769,7 +770,7 @@ mod tests {
     }
 
     #[test]
-    fn what_one_rank_changed_or_removed_is_so_although_the_others_left_it() {
+    fn what_one_rank_changed_is_so_although_the_others_left_it() {
         let base = Tree::new(vec![
             file("checkpoint", b"epoch 1"),
             file("removed", b"old"),
@@ -790,6 +791,7 @@ mod tests {
         let union = Tree::union_since(&base, &[(0, &zero), (1, &one), (2, &base)]).unwrap();
         let expected = Tree::new(vec![
             file("checkpoint", b"epoch 2"),
+            file("removed", b"old"),
             file("same", b"1"),
             file("new", b"n"),
             file("rank0/both", b"zero"),

@@ -16,29 +16,37 @@ const BYTES_MIN: u64 = 16 << 20;
 const PART_ITEMS_MAX: usize = 64;
 
 /// Runs `work` on contiguous parts of `0..count` in several threads, and gives the
-/// results in order, or an error; after one, no further part is begun. `bytes` is what
-/// the items come to.
-pub(super) fn in_parts<T: Send, E: Send>(
+/// results in order, or an error; after one, no further part is begun. Each thread sets
+/// `begin` up once for its parts. `bytes` is what the items come to.
+pub(super) fn in_parts<S, T: Send, E: Send>(
     count: usize,
     bytes: u64,
-    work: impl Fn(Range<usize>) -> Result<T, E> + Sync,
+    begin: impl Fn() -> Result<S, E> + Sync,
+    work: impl Fn(&mut S, Range<usize>) -> Result<T, E> + Sync,
 ) -> Result<Vec<T>, E> {
     let worth_it = count >= ITEMS_MIN || bytes >= BYTES_MIN;
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let threads = if worth_it { cores.min(THREADS_MAX).min(count).max(1) } else { 1 };
     if threads == 1 {
-        return work(0..count).map(|result| vec![result]);
+        return work(&mut begin()?, 0..count).map(|result| vec![result]);
     }
     let part_items = (count / (threads * 8)).clamp(1, PART_ITEMS_MAX);
     let next = AtomicUsize::new(0);
     let run = || {
         let mut done = Vec::new();
+        let mut state = match begin() {
+            Ok(state) => state,
+            Err(error) => {
+                next.store(count, Ordering::Relaxed);
+                return Err(error);
+            }
+        };
         loop {
             let start = next.fetch_add(part_items, Ordering::Relaxed);
             if start >= count {
                 return Ok(done);
             }
-            match work(start..count.min(start + part_items)) {
+            match work(&mut state, start..count.min(start + part_items)) {
                 Ok(result) => done.push((start, result)),
                 Err(error) => {
                     next.store(count, Ordering::Relaxed);
@@ -69,14 +77,20 @@ mod tests {
     #[test]
     fn results_come_in_order_and_cover_everything_once() {
         for (count, bytes) in [(0, 0), (1, 0), (63, 0), (64, 0), (1000, 0), (3, u64::MAX)] {
-            let parts = in_parts(count, bytes, |range| Ok::<_, ()>(range.collect::<Vec<_>>()));
+            let work = |(): &mut (), range: Range<usize>| Ok(range.collect::<Vec<_>>());
+            let parts = in_parts(count, bytes, || Ok::<_, ()>(()), work);
             assert_eq!(parts.unwrap().concat(), (0..count).collect::<Vec<_>>());
         }
     }
 
     #[test]
     fn an_error_in_any_part_is_the_result() {
-        let work = |range: Range<usize>| if range.contains(&777) { Err("bad") } else { Ok(()) };
-        assert_eq!(in_parts(1000, 0, work), Err("bad"));
+        let work = |(): &mut (), range: Range<usize>| match range.contains(&777) {
+            true => Err("bad"),
+            false => Ok(()),
+        };
+        assert_eq!(in_parts(1000, 0, || Ok(()), work), Err("bad"));
+        let none = |_: &mut (), _| Ok(());
+        assert_eq!(in_parts(1000, 0, || Err("no start"), none), Err("no start"));
     }
 }

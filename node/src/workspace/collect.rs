@@ -28,6 +28,8 @@ use crate::{
 const RESULT_BYTES_MAX: usize = 4 << 10;
 /// A note goes into the record of the job, with those of all other ranks.
 const NOTE_BYTES_MAX: usize = 1 << 10;
+/// What is kept may be this much although the disk is smaller: a minute or two of hashing.
+const HOLES_BYTES_MAX: u64 = 128 << 30;
 /// Of what is not kept, as much is named one by one.
 const NAMED_MAX: usize = 5;
 const COLLECTED: &str = "collected.json";
@@ -176,9 +178,9 @@ impl Workspace {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(io(error)),
         }
-        // Files with holes can claim any size; what is larger than the disk does.
+        // Files with holes can claim any size, and reading holes takes time, too.
         let disk = statvfs(&dir).map_err(|errno| io(errno.into()))?;
-        let bytes_max = disk.f_blocks.saturating_mul(disk.f_frsize);
+        let bytes_max = disk.f_blocks.saturating_mul(disk.f_frsize).max(HOLES_BYTES_MAX);
         let options = IngestOptions { paths, owner: Some(self.uid()), bytes_max };
         Ok(Some(ingest(store, &dir, &options)?))
     }

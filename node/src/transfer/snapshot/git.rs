@@ -1,8 +1,9 @@
 //! What git says about a checkout, asked of the git program.
 
 use std::{
-    ffi::OsStr,
-    path::Path,
+    ffi::{OsStr, OsString},
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -23,8 +24,32 @@ pub struct GitInfo {
     pub untracked: u64,
 }
 
-pub(super) fn is_inside_checkout(dir: &Path) -> bool {
-    dir.ancestors().any(|above| above.join(".git").symlink_metadata().is_ok())
+/// The top of the checkout that `dir` is in.
+pub(super) fn top_of_checkout(dir: &Path) -> Option<&Path> {
+    dir.ancestors().find(|above| above.join(".git").symlink_metadata().is_ok())
+}
+
+/// Files of patterns that are in no directory of the checkout, the weakest first: those of
+/// the user, wherever git's configuration names them, and those of the repository, wherever
+/// it has its git directory. `None` where git does not say.
+pub(super) fn excludes(program: &OsStr, dir: &Path) -> Option<Vec<PathBuf>> {
+    let path_of = |output: Vec<u8>| {
+        let path = output.strip_suffix(b"\n").unwrap_or(&output);
+        dir.join(OsStr::from_bytes(path))
+    };
+    let own = run(program, dir, &["rev-parse", "--git-path", "info/exclude"]).ok()?;
+    // Fails where none is set.
+    let users = run(program, dir, &["config", "--type=path", "--get", "core.excludesFile"]);
+    let users =
+        users.ok().map(path_of).or_else(|| default_excludes(&|name| std::env::var_os(name)));
+    Some(users.into_iter().chain([path_of(own)]).collect())
+}
+
+/// As git's manual has it for `core.excludesFile`.
+fn default_excludes(env: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    let set = |name| env(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let config = set("XDG_CONFIG_HOME").or_else(|| Some(set("HOME")?.join(".config")))?;
+    Some(config.join("git/ignore"))
 }
 
 /// The tracked paths below `dir`, relative to it, those of submodules included. The
@@ -179,6 +204,22 @@ mod tests {
         ] {
             assert_eq!(without_credentials(url), shown, "{url}");
         }
+    }
+
+    #[test]
+    fn the_users_own_patterns_are_where_git_looks_for_them() {
+        let path = |set: &[(&str, &str)]| {
+            let env = |name: &str| {
+                set.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).into())
+            };
+            default_excludes(&env).map(|path| path.display().to_string())
+        };
+        let home = ("HOME", "/home/anna");
+        assert_eq!(path(&[home]).as_deref(), Some("/home/anna/.config/git/ignore"));
+        assert_eq!(path(&[home, ("XDG_CONFIG_HOME", "/x")]).as_deref(), Some("/x/git/ignore"));
+        let empty = ("XDG_CONFIG_HOME", "");
+        assert_eq!(path(&[home, empty]).as_deref(), Some("/home/anna/.config/git/ignore"));
+        assert_eq!(path(&[empty]), None);
     }
 
     #[test]
