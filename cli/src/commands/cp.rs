@@ -1,6 +1,7 @@
 //! `p2pit cp`: files of a job to this machine.
 
 use std::{
+    ffi::OsString,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -31,7 +32,7 @@ pub(crate) struct Args {
     #[arg(value_name = "JOB")]
     job: String,
     /// A path as `p2pit ls` shows it; `.` is everything
-    path: PathBuf,
+    path: OsString,
     /// A directory to copy into, a new name, or `-` for standard output
     #[arg(default_value = ".")]
     dest: PathBuf,
@@ -41,7 +42,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
-    let path = parse_path(&args.path)?;
+    let path = parse_path(Path::new(&args.path))?;
     let session = Session::open(globals, out).await?;
     let (_, left) = ls::gather(&session, out, &args.job).await?;
     let is_single = path.as_ref().is_some_and(|path| left.tree.get(path).is_some_and(is_leaf));
