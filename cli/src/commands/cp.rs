@@ -2,6 +2,7 @@
 
 use std::{
     cell::Cell,
+    ffi::OsString,
     fs, io,
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
@@ -41,7 +42,7 @@ pub(crate) struct Args {
     #[arg(value_name = "JOB")]
     job: String,
     /// A path as `p2pit ls` shows it; `.` is everything
-    path: PathBuf,
+    path: OsString,
     /// A directory to copy into, a new name, or `-` for standard output
     #[arg(default_value = ".")]
     dest: PathBuf,
@@ -73,7 +74,7 @@ async fn copy(
     args: Args,
     begun: &Cell<bool>,
 ) -> anyhow::Result<Status> {
-    let path = parse_path(&args.path)?;
+    let path = parse_path(Path::new(&args.path))?;
     let session = Session::open(globals, out).await?;
     let (_, left) = ls::gather(&session, out, &args.job).await?;
     let is_single = path.as_ref().is_some_and(|path| left.tree.get(path).is_some_and(is_leaf));
@@ -100,7 +101,7 @@ async fn copy(
         }
         (true, false) => tree,
     };
-    let stage = Stage::open(&target, &left, &args.path)?;
+    let stage = Stage::open(&target, &left, Path::new(&args.path))?;
     let progress = out.progress("copying", tree.total_bytes());
     begun.set(true);
     if let Err(reason) = left.fetch(&session, &tree, &stage.store, &progress).await {

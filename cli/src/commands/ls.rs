@@ -1,6 +1,6 @@
 //! `p2pit ls`: the files of a job.
 
-use std::path::PathBuf;
+use std::{ffi::OsString, path::Path};
 
 use p2pit_protocol::message::Command;
 
@@ -24,14 +24,14 @@ pub(crate) struct Args {
     #[arg(value_name = "JOB")]
     job: String,
     /// A file or directory [default: the top]
-    path: Option<PathBuf>,
+    path: Option<OsString>,
     /// One JSON array
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
-    let path = args.path.as_deref().map(parse_path).transpose()?.flatten();
+    let path = parse_path(Path::new(&args.path.unwrap_or_default()))?;
     let session = Session::open(globals, out).await?;
     let left = gather(&session, out, &args.job).await?.1;
     let files = left.list(path.as_ref())?;

@@ -5,6 +5,11 @@
 //! `.pitignore` decide. What git tracks is taken even if `.gitignore` matches it, as
 //! git itself would; `.pitignore` has the last word. `.git` is never taken, that of a
 //! submodule neither; a submodule's files are. Links stay links.
+//!
+//! It is done in two passes: a walk that says what there is to take, and then several
+//! threads that look at each file and read those whose hash is not remembered ([`cache`]).
+//! A file that changes while it is read is read again, and given up by name; one that
+//! vanishes is left out with a note.
 
 mod cache;
 mod git;
