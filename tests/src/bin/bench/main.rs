@@ -14,6 +14,8 @@
 mod figures;
 mod idle;
 mod latency;
+mod load;
+mod submitter;
 
 use std::env;
 
@@ -28,8 +30,11 @@ struct Part {
     run: fn(&Options) -> Result<()>,
 }
 
-const PARTS: &[Part] =
-    &[Part { name: "latency", run: latency::run }, Part { name: "idle", run: idle::run }];
+const PARTS: &[Part] = &[
+    Part { name: "latency", run: latency::run },
+    Part { name: "load", run: load::run },
+    Part { name: "idle", run: idle::run },
+];
 
 /// What the command line says of all parts.
 struct Options {
