@@ -11,10 +11,12 @@
 //! The homes are in `TMPDIR`, and what that is on decides much: every step that others
 //! rely on is on disk before it is told.
 
+mod api;
 mod figures;
 mod idle;
 mod latency;
 mod load;
+mod ready;
 mod submitter;
 
 use std::env;
@@ -33,6 +35,7 @@ struct Part {
 const PARTS: &[Part] = &[
     Part { name: "latency", run: latency::run },
     Part { name: "load", run: load::run },
+    Part { name: "ready", run: ready::run },
     Part { name: "idle", run: idle::run },
 ];
 

@@ -4,8 +4,7 @@
 use std::{
     collections::BTreeSet,
     fs::File,
-    io::{Read as _, Write as _},
-    os::unix::net::UnixStream,
+    io::Read as _,
     path::Path,
     sync::atomic::{AtomicU64, Ordering},
     thread,
@@ -27,7 +26,8 @@ use p2pit_protocol::{
     wire,
 };
 use p2pit_tests::Node;
-use serde::{Serialize, de::DeserializeOwned};
+
+use crate::api::{exchange, post};
 
 /// Of one user, through one daemon.
 pub(crate) struct Submitter {
@@ -182,31 +182,6 @@ impl Submitter {
         nonce[8..].copy_from_slice(&self.count.fetch_add(1, Ordering::Relaxed).to_be_bytes());
         Ok(nonce)
     }
-}
-
-fn exchange<T: DeserializeOwned>(home: &Home, path: &str, body: &impl Serialize) -> Result<T> {
-    let answer = post(home, path, body)?;
-    serde_json::from_str(&answer).with_context(|| format!("the answer to {path}: {answer}"))
-}
-
-/// One exchange on a connection of its own. In HTTP/1.0 an answer ends where the
-/// connection does.
-fn post(home: &Home, path: &str, body: &impl Serialize) -> Result<String> {
-    let socket = home.api_socket()?;
-    let mut stream = UnixStream::connect(socket.usable()).context("no daemon answers")?;
-    let body = serde_json::to_vec(body)?;
-    let head = format!(
-        "POST {path} HTTP/1.0\r\nContent-Type: application/json\r\n\
-         Content-Length: {}\r\n\r\n",
-        body.len()
-    );
-    stream.write_all(&[head.as_bytes(), &body].concat())?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("the answer has no end of head")?;
-    let status = head.split(' ').nth(1).unwrap_or_default();
-    ensure!(status == "200", "{path} was answered with {status}: {body}");
-    Ok(body.to_owned())
 }
 
 pub(crate) fn wall_ms() -> Result<u64> {
