@@ -5,6 +5,7 @@
 //! and asks them, `join` founds and joins pools, and `crate::api` serves this
 //! machine's users. They share `Shared` and speak to the core through closures.
 
+pub(crate) mod bundle;
 mod clock;
 mod core;
 pub(crate) mod fetch;

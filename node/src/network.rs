@@ -31,11 +31,12 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use p2pit_protocol::{PeerId, PoolId, identity::KeyPair, wire::MESSAGE_BYTES_MAX};
+use p2pit_protocol::{PeerId, PoolId, identity::KeyPair};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tracing::debug;
 
 use self::driver::Driver;
+use crate::daemon::bundle::BUNDLE_BYTES_MAX;
 
 pub use self::lan::{Announcement, Found, Lan, LanEvent, browse_once};
 
@@ -143,7 +144,7 @@ impl Network {
     /// Either it is acknowledged, or [`Event::Undeliverable`] follows: at once, after 5 s
     /// without a connection, or 5 s after it was sent.
     pub fn send(&self, to: PeerId, message: Vec<u8>) {
-        let fits = message.len() <= MESSAGE_BYTES_MAX;
+        let fits = message.len() <= BUNDLE_BYTES_MAX;
         let payload = if fits { self.outbound.try_take(message) } else { None };
         let Some(payload) = payload else {
             debug!(%to, fits, "message not queued");
@@ -252,7 +253,7 @@ struct Budget {
 
 const SMALL_BYTES_MAX: usize = 64 << 10;
 const SMALL_KIB: usize = 48 << 10;
-const LARGE_KIB: usize = 64 << 10;
+const LARGE_KIB: usize = 65 << 10;
 
 impl Budget {
     fn new() -> Self {
@@ -277,7 +278,7 @@ impl Budget {
         Payload { bytes: vec![0; len], _permit: permit }
     }
 
-    /// For at most [`MESSAGE_BYTES_MAX`].
+    /// For at most [`BUNDLE_BYTES_MAX`].
     fn share(&self, len: usize) -> (&Arc<Semaphore>, u32) {
         let share = if len <= SMALL_BYTES_MAX { &self.small } else { &self.large };
         // An empty message costs its queue entry.

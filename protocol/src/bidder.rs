@@ -19,7 +19,7 @@ use std::{
 
 use tracing::debug;
 
-pub(crate) use book::Book;
+pub(crate) use book::{Book, Usage};
 pub use entry::{Hold, Phase, Work, WorkId};
 
 use self::standing::{Standing, StandingCall};
@@ -28,8 +28,8 @@ use crate::{
     inventory::{Capacity, GpuUuid},
     job::{Attempt, Ending, Rank, RankAssignment, RankEnd, RankState, VerifiedSpec},
     message::{
-        Bid, Call, CallFate, Commit, Decline, GpuState, GpuView, HoldView, Key, Message, NodeView,
-        Offer, PinRefusal, REST_MS_MAX, RankReport, Report, Start, Wanted, blinded,
+        Bid, Call, CallFate, Commit, Decline, GpuView, HoldView, Key, Message, NodeView, Offer,
+        PinRefusal, REST_MS_MAX, RankReport, Report, Start, Wanted, blinded,
     },
     peer::{Event, Outbox, Slot},
     request::{Grant, fit, fit_many},
@@ -107,7 +107,7 @@ impl Bidder {
             me,
             sabotage,
             terms: Terms::default(),
-            book: Book::default(),
+            book: Book::new(sabotage),
             standing: Standing::default(),
             tombstones: BTreeMap::new(),
             ends: BTreeMap::new(),
@@ -161,13 +161,13 @@ impl Bidder {
     // ---- what the node around it says -------------------------------------------------
 
     pub(crate) fn set_capacity(&mut self, total: Capacity, now: Now, out: &mut Outbox) {
-        self.book.total = total;
+        self.book.set_total(total);
         self.room_appeared(now, out);
     }
 
     /// These GPUs are computed on by processes that are not ours.
     pub(crate) fn set_foreign(&mut self, gpus: Vec<GpuUuid>, now: Now, out: &mut Outbox) {
-        self.book.foreign = gpus.into_iter().collect();
+        self.book.set_foreign(gpus.into_iter().collect());
         self.room_appeared(now, out);
     }
 
@@ -222,7 +222,7 @@ impl Bidder {
 
     /// A rank is over here and nothing of it is left: what it was given is free again.
     pub(crate) fn end(&mut self, id: WorkId, end: RankEnd, now: Now, out: &mut Outbox) {
-        let Some(work) = self.book.work.remove(&id) else { return };
+        let Some(work) = self.book.remove_work(id) else { return };
         self.timers.cancel(&Timer::Start(id));
         // In this order a crash in between leaves the rank twice, which the next start
         // sees, and never not at all, which nobody would.
@@ -245,7 +245,7 @@ impl Bidder {
         let ids: Vec<WorkId> = self.book.work.keys().copied().collect();
         for id in ids {
             if let Some(steward) = self.ends.get(&id).map(|unreported| unreported.steward) {
-                self.book.work.remove(&id);
+                self.book.remove_work(id);
                 out.remove(&id.slot());
                 self.timers.cancel(&Timer::Start(id));
                 self.bury(steward, id.job, id.attempt, now, out);
@@ -298,7 +298,7 @@ impl Bidder {
             return Ok(());
         }
         self.timers.set(Timer::Hold(hold.id), hold.expiry_ms);
-        self.book.holds.insert(hold.id, hold);
+        self.book.put_hold(hold);
         Ok(())
     }
 
@@ -313,7 +313,7 @@ impl Bidder {
             work.prepared = None;
         }
         work.spec = Some(Arc::new(spec));
-        self.book.work.insert(id, work);
+        self.book.put_work(work);
         Ok(())
     }
 
@@ -360,7 +360,7 @@ impl Bidder {
             return;
         }
         for id in ids {
-            let Some(hold) = self.book.holds.get_mut(id) else { continue };
+            let Some(hold) = self.book.hold_mut(*id) else { continue };
             if !hold.pinned {
                 hold.pinned = true;
                 hold.last(PIN_MS, now);
@@ -565,7 +565,7 @@ impl Bidder {
     // ---- views ------------------------------------------------------------------------
 
     pub(crate) fn view(&self) -> NodeView {
-        let free = self.book.free(self.sabotage);
+        let free = self.book.free();
         let gpus = self.book.total.gpus.iter().map(|gpu| GpuView {
             gpu: gpu.clone(),
             state: self.book.gpu_state(&gpu.uuid),
@@ -587,14 +587,9 @@ impl Bidder {
         }
     }
 
-    /// What an advert says about use: GPUs that are not free, free cores, free MiB.
-    pub(crate) fn usage(&self) -> (Vec<(GpuUuid, GpuState)>, u32, u64) {
-        let free = self.book.free(self.sabotage);
-        let not_free = self.book.total.gpus.iter().filter_map(|gpu| {
-            let state = self.book.gpu_state(&gpu.uuid);
-            (state != GpuState::Free).then(|| (gpu.uuid.clone(), state))
-        });
-        (not_free.collect(), free.cpu_cores, free.ram_mib)
+    /// What an advert says about use.
+    pub(crate) fn usage(&self) -> &Usage {
+        self.book.usage()
     }
 
     /// The spec of a job this node has work or an unacknowledged ending of.
@@ -656,7 +651,7 @@ impl Bidder {
     ) -> Vec<Offer> {
         let mut offers = Vec::new();
         for id in self.book.holds_of(job, from) {
-            let Some(hold) = self.book.holds.get_mut(&id) else { continue };
+            let Some(hold) = self.book.hold_mut(id) else { continue };
             if !hold.pinned {
                 hold.last(HOLD_MS, now);
                 self.timers.set(Timer::Hold(id), hold.expiry_ms);
@@ -699,7 +694,7 @@ impl Bidder {
     ) -> Vec<Offer> {
         let wanted: Vec<_> = missing.iter().map(|w| (w.group, w.count, &w.process)).collect();
         let most: u64 = missing.iter().map(|w| u64::from(w.count)).sum();
-        let mut free = self.book.free(self.sabotage);
+        let mut free = self.book.free().clone();
         let mut grants = fit_many(&wanted, &free);
         let mut wounded = Vec::new();
         for id in self.woundable(call.key) {
@@ -770,7 +765,7 @@ impl Bidder {
         };
         self.timers.set(Timer::Hold(id), hold.expiry_ms);
         out.put(&Slot::Hold(id), &hold);
-        self.book.holds.insert(id, hold);
+        self.book.put_hold(hold);
         let score = self.score(&grant, call);
         Offer { hold: id, group, grant, score }
     }
@@ -784,7 +779,7 @@ impl Bidder {
             .filter(|(tree, _)| !self.book.blinded_trees.contains(tree))
             .map(|(_, bytes)| bytes.div_ceil(16 << 20))
             .sum();
-        let free = self.book.free(self.sabotage);
+        let free = self.book.free();
         let gpus_left = if grant.gpus.is_empty() { 0 } else { free.gpus.len() as u64 };
         let gpus_idle = if grant.gpus.is_empty() { self.book.total.gpus.len() as u64 } else { 0 };
         let score = fetch + 10 * gpus_left + 10 * gpus_idle + u64::from(self.book.used_cores());
@@ -818,7 +813,7 @@ impl Bidder {
 
     /// Answer standing calls, the highest first, with what fits now.
     pub(crate) fn room_appeared(&mut self, now: Now, out: &mut Outbox) {
-        let mut room = self.book.free(self.sabotage);
+        let mut room = self.book.free().clone();
         for key in self.standing.keys().collect::<Vec<_>>() {
             let Some(standing) = self.standing.get(key) else { continue };
             if standing.rests_until_ms > now.boot_ms {
@@ -841,7 +836,7 @@ impl Bidder {
                 self.standing.forget(key.job, steward);
             }
             out.send(self.me, steward, Message::Bid(bid));
-            room = self.book.free(self.sabotage);
+            room.clone_from(self.book.free());
         }
     }
 
@@ -866,7 +861,7 @@ impl Bidder {
     // ---- holds ------------------------------------------------------------------------
 
     fn drop_hold(&mut self, id: HoldId, out: &mut Outbox) -> Option<Hold> {
-        let hold = self.book.holds.remove(&id)?;
+        let hold = self.book.remove_hold(id)?;
         self.timers.cancel(&Timer::Hold(id));
         out.remove(&Slot::Hold(id));
         Some(hold)
@@ -995,7 +990,7 @@ impl Bidder {
             };
             self.timers.set(Timer::Start(id), until_ms);
             out.put(&id.slot(), &work);
-            self.book.work.insert(id, work);
+            self.book.put_work(work);
             out.events.push_back(self.prepare_event(id));
         }
         // What was held beyond the assignment is free again.
@@ -1087,7 +1082,7 @@ impl Bidder {
 
     /// A commitment that will not be started any more.
     fn abandon(&mut self, id: WorkId, now: Now, out: &mut Outbox) {
-        if let Some(Work { steward, .. }) = self.book.work.remove(&id) {
+        if let Some(Work { steward, .. }) = self.book.remove_work(id) {
             out.remove(&id.slot());
             self.timers.cancel(&Timer::Start(id));
             self.bury(steward, id.job, id.attempt, now, out);

@@ -359,6 +359,7 @@ impl Stewards {
         while let Some(event) = cx.registers.poll_event() {
             let (record::Event::Chosen { job, op } | record::Event::Conflict { job, op }) = event;
             cx.out.events.push_back(Event::RecordChanged { job });
+            cx.out.changed.push(job);
             let Some(drive) = self.drives.get_mut(&job) else { continue };
             if drive.proposal != Some(op) {
                 continue;
@@ -714,6 +715,7 @@ impl Stewards {
             let message = Message::Release { job, holds, call: CallFate::Forget };
             cx.out.send(self.me, node, message);
         }
+        self.rouse_next(cx.now);
     }
 
     // ---- the auction ------------------------------------------------------------------
@@ -749,12 +751,28 @@ impl Stewards {
                 drive.stage = Stage::Pinning(pinning);
                 self.timers.cancel(&(job, TimerKind::Auction));
                 self.timers.set((job, TimerKind::Pinning), cx.now.after(PINNING_MS));
+                self.rouse_next(cx.now);
                 return;
             }
         }
         match auction.wake_ms {
             Some(at_ms) => self.timers.set((job, TimerKind::Auction), at_ms),
             None => self.timers.cancel(&(job, TimerKind::Auction)),
+        }
+    }
+
+    /// A job needs its places at bidders no more: the highest of those that found none asks
+    /// again, so that a long queue does not wait for timers.
+    fn rouse_next(&mut self, now: Now) {
+        let left_out = self.drives.iter_mut().filter_map(|(job, drive)| match &mut drive.stage {
+            Stage::Auction(auction) if auction.is_left_out(now) => {
+                Some((crate::bidder::spec_key(&drive.spec), *job, auction))
+            }
+            Stage::Auction(_) | Stage::Pinning(_) | Stage::Assigned => None,
+        });
+        if let Some((_, job, auction)) = left_out.min_by_key(|(key, ..)| *key) {
+            auction.wake_ms = Some(now.boot_ms);
+            self.timers.set((job, TimerKind::Auction), now.boot_ms);
         }
     }
 

@@ -16,7 +16,7 @@ use p2pit_protocol::{
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, error, info, warn};
 
-use super::{Shared, clock};
+use super::{Shared, bundle, clock};
 use crate::{
     journal::{self, JournalHandle, Write},
     network::{self, Acceptance, Network},
@@ -165,10 +165,18 @@ async fn commit(
 
 fn send(state: &mut State) {
     let State { peer: Some(peer), network: Some(network), .. } = state else { return };
+    let mut direct: BTreeMap<PeerId, Vec<Vec<u8>>> = BTreeMap::new();
     while let Some(transmit) = peer.poll_transmit() {
         match transmit {
-            Transmit::Direct { to, message } => network.send(to, wire::encode(&message)),
+            Transmit::Direct { to, message } => {
+                direct.entry(to).or_default().push(wire::encode(&message));
+            }
             Transmit::Gossip(item) => network.publish(wire::encode(&item)),
+        }
+    }
+    for (to, messages) in direct {
+        for bundle in bundle::pack(messages) {
+            network.send(to, bundle);
         }
     }
 }
@@ -183,10 +191,17 @@ fn on_network(state: &mut State, event: network::Event, now: Now) {
             peer.peer_unreachable(node, now);
         }
         network::Event::Undeliverable { to } => peer.peer_unreachable(to, now),
-        network::Event::Message { from, bytes } => match wire::decode::<Message>(&bytes) {
-            Ok(message) => peer.handle_message(from, message, now),
-            Err(reason) => debug!(%from, %reason, "message not understood"),
-        },
+        network::Event::Message { from, bytes } => {
+            let Some(messages) = bundle::unpack(&bytes) else {
+                return debug!(%from, "what is no bundle of messages");
+            };
+            for message in messages {
+                match wire::decode::<Message>(message) {
+                    Ok(message) => peer.handle_message(from, message, now),
+                    Err(reason) => debug!(%from, %reason, "message not understood"),
+                }
+            }
+        }
         network::Event::Gossip { bytes, id, .. } => {
             let acceptance = match wire::decode::<Soft>(&bytes) {
                 Ok(item) => {

@@ -173,7 +173,11 @@ impl Guard {
         if signalled {
             drain(&self.children);
             let left = self.reap()?;
-            if self.main_ended && !(left && self.stopping) {
+            if !left {
+                // Orphans would be its children, too: there is nothing to look for.
+                return Ok(Some(()));
+            }
+            if self.main_ended && !self.stopping {
                 self.end_all()?;
                 return Ok(Some(()));
             }

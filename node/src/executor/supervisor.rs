@@ -597,13 +597,23 @@ impl Supervisor {
         }
         let Some(guard) = self.guard.take() else { return };
         let mut end = None;
-        while let Ok(Waited::Child { pid, status, usage }) = sys::wait_any(false) {
-            if pid == guard.pid.as_raw_nonzero().get() {
-                end = Some(status);
+        let mut orphans = true;
+        while let Ok(waited) = sys::wait_any(false) {
+            match waited {
+                Waited::Child { pid, status, usage } => {
+                    if pid == guard.pid.as_raw_nonzero().get() {
+                        end = Some(status);
+                    }
+                    self.count(usage);
+                }
+                Waited::NoneYet => break,
+                Waited::NoChildren => {
+                    orphans = false;
+                    break;
+                }
             }
-            self.count(usage);
         }
-        if matches!(self.spec().isolation, Isolation::Shared { .. }) {
+        if orphans && matches!(self.spec().isolation, Isolation::Shared { .. }) {
             self.sweep_at = Some(boot_ms());
         }
         let how = match end {

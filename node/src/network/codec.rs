@@ -5,11 +5,11 @@ use std::io;
 
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::{StreamProtocol, request_response};
-use p2pit_protocol::wire::MESSAGE_BYTES_MAX;
 
 use super::{Budget, Payload};
+use crate::daemon::bundle::BUNDLE_BYTES_MAX;
 
-pub(super) const PROTOCOL: StreamProtocol = StreamProtocol::new("/p2pit/message/1");
+pub(super) const PROTOCOL: StreamProtocol = StreamProtocol::new("/p2pit/message/2");
 
 /// A closed stream alone would not tell whether the message was taken.
 const TAKEN: [u8; 1] = [1];
@@ -31,8 +31,8 @@ impl request_response::Codec for MessageCodec {
         let mut len = [0; 4];
         io.read_exact(&mut len).await?;
         let len = usize::try_from(u32::from_be_bytes(len)).unwrap_or(usize::MAX);
-        if len > MESSAGE_BYTES_MAX {
-            let what = format!("a message of {len} bytes where {MESSAGE_BYTES_MAX} are allowed");
+        if len > BUNDLE_BYTES_MAX {
+            let what = format!("a message of {len} bytes where {BUNDLE_BYTES_MAX} are allowed");
             return Err(io::Error::new(io::ErrorKind::InvalidData, what));
         }
         let mut payload = self.inbound.reserve(len).await;
@@ -83,7 +83,7 @@ mod tests {
     #[tokio::test]
     async fn a_message_comes_back_as_it_was_written() {
         let mut codec = MessageCodec { inbound: Budget::new() };
-        for len in [0, 1, 100_000, MESSAGE_BYTES_MAX] {
+        for len in [0, 1, 100_000, BUNDLE_BYTES_MAX] {
             let message = vec![7; len];
             let payload = codec.inbound.try_take(message.clone()).unwrap();
             let mut wire = Cursor::new(Vec::new());
@@ -97,7 +97,7 @@ mod tests {
     #[tokio::test]
     async fn a_length_above_the_limit_is_refused_before_anything_is_allocated() {
         let mut codec = MessageCodec { inbound: Budget::new() };
-        for len in [MESSAGE_BYTES_MAX as u32 + 1, u32::MAX] {
+        for len in [BUNDLE_BYTES_MAX as u32 + 1, u32::MAX] {
             let mut wire = Cursor::new(len.to_be_bytes());
             let error = codec.read_request(&PROTOCOL, &mut wire).await.unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidData);
@@ -108,13 +108,13 @@ mod tests {
     async fn what_waits_is_bounded_and_large_messages_leave_room_for_small_ones() {
         let budget = Budget::new();
         let take = |len| budget.try_take(vec![0; len]);
-        let large: Vec<_> = (0..64).map(|_| take(MESSAGE_BYTES_MAX).unwrap()).collect();
-        assert!(take(MESSAGE_BYTES_MAX).is_none());
+        let large: Vec<_> = (0..64).map(|_| take(BUNDLE_BYTES_MAX).unwrap()).collect();
+        assert!(take(BUNDLE_BYTES_MAX).is_none());
         assert!(take(SMALL).is_some());
         drop(large);
         let small: Vec<_> = std::iter::from_fn(|| take(SMALL)).collect();
         assert_eq!(small.len(), 768);
-        assert!(take(MESSAGE_BYTES_MAX).is_some());
+        assert!(take(BUNDLE_BYTES_MAX).is_some());
     }
 
     const SMALL: usize = 64 << 10;

@@ -6,13 +6,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use p2pit_protocol::{PeerId, PoolId, identity::KeyPair, wire::MESSAGE_BYTES_MAX};
+use p2pit_protocol::{PeerId, PoolId, identity::KeyPair};
 use tokio::{sync::mpsc, time::timeout};
 
 use super::{
     Acceptance, EVENTS_MAX, Event, GOSSIP_BYTES_MAX, GossipId, Network, NetworkConfig,
     behaviour::MESSAGE_TIMEOUT,
 };
+use crate::daemon::bundle::BUNDLE_BYTES_MAX;
 
 #[tokio::test]
 async fn members_connect_and_talk_both_ways() {
@@ -24,7 +25,7 @@ async fn members_connect_and_talk_both_ways() {
     assert_eq!(alice.message().await, (bob.id, b"answer".to_vec()));
     alice.network.send(bob.id, Vec::new());
     assert_eq!(bob.message().await, (alice.id, Vec::new()));
-    let largest = vec![7; MESSAGE_BYTES_MAX];
+    let largest = vec![7; BUNDLE_BYTES_MAX];
     alice.network.send(bob.id, largest.clone());
     assert_eq!(bob.message().await, (alice.id, largest));
 }
@@ -123,7 +124,7 @@ async fn whoever_answers_as_somebody_else_is_not_the_peer() {
 async fn an_oversized_message_is_undeliverable_and_harms_nothing() {
     let [mut alice, mut bob] = members([1, 2]).await;
     alice.connect(&mut bob).await;
-    alice.network.send(bob.id, vec![0; MESSAGE_BYTES_MAX + 1]);
+    alice.network.send(bob.id, vec![0; BUNDLE_BYTES_MAX + 1]);
     alice.undeliverable(bob.id).await;
     alice.network.send(bob.id, b"small".to_vec());
     assert_eq!(bob.message().await.1, b"small");

@@ -73,6 +73,8 @@ pub(crate) struct Outbox {
     /// Messages of this peer to itself: handled before the call returns. They may run
     /// ahead of the disk, since everything that leaves the node waits for it.
     pub(crate) local: VecDeque<Message>,
+    /// Records that changed since the peer last looked.
+    pub(crate) changed: Vec<JobId>,
 }
 
 impl Outbox {

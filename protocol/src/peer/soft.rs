@@ -7,10 +7,11 @@ use tracing::debug;
 use super::{Peer, Timer, Transmit};
 use crate::{
     BootId, JobId, Now, PeerId,
+    bidder::Usage,
     identity::{Domain, SignedBytes},
-    inventory::{GpuUuid, board::CLOCK_TOLERANCE_MS},
+    inventory::board::CLOCK_TOLERANCE_MS,
     job::State,
-    message::{Advert, GpuState, Head, Message, Soft, WANT_MAX},
+    message::{Advert, Head, Message, Soft, WANT_MAX},
     peer::Event,
     reconcile::{self, ItemId},
     steward::Stewards,
@@ -31,8 +32,6 @@ pub const HEADS_MAX: usize = 65_536;
 pub const HEAD_MS: u64 = 30 * 24 * 3_600_000;
 /// Adverts that may follow each other at [`ADVERT_GAP_MS`] after a quiet time.
 const ADVERT_BURST: u64 = 6;
-
-type Usage = (Vec<(GpuUuid, GpuState)>, u32, u64);
 
 #[derive(Debug)]
 pub(super) struct SoftState {
@@ -220,22 +219,14 @@ impl Peer {
 
     /// Follow from what a call changed: heads of jobs that ended, use to be advertised.
     pub(super) fn after_changes(&mut self, now: Now) {
-        let changed: Vec<JobId> = self
-            .out
-            .events
-            .iter()
-            .filter_map(|event| match event {
-                Event::RecordChanged { job } => Some(*job),
-                _ => None,
-            })
-            .collect();
+        let changed = core::mem::take(&mut self.out.changed);
         for job in changed {
             let over = |kept: &crate::record::Kept| kept.value.body.state() == State::Done;
             if self.registers.get(job).is_some_and(over) {
                 self.announce_head(job);
             }
         }
-        let used = !self.client && self.soft.advertised.as_ref() != Some(&self.bidder.usage());
+        let used = !self.client && self.soft.advertised.as_ref() != Some(self.bidder.usage());
         // Who is no member has nothing to advertise, and nobody would listen.
         if (self.soft.changed || used) && self.roster.state().is_member_node(self.me) {
             let at_ms = self.soft.advert_allowed_ms(now);
@@ -278,7 +269,7 @@ impl Peer {
     }
 
     fn advertise(&mut self, now: Now) {
-        let usage = self.bidder.usage();
+        let usage = self.bidder.usage().clone();
         let stale = self
             .soft
             .last_advert_ms
@@ -302,7 +293,7 @@ impl Peer {
             store: self.store,
             client: self.client,
             owner_only: self.bidder.terms().owner_only.as_ref().map(|(_, reason)| reason.clone()),
-            capacity: book.total.clone(),
+            capacity: book.total().clone(),
             not_free: usage.0.clone(),
             free_cpu_cores: usage.1,
             free_ram_mib: usage.2,

@@ -87,7 +87,13 @@ pub(super) enum Step {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Answer {
     Outstanding,
-    Given { standing: bool, decline: Option<Decline> },
+    /// `again`: to ask once more in the same try may help, since a higher job took what
+    /// was held there.
+    Given {
+        standing: bool,
+        decline: Option<Decline>,
+        again: bool,
+    },
 }
 
 /// One job's auction.
@@ -149,7 +155,7 @@ impl Auction {
             self.holds.insert(offer.hold, pick);
             self.resting = false;
         }
-        let given = Answer::Given { standing: bid.standing, decline: bid.decline };
+        let given = Answer::Given { standing: bid.standing, decline: bid.decline, again: false };
         if self.answers.len() < ANSWERS_MAX || self.answers.contains_key(&from) {
             self.answers.insert(from, given);
         }
@@ -162,9 +168,10 @@ impl Auction {
             }
         }
         if let Some(job) = higher
-            && let Some(Answer::Given { decline, .. }) = self.answers.get_mut(&from)
+            && let Some(Answer::Given { decline, again, .. }) = self.answers.get_mut(&from)
         {
             *decline = Some(Decline::HigherJob { job });
+            *again = true;
         }
     }
 
@@ -176,6 +183,14 @@ impl Auction {
         } else {
             self.round_over = true;
         }
+    }
+
+    /// Whether it waits for its timer alone: no bidder had a place for its call.
+    pub(super) fn is_left_out(&self, now: Now) -> bool {
+        let stands = |answer: &Answer| matches!(answer, Answer::Given { standing: true, .. });
+        self.resting
+            && self.wake_ms.is_none_or(|at_ms| at_ms > now.boot_ms)
+            && !self.answers.values().any(stands)
     }
 
     /// Whether a call to `node` might help and none stands there.
@@ -248,11 +263,11 @@ impl Auction {
                 Answer::Given { .. } if held > 0 => {
                     Verdict::Holds(u32::try_from(held).unwrap_or(u32::MAX))
                 }
-                Answer::Given { standing: true, decline } => Verdict::Standing(decline.clone()),
-                Answer::Given { standing: false, decline: Some(decline) } => {
+                Answer::Given { standing: true, decline, .. } => Verdict::Standing(decline.clone()),
+                Answer::Given { standing: false, decline: Some(decline), .. } => {
                     Verdict::Declined(decline.clone())
                 }
-                Answer::Given { standing: false, decline: None } => Verdict::Standing(None),
+                Answer::Given { standing: false, decline: None, .. } => Verdict::Standing(None),
             };
             view.nodes.push((*node, verdict));
         }
@@ -305,16 +320,12 @@ impl Auction {
         let need: u32 = missing.iter().map(|wanted| wanted.count).sum();
         let most = (need + (need / 2).max(2)) as usize;
         let useless = |node: &PeerId| match self.answers.get(node) {
-            // It bids by itself when room appears.
-            Some(Answer::Given { standing: true, .. }) => self.round > 1,
-            Some(Answer::Given { decline: Some(decline), .. }) => {
-                let lasting = matches!(
-                    decline,
-                    Decline::Unsuitable { .. } | Decline::OwnerOnly { .. } | Decline::NotOffering
-                );
-                lasting && self.round > 1
+            // It bids by itself when room appears, or has just said that it has neither room
+            // nor a place to wait for it.
+            Some(Answer::Given { standing, decline, again }) => {
+                self.round > 1 && !again && (*standing || decline.is_some())
             }
-            Some(Answer::Given { decline: None, .. } | Answer::Outstanding) | None => false,
+            Some(Answer::Outstanding) | None => false,
         };
         let fresh = candidates.iter().filter(|node| !self.answers.contains_key(node));
         let again = candidates.iter().filter(|node| self.answers.contains_key(node));
@@ -402,7 +413,7 @@ impl Auction {
             .collect();
         for answer in self.answers.values_mut() {
             if *answer == Answer::Outstanding {
-                *answer = Answer::Given { standing: false, decline: None };
+                *answer = Answer::Given { standing: false, decline: None, again: false };
             }
         }
         Step::GiveUp { releases }
