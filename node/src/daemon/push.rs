@@ -95,12 +95,8 @@ impl Shared {
         tokio::task::spawn_blocking(move || {
             let mut ids: Vec<BlobId> =
                 blobs_of(&store, root)?.into_iter().map(|(id, _)| id).collect();
-            if let Some(missing) = ids.iter().find(|id| !store.has(id)) {
-                bail!("blob {missing} of tree {root} is missing");
-            }
             ids.push(root);
-            store.persist(&ids)?;
-            Ok(())
+            store.persist(&ids).with_context(|| format!("tree {root} cannot be kept"))
         })
         .await??;
         self.act(move |peer, _| peer.tree_stored(root)).await?;

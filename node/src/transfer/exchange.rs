@@ -220,7 +220,7 @@ impl Wanted {
         if size > GROUP_BYTES {
             let partial = store.partial(&id, size)?;
             let missing = partial.missing();
-            if missing.is_empty() && partial.finish()? {
+            if missing.is_empty() && store.finish(&partial)? {
                 return Ok(None);
             }
             let ranges = missing.bytes(size);
@@ -803,7 +803,7 @@ impl<F: FnMut(u64)> Intake<F> {
             }
             Err(DecodeError::Io(_)) => return Err(ReceiveError::Truncated { peer }),
         }
-        partial.finish().map_err(store)?;
+        self.store.finish(&partial).map_err(store)?;
         Ok(ranges.byte_count(size))
     }
 }

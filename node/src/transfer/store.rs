@@ -15,7 +15,7 @@ use std::{
     io::{self, Read, Seek, Write},
     os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -33,6 +33,8 @@ pub(super) const BUFFER_BYTES: usize = 256 << 10;
 const HOLE_BYTES: usize = 64 << 10;
 /// What nobody went on with for so long is given up.
 const PARTIAL_KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
+/// Kept open although nobody writes to them just now.
+const PARTIALS_OPEN: usize = 32;
 const OUTBOARD: &str = "outboard";
 
 /// A handle on one directory of blobs; clones share it.
@@ -44,8 +46,8 @@ pub struct BlobStore {
 #[derive(Debug)]
 struct Inner {
     root: PathBuf,
-    /// Those that somebody writes to.
-    partials: Mutex<BTreeMap<BlobId, Weak<Partial>>>,
+    /// Those of late: a transfer of many pieces proves what is there once.
+    partials: Mutex<BTreeMap<BlobId, Arc<Partial>>>,
     /// Holds a shared lock on `tmp/`, which tells another process opening this store
     /// that the files there are in use.
     _tmp_lock: File,
@@ -300,22 +302,46 @@ impl BlobStore {
         self.settle(temp, &blob.with_extension(OUTBOARD))
     }
 
-    /// A blob that arrives in ranges: what is there already, proved anew unless somebody is
-    /// at it just now.
+    /// A blob that arrives in ranges: what is there already, proved anew if nobody was at it
+    /// of late.
     pub fn partial(&self, id: &BlobId, size: u64) -> Result<Arc<Partial>, Error> {
         let mut partials = self.partials();
-        if let Some(partial) = partials.get(id).and_then(Weak::upgrade)
+        if let Some(partial) = partials.get(id)
             && partial.size == size
         {
-            return Ok(partial);
+            return Ok(Arc::clone(partial));
         }
-        let partial = Arc::new(Partial::open(self, *id, size)?);
-        partials.retain(|_, partial| partial.strong_count() > 0);
-        partials.insert(*id, Arc::downgrade(&partial));
+        let partial = Arc::new(Partial::open(&self.inner.root, *id, size)?);
+        if partials.len() >= PARTIALS_OPEN {
+            partials.retain(|_, partial| Arc::strong_count(partial) > 1);
+        }
+        partials.insert(*id, Arc::clone(&partial));
         Ok(partial)
     }
 
-    fn partials(&self) -> MutexGuard<'_, BTreeMap<BlobId, Weak<Partial>>> {
+    /// Gives a blob its name once nothing of it is missing; whether it has it.
+    pub fn finish(&self, partial: &Partial) -> Result<bool, Error> {
+        let mut state = partial.state();
+        if state.finished {
+            return Ok(true);
+        }
+        if !Ranges::all(partial.size).without(&state.have).is_empty() {
+            return Ok(false);
+        }
+        let path = self.path_of(&partial.id);
+        create_private_dir(path.parent().unwrap_or(&self.inner.root))?;
+        let from = partial.path.with_extension(OUTBOARD);
+        let pairs = [(from, path.with_extension(OUTBOARD)), (partial.path.clone(), path)];
+        for (from, to) in pairs {
+            fs::rename(&from, &to).map_err(Error::io("rename a file to", &to))?;
+        }
+        state.finished = true;
+        drop(state);
+        self.partials().remove(&partial.id);
+        Ok(true)
+    }
+
+    fn partials(&self) -> MutexGuard<'_, BTreeMap<BlobId, Arc<Partial>>> {
         // Whole between any two of its statements.
         self.inner.partials.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -342,17 +368,18 @@ impl BlobStore {
         let mut ids: Vec<BlobId> = ids.into_iter().copied().collect();
         ids.sort_unstable();
         ids.dedup();
-        let files = ids.iter().map(|id| self.open_blob(id));
         if ids.len() > FSYNCS_MAX {
-            files.into_iter().try_for_each(|file| file.map(drop))?;
+            if let Some(missing) = ids.iter().find(|id| !self.has(id)) {
+                return Err(Error::Missing(*missing));
+            }
             let root = open_dir(&self.inner.root)?;
             return syncfs(&root)
                 .map_err(|errno| Error::io("sync", &self.inner.root)(errno.into()));
         }
         let mut dirs = vec![self.inner.root.clone()];
-        for (file, id) in files.zip(&ids) {
-            let path = self.path_of(id);
-            file?.sync_all().map_err(Error::io("sync", &path))?;
+        for id in &ids {
+            let (file, path) = (self.open_blob(id)?, self.path_of(id));
+            file.sync_all().map_err(Error::io("sync", &path))?;
             dirs.extend(path.parent().map(Path::to_owned));
         }
         dirs.dedup();
@@ -429,7 +456,6 @@ pub struct Verifiable {
 /// A blob of which some ranges may be here. Several transfers may add to it at once.
 #[derive(Debug)]
 pub struct Partial {
-    store: BlobStore,
     id: BlobId,
     size: u64,
     data: File,
@@ -445,8 +471,8 @@ struct PartialState {
 }
 
 impl Partial {
-    fn open(store: &BlobStore, id: BlobId, size: u64) -> Result<Self, Error> {
-        let path = store.inner.root.join("partial").join(id.to_string());
+    fn open(root: &Path, id: BlobId, size: u64) -> Result<Self, Error> {
+        let path = root.join("partial").join(id.to_string());
         let open = |path: &Path| {
             let options = OpenOptions::new()
                 .read(true)
@@ -470,7 +496,7 @@ impl Partial {
             Ranges::default()
         };
         let state = Mutex::new(PartialState { have, finished: false });
-        Ok(Self { store: store.clone(), id, size, data, outboard, path, state })
+        Ok(Self { id, size, data, outboard, path, state })
     }
 
     /// What is still to come.
@@ -494,26 +520,6 @@ impl Partial {
     /// Says what [`Self::add`] failed of.
     pub fn write_failed(&self, source: io::Error) -> Error {
         Error::io("write", &self.path)(source)
-    }
-
-    /// Gives the blob its name once nothing is missing; whether it has it.
-    pub fn finish(&self) -> Result<bool, Error> {
-        let mut state = self.state();
-        if state.finished {
-            return Ok(true);
-        }
-        if !Ranges::all(self.size).without(&state.have).is_empty() {
-            return Ok(false);
-        }
-        let path = self.store.path_of(&self.id);
-        create_private_dir(path.parent().unwrap_or(&self.store.inner.root))?;
-        let from = self.path.with_extension(OUTBOARD);
-        let pairs = [(from, path.with_extension(OUTBOARD)), (self.path.clone(), path)];
-        for (from, to) in pairs {
-            fs::rename(&from, &to).map_err(Error::io("rename a file to", &to))?;
-        }
-        state.finished = true;
-        Ok(true)
     }
 
     fn state(&self) -> MutexGuard<'_, PartialState> {
@@ -654,7 +660,7 @@ mod tests {
             let partial = to.partial(&id, size).unwrap();
             send(&first, &partial);
             assert!(Arc::ptr_eq(&partial, &to.partial(&id, size).unwrap()));
-            assert!(!partial.finish().unwrap() && !to.has(&id));
+            assert!(!to.finish(&partial).unwrap() && !to.has(&id));
         }
         // Who said another size before does not spoil what comes.
         let other = BlobId::of(b"another");
@@ -666,12 +672,13 @@ mod tests {
         assert_eq!(partial.missing(), Ranges::all(size).without(&first));
         // A disk that lost some of it is believed in nothing.
         partial.data.write_all_at(b"lost", 2 * GROUP_BYTES).unwrap();
-        drop(partial);
+        drop((partial, to));
+        let to = BlobStore::open(&to_dir.path().join("blobs")).unwrap();
         let partial = to.partial(&id, size).unwrap();
         let missing = partial.missing();
         assert_eq!(missing.byte_count(size), size - GROUP_BYTES);
         send(&missing, &partial);
-        assert!(partial.finish().unwrap() && partial.finish().unwrap());
+        assert!(to.finish(&partial).unwrap() && to.finish(&partial).unwrap());
         assert_eq!(to.read(&id, content.len()).unwrap(), content);
         assert!(to.path_of(&id).with_extension(OUTBOARD).exists());
         drop(from_dir);
@@ -717,7 +724,7 @@ mod tests {
         store.encode(&blob, &Ranges::all(size), &mut encoded).unwrap();
         verified::decode(&id, size, &Ranges::all(size), &encoded[..], |it| partial.add(it))
             .unwrap();
-        assert!(partial.finish().unwrap());
+        assert!(to.finish(&partial).unwrap());
         assert!(blocks(&to.path_of(&id)) <= 1 << 20);
         to.check(&id).unwrap();
     }
