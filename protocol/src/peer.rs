@@ -901,6 +901,7 @@ impl Peer {
         let id = roster::Statement::id(signed);
         self.out.put(&Slot::Statement(id), signed);
         self.soft.insert(Soft::Statement(signed.clone()));
+        self.soft.members_changed = true;
         self.out.events.push_back(Event::RosterChanged);
     }
 }

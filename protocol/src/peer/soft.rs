@@ -40,6 +40,8 @@ pub(super) struct SoftState {
     seq: u64,
     /// Something but use changed since the last advert.
     pub(super) changed: bool,
+    /// Adverts have not been held against the roster since it changed.
+    pub(super) members_changed: bool,
     advertised: Option<Usage>,
     last_advert_ms: Option<u64>,
     /// Milliseconds of [`ADVERT_MEAN_MS`] saved up.
@@ -59,6 +61,7 @@ impl SoftState {
             boot_count,
             seq: 0,
             changed: true,
+            members_changed: false,
             advertised: None,
             last_advert_ms: None,
             credit_ms: ADVERT_BURST * ADVERT_MEAN_MS,
@@ -226,6 +229,10 @@ impl Peer {
                 self.announce_head(job);
             }
         }
+        // Else who has left is asked for bids, and counts for what the pool could do.
+        if self.soft.members_changed {
+            self.expire_adverts(now);
+        }
         let used = !self.client && self.soft.advertised.as_ref() != Some(self.bidder.usage());
         // Who is no member has nothing to advertise, and nobody would listen.
         if (self.soft.changed || used) && self.roster.state().is_member_node(self.me) {
@@ -237,7 +244,9 @@ impl Peer {
         }
     }
 
-    pub(super) fn tend_soft_state(&mut self, now: Now) {
+    /// Forget adverts that expired, and those of nodes that are members no more.
+    fn expire_adverts(&mut self, now: Now) {
+        self.soft.members_changed = false;
         let roster = self.roster.state();
         self.board.expire(now, |node| roster.is_member_node(node));
         let board = &self.board;
@@ -253,6 +262,10 @@ impl Peer {
                 self.soft.items.remove(&id);
             }
         }
+    }
+
+    pub(super) fn tend_soft_state(&mut self, now: Now) {
+        self.expire_adverts(now);
         self.advertise(now);
         if self.soft.next_reconcile_ms <= now.boot_ms {
             let peers: Vec<PeerId> = self.board.connected().collect();
