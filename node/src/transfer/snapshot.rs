@@ -7,7 +7,7 @@
 //! submodule neither; a submodule's files are. Links stay links.
 //!
 //! It is done in two passes: a walk that says what there is to take, and then several
-//! threads that look at each file and read those whose hash is not remembered ([`cache`]).
+//! threads that look at each file and read those whose hash is not remembered (module `cache`).
 //! A file that changes while it is read is read again, and given up by name; one that
 //! vanishes is left out with a note.
 
