@@ -161,6 +161,15 @@ pub enum PrepareError {
 }
 
 impl PrepareError {
+    /// Whether content was corrupt and has been removed, so that it can be brought again.
+    pub(crate) fn is_corrupt(&self) -> bool {
+        matches!(
+            self,
+            Self::Write { source: materialize::Error::Corrupt { .. }, .. }
+                | Self::Missing { source: store::Error::Corrupt(_), .. }
+        )
+    }
+
     fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { doing, path, source }

@@ -235,7 +235,6 @@ fn a_hundred_thousand_files_are_submitted_run_and_kept() {
 }
 
 #[test]
-#[ignore = "store and wire write holes as zeros"]
 fn a_file_of_holes_travels_and_comes_back_as_holes() {
     const BYTES: u64 = 20 << 30;
     let mut pool = Pool::of(&["sim:1xv100"]);

@@ -92,6 +92,26 @@ fn an_input_that_went_bad_at_its_keeper_comes_from_whoever_else_has_it() {
 }
 
 #[test]
+fn an_input_that_went_bad_where_it_is_needed_is_fetched_again() {
+    let pool = Pool::of(&["none", "sim:1xv100"]);
+    let content = noise(MIB);
+    let dir = pool.job_dir("inputs", &[(".compute", "#!/bin/sh\nwc -c < big\n")]);
+    fs::write(dir.join("big"), &content).unwrap();
+    let keeper = pool.node(1).working_in(&dir);
+    let first = keeper.submit(&["One", "[v100]"]);
+    keeper.wait_for_outcome(&first, "succeeded");
+    let store = pool.node(2).home().join("blobs");
+    for path in files_below(&store) {
+        if path.extension().is_none() {
+            fs::File::options().write(true).open(&path).unwrap().write_all_at(b"bad", 0).unwrap();
+        }
+    }
+    let second = keeper.submit(&["Two", "[v100]"]);
+    keeper.wait_for_outcome(&second, "succeeded");
+    assert_eq!(lines_of(&keeper.log(&second), 0), [content.len().to_string()]);
+}
+
+#[test]
 fn an_input_that_nobody_has_any_more_is_named() {
     let pool = Pool::of(&["none", "sim:1xv100"]);
     let content = noise(1000);

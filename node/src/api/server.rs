@@ -730,9 +730,8 @@ async fn open_gate(
     node: PeerId,
     mut receive: quinn::RecvStream,
 ) -> Result<quinn::RecvStream, Failure> {
-    match frame::read_message(&mut receive, usize::MAX).await {
-        Ok(Gate::Open) => Ok(receive),
-        Ok(Gate::Denied(reason)) => Err(Failure::request(anyhow::Error::msg(reason))),
+    match frame::read_message::<Gate>(&mut receive, usize::MAX).await {
+        Ok(gate) => gate.pass().map(|()| receive).map_err(Failure::request),
         Err(reason) => Err(ReachError::Answer(node, reason).into()),
     }
 }

@@ -221,9 +221,11 @@ impl Run<'_> {
         };
         asked.await.map_err(|e| there(e.to_string()))?;
         if self.gated {
-            match frame::read_message(&mut receive, usize::MAX).await {
-                Ok(Gate::Open) => {}
-                Ok(Gate::Denied(why)) => return Err(Failed::There { why, for_good: true }),
+            match frame::read_message::<Gate>(&mut receive, usize::MAX).await {
+                Ok(gate) => gate.pass().map_err(|reason| Failed::There {
+                    why: format!("{reason:#}"),
+                    for_good: true,
+                })?,
                 Err(e) => return Err(there(e.to_string())),
             }
         }

@@ -152,8 +152,6 @@ impl Shared {
 }
 
 async fn open_gate(receive: &mut quinn::RecvStream) -> anyhow::Result<()> {
-    match frame::read_message(receive, usize::MAX).await? {
-        Gate::Open => Ok(()),
-        Gate::Denied(reason) => bail!("it was not taken: {reason}"),
-    }
+    let gate: Gate = frame::read_message(receive, usize::MAX).await?;
+    gate.pass()
 }

@@ -30,7 +30,7 @@ use crate::{
     network::{Announcement, Lan, LanEvent},
     transfer::{
         endpoint::{Connection, DATA, DOOR},
-        frame,
+        frame, store,
     },
 };
 
@@ -367,6 +367,9 @@ impl Shared {
             }
         };
         bring(Blobs::UpTo(root, MANIFEST_BYTES_MAX)).await?;
+        if matches!(self.check_blob(root).await, Err(store::Error::Corrupt(_))) {
+            bring(Blobs::UpTo(root, MANIFEST_BYTES_MAX)).await?;
+        }
         let store = self.store.clone();
         let blobs = tokio::task::spawn_blocking(move || push::blobs_of(&store, root)).await;
         let blobs = blobs.map_err(|e| FetchError::Here(e.into()))?.map_err(FetchError::Here)?;
@@ -374,6 +377,14 @@ impl Shared {
         // The daemon is ending if nobody listens.
         let _ = self.act(move |peer, _| peer.tree_stored(root)).await;
         Ok(())
+    }
+
+    /// Reads a blob that is here; it is removed if it has gone bad.
+    async fn check_blob(&self, id: BlobId) -> Result<(), store::Error> {
+        let store = self.store.clone();
+        let checked = tokio::task::spawn_blocking(move || store.check(&id)).await;
+        // What the thread broke of, the next to read it will meet.
+        checked.unwrap_or(Ok(()))
     }
 
     /// Each once and in this order, without this node.

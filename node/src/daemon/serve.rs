@@ -25,7 +25,10 @@ use tracing::{debug, warn};
 
 use super::{Shared, files, push, work};
 use crate::{
-    api::types::{GpuReading, JobFiles},
+    api::{
+        is_disk_full,
+        types::{GpuReading, JobFiles},
+    },
     gpu,
     transfer::{
         endpoint::{DOOR, Incoming},
@@ -70,6 +73,27 @@ pub(crate) struct UserAnswer {
 pub(crate) enum Gate {
     Open,
     Denied(String),
+    /// For want of room on a disk there.
+    Full(String),
+}
+
+impl Gate {
+    fn closed(reason: &anyhow::Error) -> Self {
+        let text = format!("{reason:#}");
+        if is_disk_full(reason) { Self::Full(text) } else { Self::Denied(text) }
+    }
+
+    /// # Errors
+    /// Why what was asked does not follow.
+    pub(crate) fn pass(self) -> anyhow::Result<()> {
+        match self {
+            Self::Open => Ok(()),
+            Self::Denied(reason) => Err(anyhow::Error::msg(reason)),
+            Self::Full(reason) => {
+                Err(std::io::Error::new(std::io::ErrorKind::StorageFull, reason).into())
+            }
+        }
+    }
 }
 
 /// Hellos on one connection.
@@ -230,7 +254,7 @@ async fn give(
 }
 
 async fn deny(mut send: quinn::SendStream, reason: anyhow::Error) -> anyhow::Result<()> {
-    frame::write_message(&mut send, &Gate::Denied(format!("{reason:#}"))).await?;
+    frame::write_message(&mut send, &Gate::closed(&reason)).await?;
     send.finish()?;
     Ok(())
 }

@@ -23,7 +23,7 @@ use tracing::{info, warn};
 use super::{Shared, clock};
 use crate::{
     executor::{self, Adopted, Control, ProcessEvent, ProcessId, Running, StartError},
-    workspace::{Collected, Gang},
+    workspace::{Collected, Gang, PrepareError, Prepared},
 };
 
 /// What a rank needs to know of the others.
@@ -276,16 +276,44 @@ async fn prepare(
     certificate: Certificate,
 ) -> anyhow::Result<(u16, String)> {
     let is_wanted = async || shared.act(move |peer, _| peer.has_rank(id)).await.unwrap_or(false);
-    for tree in spec.inputs() {
-        shared
-            .fetch_tree(spec, &certificate, tree, is_wanted)
-            .await
-            .with_context(|| format!("cannot fetch input {tree}"))?;
-    }
+    let mut tries = 0;
+    let prepared = loop {
+        for tree in spec.inputs() {
+            shared
+                .fetch_tree(spec, &certificate, tree, is_wanted)
+                .await
+                .with_context(|| format!("cannot fetch input {tree}"))?;
+        }
+        match lay_out(shared, id, spec, assignment).await {
+            // What went bad here was removed: it is brought again.
+            Err(reason) if is_corrupt(&reason) && tries < REFETCHES_MAX => {
+                let reason = format!("{reason:#}");
+                warn!(job = %id.job, rank = %id.rank, reason, "fetching again");
+                tries += 1;
+            }
+            prepared => break prepared?,
+        }
+    };
+    Ok((prepared.port, shared.host()))
+}
+
+/// How often blobs that turn out to be corrupt here are fetched again.
+const REFETCHES_MAX: u32 = 3;
+
+fn is_corrupt(reason: &anyhow::Error) -> bool {
+    reason.downcast_ref::<PrepareError>().is_some_and(PrepareError::is_corrupt)
+}
+
+async fn lay_out(
+    shared: &Arc<Shared>,
+    id: WorkId,
+    spec: &VerifiedSpec,
+    assignment: &RankAssignment,
+) -> anyhow::Result<Prepared> {
     let workspace = shared.workspace(id);
     let (store, spec, assignment) = (shared.store.clone(), spec.clone(), assignment.clone());
     let job_dir = shared.job_dir(id.job);
-    let prepared = tokio::task::spawn_blocking(move || {
+    tokio::task::spawn_blocking(move || {
         let prepared = workspace.prepare(&store, &spec, &assignment)?;
         // Not synced: after a loss of power the process is gone, and so is what this is for.
         let path = job_dir.join(SPEC_FILE);
@@ -293,8 +321,7 @@ async fn prepare(
             .with_context(|| format!("cannot write {}", path.display()))?;
         anyhow::Ok(prepared)
     })
-    .await??;
-    Ok((prepared.port, shared.host()))
+    .await?
 }
 
 /// Hand on what a supervisor says until nothing of the process is left.

@@ -799,6 +799,10 @@ impl<F: FnMut(u64)> Intake<F> {
             Ok(()) => {}
             Err(DecodeError::Corrupt) => return Err(ReceiveError::WrongContent { id, peer }),
             Err(DecodeError::Io(e)) if failed.is_some() => {
+                if matches!(failed, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+                {
+                    self.store.give_up(&partial).map_err(store)?;
+                }
                 return Err(store(partial.write_failed(e)));
             }
             Err(DecodeError::Io(_)) => return Err(ReceiveError::Truncated { peer }),

@@ -29,7 +29,7 @@ use super::verified::{self, EncodeError, GROUP_BYTES, Proved, Ranges};
 
 /// The unit of reading and writing content.
 pub(super) const BUFFER_BYTES: usize = 256 << 10;
-/// Zeros of this many bytes at a multiple of it are not written: files start as a hole.
+/// Zeros up to the next multiple of this many bytes are not written: files start as a hole.
 const HOLE_BYTES: usize = 64 << 10;
 /// What nobody went on with for so long is given up.
 const PARTIAL_KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
@@ -319,6 +319,24 @@ impl BlobStore {
         Ok(partial)
     }
 
+    /// Gives up what came of a blob, as when it does not fit: a full disk that stays full
+    /// would stop everything else here.
+    pub fn give_up(&self, partial: &Partial) -> Result<(), Error> {
+        self.partials().remove(&partial.id);
+        if partial.state().finished {
+            return Ok(());
+        }
+        for path in [partial.path.with_extension(OUTBOARD), partial.path.clone()] {
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io("remove", &path)(e));
+                }
+                Ok(()) | Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Gives a blob its name once nothing of it is missing; whether it has it.
     pub fn finish(&self, partial: &Partial) -> Result<bool, Error> {
         let mut state = partial.state();
@@ -434,8 +452,10 @@ fn write_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
     static ZEROS: [u8; HOLE_BYTES] = [0; HOLE_BYTES];
     let (mut start, mut at) = (0, 0);
     while at < bytes.len() {
-        let end = bytes.len().min(at + HOLE_BYTES);
-        if end - at == HOLE_BYTES && bytes[at..end] == ZEROS {
+        // Pieces come in any length: to the next boundary in the file.
+        let to_boundary = HOLE_BYTES - (offset as usize + at) % HOLE_BYTES;
+        let end = bytes.len().min(at + to_boundary);
+        if bytes[at..end] == ZEROS[..end - at] {
             file.write_all_at(&bytes[start..at], offset + start as u64)?;
             start = end;
         }
