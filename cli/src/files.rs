@@ -49,6 +49,11 @@ impl Left {
         view: &JobView,
     ) -> anyhow::Result<Self> {
         let nodes = nodes_of(view);
+        if nodes.is_empty() {
+            // Nobody has been given a process of it.
+            let (tree, holders, silent) = (Tree::default(), BTreeMap::new(), Vec::new());
+            return Ok(Self { pool, job: view.job, tree, holders, silent });
+        }
         let signed = session.sign(pool, &nodes, &Command::Files(view.job))?;
         let asked = nodes.iter().map(|&node| {
             let files = Files { node, signed: signed.clone() };
@@ -127,6 +132,8 @@ impl Left {
                 pumped?;
             }
             if let Some(blob) = received?.absent.first() {
+                let names = Names::load(&session.client).await.unwrap_or_default();
+                let node = names.node(node);
                 let message = format!("node {node} does not have blob {blob} any more");
                 return Err(Problem::broken(message).into());
             }

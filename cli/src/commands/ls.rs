@@ -1,6 +1,6 @@
 //! `p2pit ls`: the files of a job.
 
-use p2pit_protocol::message::Command;
+use p2pit_protocol::{job::State, message::Command};
 
 use crate::{
     args::Globals,
@@ -32,7 +32,17 @@ pub(crate) struct Args {
 pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
     let path = parse_path(&args.path)?;
     let session = Session::open(globals, out).await?;
-    let left = gather(&session, out, &args.job).await?.1;
+    let (found, left) = gather(&session, out, &args.job).await?;
+    if left.tree.entries().is_empty() && path.is_none() {
+        let view = found.view(&session).await?;
+        if view.state() != State::Done {
+            let (job, state) = (&found.resolved.short, view.state());
+            out.note(&format!(
+                "job {job} has left nothing yet: it is {state}, and files are kept when a \
+                 process ends"
+            ));
+        }
+    }
     let files = left.list(path.as_ref())?;
     out.data(out.format(args.json).files(&files))?;
     Ok(Status::DONE)

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use p2pit_protocol::{
-    JobId, Now, Peer, PeerId,
+    JobId, Now, Peer,
     message::{Message, Soft},
     peer::{Event, SubmitError, Transmit},
     wire,
@@ -232,12 +232,10 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
         Event::Wounded { job, by, .. } => debug!(%job, %by, "a higher job took a hold"),
         Event::RosterChanged => {
             let Some(peer) = &state.peer else { return };
-            let members: std::collections::BTreeSet<PeerId> =
-                peer.roster().state().nodes.keys().copied().collect();
+            shared.set_members(peer.roster());
             if let Some(network) = &state.network {
-                network.set_members(members.clone());
+                network.set_members(shared.members());
             }
-            shared.set_members(members);
             shared.reach_changed.notify_one();
         }
         Event::BoardChanged { node } => {
