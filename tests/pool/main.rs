@@ -1,9 +1,11 @@
 //! What p2pit promises, tried on real daemons on loopback.
 
 mod admission;
+mod bad_input;
 mod demo;
 mod environment;
 mod files;
+mod first_hour;
 mod gang;
 mod home;
 mod isolation;
