@@ -16,8 +16,8 @@ use crate::commands::{
     name = "p2pit",
     version,
     max_term_width = 100,
-    after_help = "Exit codes: 0 done, 1 the request failed, 2 something broke; where a command \
-                  waited for a job, the job's own.\n\n\
+    after_help = "Exit codes: 0 done, 1 the request failed, 2 something broke, 130 ended with \
+                  Ctrl-C; where a command waited for a job, the job's own.\n\n\
                   Examples:\n  \
                   p2pit demo                                see it work, on this machine alone\n  \
                   p2pit join                                found a pool\n  \
@@ -80,7 +80,6 @@ pub(crate) enum Command {
     Download(download::Args),
     Demo(demo::Args),
     Completion(completion::Args),
-    #[command(hide = true)]
     Daemon(daemon::Args),
 }
 

@@ -7,6 +7,7 @@ use std::{
     io,
     marker::PhantomData,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -30,6 +31,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
     net::UnixStream,
+    time::timeout,
 };
 
 use crate::problem::Problem;
@@ -41,6 +43,9 @@ const ANSWER_BYTES_MAX: usize = 512 << 20;
 const LINE_BYTES_MAX: usize = 64 << 20;
 /// Content on the way between the API and the disk.
 const PIPE_BYTES: usize = 2 * CHUNK_BYTES_MAX;
+/// The daemon answers at once, unless it looks around on the local network for seconds, or
+/// the machine has much else to do.
+const ANSWER_WITHIN: Duration = Duration::from_secs(15);
 /// Text of an error that is not the API's own.
 const ERROR_CHARS_MAX: usize = 300;
 
@@ -63,8 +68,19 @@ impl Client {
         }
     }
 
+    /// What the daemon knows without asking anybody.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
-        self.exchange(Method::GET, path, empty()).await
+        let answer = timeout(ANSWER_WITHIN, self.exchange(Method::GET, path, empty())).await;
+        answer.unwrap_or_else(|_| {
+            let (home, seconds) = (self.home.path().display(), ANSWER_WITHIN.as_secs());
+            let message = format!("the daemon of {home} has not answered for {seconds} s");
+            Err(Problem::broken(message)
+                .hint(
+                    "end its process, which `pgrep -af p2pit` shows (its jobs go on), and start \
+                     it again with `p2pit join --detach`",
+                )
+                .into())
+        })
     }
 
     pub(crate) async fn post<T: DeserializeOwned>(
@@ -150,8 +166,7 @@ impl Client {
             .header(header::CONTENT_TYPE, "application/json")
             .body(body)
             .context("the request cannot be built")?;
-        let response =
-            sender.send_request(request).await.context("the daemon ended while it was asked")?;
+        let response = sender.send_request(request).await.map_err(|_| self.ended())?;
         if response.status().is_success() {
             return Ok((response, sender));
         }
@@ -167,13 +182,12 @@ impl Client {
                 return Ok(sender);
             }
         }
-        open(&self.home).await?.ok_or_else(|| {
-            Problem::broken(format!(
-                "the daemon of {} has ended meanwhile",
-                self.home.path().display()
-            ))
-            .into()
-        })
+        open(&self.home).await?.ok_or_else(|| self.ended().into())
+    }
+
+    fn ended(&self) -> Problem {
+        Problem::broken(format!("the daemon of {} has ended meanwhile", self.home.path().display()))
+            .hint("`p2pit join --detach` starts it again; its jobs go on")
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Sender>> {
@@ -257,6 +271,13 @@ async fn open(home: &Home) -> anyhow::Result<Option<Sender>> {
             if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
         {
             return Ok(None);
+        }
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            let message =
+                format!("the daemon's socket {} is another user's", socket.file().display());
+            return Err(Problem::request(message)
+                .hint("`--home DIR` names a home of your own")
+                .into());
         }
         Err(e) => {
             return Err(e).with_context(|| format!("cannot reach {}", socket.file().display()));

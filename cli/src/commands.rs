@@ -38,7 +38,10 @@ const DAEMON_THREADS_MAX: usize = 4;
 
 /// Runs the command line of this process.
 pub(crate) fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(said) => return usage(&said),
+    };
     let out = Output::new(&cli.globals);
     let status = start(cli, &out).unwrap_or_else(|error| {
         let (status, explanation) = explain(&error);
@@ -48,6 +51,13 @@ pub(crate) fn main() -> ExitCode {
         status
     });
     ExitCode::from(status.0)
+}
+
+/// Help and version are what was asked for; anything else is a request that failed.
+fn usage(said: &clap::Error) -> ExitCode {
+    // Nobody is left to be told that nobody listens.
+    let _ = said.print();
+    ExitCode::from(if said.use_stderr() { Status::FAILED.0 } else { Status::DONE.0 })
 }
 
 fn start(cli: Cli, out: &Output) -> anyhow::Result<Status> {
@@ -79,7 +89,12 @@ fn runtime(is_daemon: bool) -> anyhow::Result<Runtime> {
 async fn until_interrupted(cli: Cli, out: &Output) -> anyhow::Result<Status> {
     let minds_signals = matches!(
         cli.command,
-        Command::Join(_) | Command::Daemon(_) | Command::Run(_) | Command::Cp(_) | Command::Demo(_)
+        Command::Join(_)
+            | Command::Daemon(_)
+            | Command::Run(_)
+            | Command::Log(_)
+            | Command::Cp(_)
+            | Command::Demo(_)
     );
     if minds_signals {
         return dispatch(cli, out).await;

@@ -56,6 +56,11 @@ impl Left {
         view: &JobView,
     ) -> anyhow::Result<Self> {
         let nodes = nodes_of(view);
+        if nodes.is_empty() {
+            // Nobody has been given a process of it.
+            let (tree, holders, silent) = (Tree::default(), BTreeMap::new(), Vec::new());
+            return Ok(Self { pool, job: view.job, tree, holders, silent });
+        }
         let signed = session.sign(pool, &nodes, &Command::Files(view.job))?;
         let asked = nodes.iter().map(|&node| {
             let files = Files { node, signed: signed.clone() };

@@ -2,8 +2,9 @@
 //!
 //! Following joins one stream of views from the keeper with one stream of lines from each
 //! node that the views name. Either may break and is opened again; lines that were shown
-//! are counted by their label, `worker 0` and the like, and passed over then. The line
-//! that says DONE is held back until every node's stream has ended.
+//! are counted by their label, `worker 0` and the like, and passed over then. Lines are
+//! held for a moment and put in the order of their time, since streams overtake each other.
+//! The line that says DONE is held back until every node's stream has ended.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,11 +13,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use p2pit_node::api::types::{Log, Watch, path};
+use p2pit_node::api::types::{Answer, Log, Watch, path};
 use p2pit_protocol::{
     JobId, PeerId, PoolId,
     job::{Attempt, Change, Outcome, RankState, State},
-    message::{Command, JobView},
+    message::{Command, JobView, Reply},
 };
 use tokio::{
     sync::mpsc,
@@ -38,6 +39,14 @@ const EVENTS_MAX: usize = 64;
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// How often a node is asked for its lines once the job is over.
 const TRIES_AFTER_END: u32 = 3;
+/// How long a line waits for earlier ones of other streams.
+const HOLD: Duration = Duration::from_millis(100);
+/// As long, at first, do lines that had been written before anybody followed.
+const HOLD_BACKLOG: Duration = Duration::from_millis(500);
+/// Held lines beyond this are shown at once.
+const HELD_BYTES_MAX: usize = 16 << 20;
+/// A job that has waited for this long is asked why, once.
+const WHY_AFTER: Duration = Duration::from_secs(3);
 /// A keeper that restarts is back within this.
 const KEEPER_PATIENCE: Duration = Duration::from_secs(120);
 /// Logs larger than this together are not put in order.
@@ -61,16 +70,20 @@ impl Reading<'_> {
     /// Shows lines as they come until the job is done.
     pub(crate) async fn follow(&self) -> anyhow::Result<Outcome> {
         let (sender, events) = mpsc::channel(EVENTS_MAX);
+        let begun = Instant::now();
         let mut follower = Follower {
             reading: self,
             sender,
             tasks: JoinSet::new(),
             taps: BTreeMap::new(),
             view: None,
+            held: Held::new(begun + HOLD_BACKLOG),
             shown: 0,
             watch: Watching::Open,
-            last_view_at: Instant::now(),
+            last_view_at: begun,
             is_out_of_sight: false,
+            why_at: None,
+            was_told_why: false,
         };
         follower.open_watch()?;
         follower.run(events).await
@@ -177,12 +190,16 @@ struct Follower<'a> {
     tasks: JoinSet<()>,
     taps: BTreeMap<PeerId, Tap>,
     view: Option<JobView>,
+    held: Held,
     /// Changes of the history that were shown.
     shown: usize,
     watch: Watching,
     last_view_at: Instant,
     /// Since the last view the watch has ended.
     is_out_of_sight: bool,
+    /// When a job that waits is asked why.
+    why_at: Option<Instant>,
+    was_told_why: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -195,8 +212,13 @@ impl Follower<'_> {
     async fn run(&mut self, mut events: mpsc::Receiver<Event>) -> anyhow::Result<Outcome> {
         loop {
             if let Some(outcome) = self.outcome_to_show() {
-                self.show_history(true)?;
+                self.show_history(true);
+                self.reading.out.data(self.held.take_all())?;
                 return Ok(outcome);
+            }
+            let due_lines = self.held.take_due(Instant::now());
+            if !due_lines.is_empty() {
+                self.reading.out.data(due_lines)?;
             }
             let due = self.next_due();
             tokio::select! {
@@ -207,7 +229,7 @@ impl Follower<'_> {
                     self.handle(event).await?;
                 }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
-                    self.handle_due()?;
+                    self.handle_due().await?;
                 }
             }
         }
@@ -219,25 +241,57 @@ impl Follower<'_> {
                 self.view = Some(*view);
                 self.last_view_at = Instant::now();
                 self.is_out_of_sight = false;
-                self.show_history(false)?;
+                self.show_history(false);
+                self.note_waiting();
                 self.open_taps()
             }
             Event::WatchEnded(result) => self.watch_ended(result),
             Event::Lines(node, bytes) => {
                 let tap = self.taps.entry(node).or_default();
                 let lines = tap.take(&bytes, self.reading.worker);
-                if lines.is_empty() { Ok(()) } else { self.reading.out.data(lines) }
+                self.held.add(&mut tap.latest, &lines, Instant::now());
+                Ok(())
             }
             Event::LinesEnded(node, attempt, result) => {
-                let worker = self.reading.worker;
-                self.reading.out.data(self.taps.entry(node).or_default().rest(worker))?;
+                let tap = self.taps.entry(node).or_default();
+                let rest = tap.rest(self.reading.worker);
+                self.held.add(&mut tap.latest, &rest, Instant::now());
                 self.lines_ended(node, attempt, result).await
             }
         }
     }
 
-    fn handle_due(&mut self) -> anyhow::Result<()> {
+    /// Has a job that begins to wait asked for the reason, if it goes on waiting.
+    fn note_waiting(&mut self) {
+        let waits = self.view.as_ref().is_some_and(|view| view.state() == State::Waiting);
+        self.why_at = match self.why_at {
+            _ if !waits || self.was_told_why => None,
+            None => Some(Instant::now() + WHY_AFTER),
+            known => known,
+        };
+    }
+
+    async fn tell_why(&mut self) {
+        let Reading { session, pool, job, keeper, out, .. } = *self.reading;
+        (self.why_at, self.was_told_why) = (None, true);
+        // A courtesy: where it cannot be had, the log says what there is to say.
+        if let Ok(Answer { reply: Some(Reply::Why(wait)), .. }) =
+            session.ask_one(pool, keeper, &Command::Why(job)).await
+            && wait.state == State::Waiting
+        {
+            let short = short_job(job);
+            out.note(&format!(
+                "job {short} waits: {}; `p2pit why {short}` says more",
+                plain(&wait.summary)
+            ));
+        }
+    }
+
+    async fn handle_due(&mut self) -> anyhow::Result<()> {
         let now = Instant::now();
+        if self.why_at.is_some_and(|at| at <= now) {
+            self.tell_why().await;
+        }
         if matches!(self.watch, Watching::Again(at) if at <= now) {
             self.open_watch()?;
         }
@@ -259,7 +313,7 @@ impl Follower<'_> {
             Phase::Again(at) => Some(at),
             Phase::New | Phase::Open | Phase::Ended(_) | Phase::GivenUp => None,
         });
-        taps.chain(watch).min()
+        taps.chain(watch).chain(self.why_at).chain(self.held.due_at()).min()
     }
 
     /// The outcome, once nothing more is to be shown before it.
@@ -275,16 +329,17 @@ impl Follower<'_> {
         nodes_of(view).iter().all(is_settled).then(|| view.outcome.clone().unwrap_or_else(lost))
     }
 
-    fn show_history(&mut self, with_end: bool) -> anyhow::Result<()> {
-        let Some(view) = &self.view else { return Ok(()) };
+    fn show_history(&mut self, with_end: bool) {
+        let Some(view) = &self.view else { return };
         let new = view.history.get(self.shown..).unwrap_or_default();
         let new: Vec<&Change> =
             new.iter().filter(|change| with_end || change.state != State::Done).collect();
         self.shown += new.len();
-        if self.reading.worker.is_some() || new.is_empty() {
-            return Ok(());
+        if self.reading.worker.is_some() {
+            return;
         }
-        self.reading.out.data(new.into_iter().map(history_line).collect::<String>())
+        let lines: String = new.into_iter().map(history_line).collect();
+        self.held.add(&mut Latest::default(), lines.as_bytes(), Instant::now());
     }
 
     fn open_watch(&mut self) -> anyhow::Result<()> {
@@ -424,11 +479,90 @@ async fn read_lines(
     Ok(())
 }
 
+/// Lines of all streams that are not shown yet.
+#[derive(Debug)]
+struct Held {
+    /// Each with its time, by which they are sorted, and from when on it may be shown.
+    lines: Vec<(Vec<u8>, Vec<u8>, Instant)>,
+    bytes: usize,
+    /// Until then, what arrives may have been written long before.
+    backlog_until: Instant,
+}
+
+impl Held {
+    fn new(backlog_until: Instant) -> Self {
+        Self { lines: Vec::new(), bytes: 0, backlog_until }
+    }
+
+    /// Takes lines of one stream. Those of one worker stay in their order, whatever its
+    /// clock does.
+    fn add(&mut self, latest: &mut Latest, lines: &[u8], now: Instant) {
+        let due = (now + HOLD).max(self.backlog_until);
+        for line in lines.split_inclusive(|byte| *byte == b'\n') {
+            self.bytes += line.len();
+            self.lines.push((latest.time_of(line), line.to_vec(), due));
+        }
+    }
+
+    /// The time of the first that may be shown.
+    fn due_at(&self) -> Option<Instant> {
+        self.lines.iter().map(|(.., due)| *due).min()
+    }
+
+    /// What need not be held any longer, and all that is earlier.
+    fn take_due(&mut self, now: Instant) -> Vec<u8> {
+        if self.bytes > HELD_BYTES_MAX {
+            return self.take_all();
+        }
+        if self.due_at().is_none_or(|due| due > now) {
+            return Vec::new();
+        }
+        self.lines.sort_by(|(a, ..), (b, ..)| a.cmp(b));
+        let due = self.lines.iter().rposition(|(.., due)| *due <= now).map_or(0, |at| at + 1);
+        self.take(due)
+    }
+
+    fn take_all(&mut self) -> Vec<u8> {
+        self.lines.sort_by(|(a, ..), (b, ..)| a.cmp(b));
+        self.take(self.lines.len())
+    }
+
+    fn take(&mut self, count: usize) -> Vec<u8> {
+        let taken: Vec<u8> = self.lines.drain(..count).flat_map(|(_, line, _)| line).collect();
+        self.bytes -= taken.len();
+        taken
+    }
+}
+
+/// The time of the last line that a stream brought, of each worker.
+#[derive(Debug, Default)]
+struct Latest {
+    of: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Of the last line of all, which one without a time continues.
+    last: Vec<u8>,
+}
+
+impl Latest {
+    /// The time by which a line is sorted: its own, or where that is earlier, that of the
+    /// line before it.
+    fn time_of(&mut self, line: &[u8]) -> Vec<u8> {
+        if let (Some(stamp), Some(label)) = (stamp(line), label(line)) {
+            let latest = self.of.entry(label.to_vec()).or_default();
+            if stamp > &latest[..] {
+                *latest = stamp.to_vec();
+            }
+            self.last.clone_from(latest);
+        }
+        self.last.clone()
+    }
+}
+
 /// One node's lines, across all streams that were opened for them.
 #[derive(Debug, Default)]
 struct Tap {
     phase: Phase,
     failures: u32,
+    latest: Latest,
     /// The beginning of a line.
     partial: Vec<u8>,
     /// Lines taken so far, by label, and how many of those this stream repeats.
@@ -585,6 +719,40 @@ mod tests {
             text(merge(&[log.into_bytes()], Some(11))),
             format!("[{TIME}3Z] [worker 11] b\n")
         );
+    }
+
+    #[test]
+    fn lines_of_several_streams_are_held_and_come_out_in_the_order_of_time() {
+        let now = Instant::now();
+        let line = |ms: u8, text: &str| format!("[{TIME}{ms}Z] [x] {text}\n");
+        let mut held = Held::new(now);
+        let (mut one, mut two) = (Latest::default(), Latest::default());
+        held.add(&mut one, (line(3, "c") + "goes on\n").as_bytes(), now);
+        held.add(&mut two, line(2, "b").as_bytes(), now + HOLD / 2);
+        assert_eq!(text(held.take_due(now)), "");
+        assert_eq!(held.due_at(), Some(now + HOLD));
+        // With what is due goes what is earlier.
+        assert_eq!(text(held.take_due(now + HOLD)), line(2, "b") + &line(3, "c") + "goes on\n");
+        // A clock that was set back does not turn a stream's lines around.
+        held.add(&mut one, (line(1, "d") + &line(4, "e")).as_bytes(), now + HOLD);
+        held.add(&mut two, line(3, "x").as_bytes(), now + HOLD);
+        assert_eq!(text(held.take_all()), line(1, "d") + &line(3, "x") + &line(4, "e"));
+        assert_eq!((held.bytes, held.due_at()), (0, None));
+        // The workers of one node overtake each other as well.
+        let of = |worker: u8, ms: u8| format!("[{TIME}{ms}Z] [worker {worker}] {ms}\n");
+        held.add(&mut one, (of(0, 7) + &of(1, 6) + &of(1, 8)).as_bytes(), now + HOLD);
+        assert_eq!(text(held.take_all()), of(1, 6) + &of(0, 7) + &of(1, 8));
+    }
+
+    #[test]
+    fn what_was_written_before_is_held_until_all_streams_had_time_to_bring_it() {
+        let now = Instant::now();
+        let mut held = Held::new(now + HOLD_BACKLOG);
+        held.add(&mut Latest::default(), b"[x] [worker 0] a\n", now);
+        assert_eq!(held.due_at(), Some(now + HOLD_BACKLOG));
+        let much = vec![b'x'; HELD_BYTES_MAX + 1];
+        held.add(&mut Latest::default(), &much, now);
+        assert_eq!(held.take_due(now).len(), much.len() + 17, "too much to be held");
     }
 
     #[test]

@@ -10,7 +10,8 @@ use crate::{args::Globals, problem::Problem};
 
 /// Where home and key of this command are.
 pub(crate) fn locate(globals: &Globals) -> anyhow::Result<Location> {
-    Ok(Surroundings::of_process(globals.home.clone(), globals.identity.clone()).locate()?)
+    let surroundings = Surroundings::of_process(globals.home.clone(), globals.identity.clone());
+    surroundings.locate().map_err(advise)
 }
 
 /// The home as a place to run a daemon in; made where there is none.
@@ -61,10 +62,12 @@ fn advise(error: HomeError) -> anyhow::Error {
         | HomeError::NotOurs { .. }
         | HomeError::ForeignFiles { .. } => "`--home DIR` names a directory of your own",
         HomeError::NotADirectory { .. } => "`--home DIR` names a directory",
-        _ => return error.into(),
+        HomeError::Newer { .. } => "`p2pit --version` says which one this is",
+        HomeError::Nowhere => "`--home DIR` names a directory",
+        HomeError::Marker { .. } | HomeError::Io { .. } => return error.into(),
     };
     let message = format!("{:#}", anyhow::Error::from(error));
-    Problem::broken(message).hint(hint).into()
+    Problem::request(message).hint(hint).into()
 }
 
 fn absolute(path: &std::path::Path) -> anyhow::Result<PathBuf> {

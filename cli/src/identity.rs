@@ -1,10 +1,8 @@
 //! The user's key: found, made on first use, and what it signs.
 
-use std::{
-    path::Path,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::path::Path;
 
+pub(crate) use p2pit_node::daemon::wall_ms;
 use p2pit_node::home::{KeyFileError, KeyKind, load_key, load_or_create_key};
 use p2pit_protocol::{
     PeerId, PoolId, UserId,
@@ -66,12 +64,6 @@ impl Identity {
     }
 }
 
-/// Milliseconds since the epoch.
-pub(crate) fn wall_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
 pub(crate) fn random<const N: usize>() -> anyhow::Result<[u8; N]> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).map_err(|e| anyhow::anyhow!("no randomness: {e}"))?;
@@ -81,10 +73,37 @@ pub(crate) fn random<const N: usize>() -> anyhow::Result<[u8; N]> {
 /// The name a person is likely to want in a pool.
 pub(crate) fn login_name() -> Name {
     let named = |variable| std::env::var(variable).ok().filter(|name| !name.is_empty());
-    let root = || rustix::process::geteuid().is_root().then(|| "root".to_owned());
-    let login = named("USER").or_else(|| named("LOGNAME")).or_else(root);
+    let login = named("USER").or_else(|| named("LOGNAME")).or_else(account_name);
     Name::from_any(login.as_deref().unwrap_or("user"))
 }
+
+/// What the system calls the user of this process.
+fn account_name() -> Option<String> {
+    let uid = rustix::process::geteuid().as_raw();
+    let mut buffer = vec![0; ACCOUNT_BYTES_MAX];
+    let mut account = std::mem::MaybeUninit::<libc::passwd>::uninit();
+    let mut found = std::ptr::null_mut();
+    // SAFETY: all pointers are to live memory of the sizes given.
+    let failed = unsafe {
+        libc::getpwuid_r(
+            uid,
+            account.as_mut_ptr(),
+            buffer.as_mut_ptr(),
+            buffer.len(),
+            &raw mut found,
+        )
+    };
+    if failed != 0 || found.is_null() {
+        return None;
+    }
+    // SAFETY: `found` points to `account`, which was filled in; its name is a string in
+    // `buffer`, which lives until the end of this function.
+    let name = unsafe { std::ffi::CStr::from_ptr((*found).pw_name) };
+    name.to_str().ok().filter(|name| !name.is_empty()).map(str::to_owned)
+}
+
+/// For the texts of one account.
+const ACCOUNT_BYTES_MAX: usize = 64 << 10;
 
 #[cfg(test)]
 mod tests {

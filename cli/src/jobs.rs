@@ -95,8 +95,8 @@ impl Found {
             Reply::Jobs(jobs) => jobs
                 .into_iter()
                 .find(|view| view.job == self.job())
-                .ok_or_else(|| unexpected(self.resolved.keeper).into()),
-            _ => Err(unexpected(self.resolved.keeper).into()),
+                .ok_or_else(|| unexpected().into()),
+            _ => Err(unexpected().into()),
         }
     }
 
@@ -108,7 +108,7 @@ impl Found {
     ) -> anyhow::Result<JobView> {
         match self.ask(session, command).await? {
             Reply::Granted(view) => Ok(*view),
-            _ => Err(unexpected(self.resolved.keeper).into()),
+            _ => Err(unexpected().into()),
         }
     }
 }

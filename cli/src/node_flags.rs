@@ -28,7 +28,7 @@ pub(crate) struct NodeFlags {
     #[arg(long, value_name = "SIZE")]
     memory: Option<MemorySize>,
     /// Where to listen; port 0 is any. Data travels on the port above, or on any as well
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP:PORT", value_parser = parse_listen)]
     listen: Option<SocketAddr>,
     /// A node to try besides those known from before; may be given several times
     #[arg(long, value_name = "HOST:PORT")]
@@ -41,7 +41,18 @@ pub(crate) struct NodeFlags {
     client: bool,
 }
 
+fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| {
+        "expected an IP address and a port, such as `0.0.0.0:4001` or `[::1]:4001`".to_owned()
+    })
+}
+
 impl NodeFlags {
+    /// Whether anything was said.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.to_args().is_empty()
+    }
+
     /// With what the environment and the home's configuration say.
     pub(crate) fn resolve(&self, home: &Home) -> anyhow::Result<Settings> {
         let settings = || {

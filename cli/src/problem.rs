@@ -3,6 +3,7 @@
 use std::{error::Error, fmt, io};
 
 use p2pit_node::api::{is_disk_full, types::ApiError};
+use p2pit_protocol::door::RefusalCode;
 
 use crate::status::Status;
 
@@ -16,12 +17,15 @@ pub(crate) struct Problem {
     excerpt: Option<String>,
     hint: Option<String>,
     status: Status,
+    /// The rule by which a pool's door refused, where one did.
+    refusal: Option<RefusalCode>,
 }
 
 impl Problem {
     /// The request cannot be met.
     pub(crate) fn request(message: impl Into<String>) -> Self {
-        Self { message: message.into(), excerpt: None, hint: None, status: Status::FAILED }
+        let (message, status) = (message.into(), Status::FAILED);
+        Self { message, excerpt: None, hint: None, status, refusal: None }
     }
 
     /// Something broke.
@@ -32,6 +36,10 @@ impl Problem {
     /// Whether the request is at fault: asking again is answered the same.
     pub(crate) fn is_request(&self) -> bool {
         self.status == Status::FAILED
+    }
+
+    pub(crate) fn refusal(&self) -> Option<RefusalCode> {
+        self.refusal
     }
 
     /// With the next step; commands in backticks.
@@ -45,9 +53,9 @@ impl Problem {
 }
 
 impl From<ApiError> for Problem {
-    fn from(ApiError { error, hint, broken }: ApiError) -> Self {
+    fn from(ApiError { error, hint, broken, refusal }: ApiError) -> Self {
         let problem = if broken { Self::broken(error) } else { Self::request(error) };
-        Self { hint, ..problem }
+        Self { hint, refusal, ..problem }
     }
 }
 
@@ -139,7 +147,10 @@ mod tests {
 
     #[test]
     fn an_error_of_the_daemon_keeps_its_kind_and_hint() {
-        let api = |broken| ApiError { error: "e".to_owned(), hint: Some("h".to_owned()), broken };
+        let api = |broken| {
+            let hint = Some("h".to_owned());
+            ApiError { error: "e".to_owned(), hint, broken, refusal: None }
+        };
         assert_eq!(Problem::from(api(false)), Problem::request("e").hint("h"));
         assert_eq!(Problem::from(api(true)), Problem::broken("e").hint("h"));
     }

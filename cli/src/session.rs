@@ -109,7 +109,7 @@ impl Session {
     ) -> anyhow::Result<Answer> {
         let answers = self.ask(pool, &[node], command).await?;
         let answer = answers.into_iter().next();
-        Ok(answer.ok_or_else(|| Problem::broken(format!("node {node} was not asked")))?)
+        Ok(answer.ok_or_else(|| Problem::broken("the daemon did not ask the node"))?)
     }
 
     pub(crate) fn sign(
@@ -132,24 +132,24 @@ pub(crate) fn pool_of(me: &Me) -> Result<PoolId, Problem> {
 
 /// What a node said, where it said anything that is not a refusal.
 pub(crate) fn accepted(answer: Answer) -> Result<Reply, Problem> {
-    let Answer { node, reply, error, .. } = answer;
+    let Answer { reply, error, .. } = answer;
     match reply {
         Some(Reply::Denied { reason }) => Err(Problem::request(reason)),
         Some(Reply::UnknownJob) => {
-            Err(Problem::request(format!("node {node} does not keep that job any more"))
+            Err(Problem::request("the job's keeper does not keep it any more")
                 .hint("`p2pit show jobs` lists what is kept"))
         }
         Some(reply) => Ok(reply),
         None => {
-            let reason = error.unwrap_or_else(|| format!("node {node} gave no answer"));
+            let reason = error.unwrap_or_else(|| "the node gave no answer".to_owned());
             Err(Problem::broken(reason).hint("`p2pit show nodes` says which nodes are online"))
         }
     }
 }
 
-/// A reply of another kind than the command's.
-pub(crate) fn unexpected(node: PeerId) -> Problem {
-    Problem::broken(format!("node {node} answered something else"))
+/// A reply of another kind than the command's, from the keeper.
+pub(crate) fn unexpected() -> Problem {
+    Problem::broken("the job's keeper answered something else")
         .hint("the node and this command may be of different versions: `p2pit --version` on both")
 }
 
@@ -172,7 +172,7 @@ async fn start_on_demand(home: &Home, out: &Output) -> anyhow::Result<Client> {
 
 /// A node that has just started knows little of its pool: returns once it is connected to
 /// another node, and has that one's word of what it offers; or when that took long enough.
-async fn wait_for_company(client: &Client) -> anyhow::Result<()> {
+pub(crate) async fn wait_for_company(client: &Client) -> anyhow::Result<()> {
     let deadline = Instant::now() + COMPANY_WITHIN;
     loop {
         let nodes: Vec<NodeInfo> = client.get(path::NODES).await?;

@@ -199,6 +199,7 @@ mod tests {
             owner: UserId(PublicKey([0; 32])),
             owner_name: String::new(),
             client,
+            away: false,
             reach: reach.to_owned(),
             advert_age_s: None,
             capacity: Capacity::default(),

@@ -151,8 +151,9 @@ pub(crate) struct Plan {
     pub(crate) missing_blobs: u64,
     pub(crate) missing_bytes: u64,
     pub(crate) keeper: String,
-    /// Nodes that would be called first, with the processes each has room for now.
-    pub(crate) candidates: Vec<(String, u32)>,
+    /// Nodes that would be called first, with the processes each has room for now; of those
+    /// that are offline, how many seconds ago that was so.
+    pub(crate) candidates: Vec<(String, u32, Option<u64>)>,
 }
 
 /// A job that was just submitted.

@@ -75,7 +75,7 @@ pub struct PartialSettings {
     pub cpus: Option<CpuCount>,
     #[serde(deserialize_with = "text")]
     pub memory: Option<MemorySize>,
-    #[serde(deserialize_with = "text")]
+    #[serde(deserialize_with = "address")]
     pub listen: Option<SocketAddr>,
     #[serde(deserialize_with = "texts")]
     pub peers: Option<Vec<PeerAddress>>,
@@ -147,7 +147,7 @@ impl PartialSettings {
             gpus: variables.parsed(env::GPUS)?,
             cpus: variables.parsed(env::CPUS)?,
             memory: variables.parsed(env::MEMORY)?,
-            listen: variables.parsed(env::LISTEN)?,
+            listen: variables.parsed::<Address>(env::LISTEN)?.map(|address| address.0),
             peers: variables.list(env::PEERS)?,
             mdns: variables.parsed::<Switch>(env::MDNS)?.map(|switch| switch.0),
             log: variables.text(env::LOG)?,
@@ -411,6 +411,23 @@ impl<F: Fn(&str) -> Option<OsString>> Variables<F> {
     }
 }
 
+/// As [`SocketAddr`], with an error that says what was expected.
+struct Address(SocketAddr);
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.parse()
+            .map(Self)
+            .map_err(|_| format!("`{}` is not an address like `0.0.0.0:4001`", shortened(text)))
+    }
+}
+
+fn address<'de, D: Deserializer<'de>>(from: D) -> Result<Option<SocketAddr>, D::Error> {
+    Ok(text::<D, Address>(from)?.map(|address| address.0))
+}
+
 struct Switch(bool);
 
 impl FromStr for Switch {
@@ -558,6 +575,7 @@ mod tests {
             ("\n\ngpus: all\n", vec!["gpus", "`all`", "`auto`", "line 3"]),
             ("name: Lab 1\n", vec!["name", "`Lab 1` is not a node name"]),
             ("gpu_read_every: fast\n", vec!["gpu_read_every", "`fast`", "`30s`"]),
+            ("mdns: true\nlisten: 4001\n", vec!["listen", "`4001`", "`0.0.0.0:4001`", "line 2"]),
             ("peers: [lab1]\n", vec!["peers", "`lab1`", "`host:4001`"]),
             ("cpus: [1]\n", vec!["cpus", "a text or a whole number"]),
             ("name: [\n", vec!["line"]),

@@ -44,7 +44,11 @@ use p2pit_protocol::{
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tracing::{info, warn};
 
-pub(crate) use self::{clock::now, reach::ReachError};
+pub use self::clock::wall_ms;
+pub(crate) use self::{
+    clock::now,
+    reach::{ReachError, ShutOut},
+};
 use self::{core::Input, work::Work};
 use crate::{
     config::{Rate, Settings},
@@ -102,6 +106,10 @@ pub(crate) struct Shared {
     network: Mutex<Option<Network>>,
     readings: Mutex<Vec<GpuReading>>,
     warnings: Mutex<Vec<String>>,
+    /// Names of member nodes, for messages.
+    names: RwLock<BTreeMap<PeerId, String>>,
+    /// Members that do not let this node in, and why, where its owner can help it.
+    shut_out: Mutex<BTreeMap<PeerId, String>>,
     /// GPUs whose last process left something behind.
     quarantined: Mutex<BTreeSet<GpuUuid>>,
     ending: AtomicBool,
@@ -176,6 +184,9 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
     } else {
         Capacity::new(gpus, settings.cpus, settings.memory_mib)
     };
+    if !on_demand && let Err(reason) = home.remember_offer(&capacity) {
+        warn!(%reason, "what this machine offers is not remembered");
+    }
     let executor = Executor::new(&home.run(), SupervisorCommand::of_this_program()?)?;
     let isolation = executor.probe().await;
     std::fs::create_dir_all(home.jobs())
@@ -212,6 +223,8 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         network: Mutex::default(),
         readings: Mutex::default(),
         warnings: Mutex::new(recovered.notes.clone()),
+        names: RwLock::default(),
+        shut_out: Mutex::default(),
         quarantined: Mutex::default(),
         ending: AtomicBool::new(false),
         waits_for_room: watch::channel(false).0,
@@ -403,9 +416,8 @@ impl Shared {
         if let Err(reason) = self.home.remember_ports(ports) {
             warn!(%reason, "ports are not remembered");
         }
-        let members: BTreeSet<PeerId> = peer.roster().state().nodes.keys().copied().collect();
-        network.set_members(members.clone());
-        self.set_members(members);
+        self.set_members(peer.roster());
+        network.set_members(self.members());
         for (_, advert) in self.index.board().unwrap_or_default() {
             if let Ok(signed) = wire::decode::<SignedBytes>(&advert) {
                 peer.handle_gossip(p2pit_protocol::message::Soft::Advert(signed), now);
@@ -413,6 +425,9 @@ impl Shared {
         }
         peer.set_addresses(network.listen_addrs(), self.data_addrs(&network), now);
         peer.set_offer(self.capacity.clone(), self.owner_only(), now);
+        if self.on_demand {
+            peer.set_away(self.home.offer(), now);
+        }
         peer.set_foreign(self.unusable(), now);
         peer.resume(alive, now);
         while let Some(write) = peer.poll_write() {
@@ -482,8 +497,16 @@ impl Shared {
         self.members.read().unwrap_or_else(PoisonError::into_inner).contains(&peer)
     }
 
-    fn set_members(&self, members: BTreeSet<PeerId>) {
+    fn set_members(&self, roster: &Roster) {
+        let nodes = &roster.state().nodes;
+        let names = nodes.iter().map(|(id, node)| (*id, node.name.to_string())).collect();
+        *self.names.write().unwrap_or_else(PoisonError::into_inner) = names;
+        let members = nodes.keys().copied().collect();
         *self.members.write().unwrap_or_else(PoisonError::into_inner) = members;
+    }
+
+    fn members(&self) -> BTreeSet<PeerId> {
+        self.members.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn job_dir(&self, job: JobId) -> PathBuf {
@@ -505,16 +528,6 @@ impl Shared {
         });
         let username = known.await.ok().flatten().unwrap_or_else(|| owner.to_string());
         Names { username }
-    }
-
-    /// What people call the pool's nodes.
-    pub(crate) async fn node_names(&self) -> BTreeMap<PeerId, String> {
-        let names = self.act(|peer, _| {
-            let nodes = peer.roster().state().nodes.iter();
-            nodes.map(|(node, it)| (*node, it.name.to_string())).collect()
-        });
-        // Where the daemon ends, ids will do.
-        names.await.unwrap_or_default()
     }
 
     /// Copies of the machine-wide locks of these GPUs, for a process to hold.
@@ -577,7 +590,20 @@ impl Shared {
     }
 
     pub(crate) fn warnings(&self) -> Vec<String> {
-        lock(&self.warnings).clone()
+        let mut warnings = lock(&self.warnings).clone();
+        for (node, reason) in &*lock(&self.shut_out) {
+            warnings.push(format!("{} does not let this node in: {reason}", self.label(*node)));
+        }
+        warnings
+    }
+
+    /// What a message calls a node: its name, where it is a member.
+    pub(crate) fn label(&self, node: PeerId) -> String {
+        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        match names.get(&node) {
+            Some(name) => format!("node {name}"),
+            None => format!("node {node}"),
+        }
     }
 
     /// Keep what an advert says of a node's addresses for after a restart.

@@ -8,7 +8,7 @@
 //! blobs/       content by hash            jobs/     directories of jobs
 //! run/         sockets and pids of supervisors
 //! cache/       what costs time alone to lose: hashes of submitted files
-//! api.sock     the daemon's API           daemon.log, ports.json
+//! api.sock     the daemon's API           daemon.log, ports.json, offer.json
 //! ```
 //!
 //! A directory with anything else in it is never taken for a home, and a home of
@@ -27,6 +27,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use p2pit_protocol::inventory::Capacity;
 use rustix::{fs::FlockOperation, io::Errno};
 use thiserror::Error;
 
@@ -234,6 +235,22 @@ impl Home {
         ports.save(&self.path.join(PORTS_NAME))
     }
 
+    /// Whether a node of this home is a member: one that is not has never had ports, and
+    /// one that left has none any more.
+    pub fn is_member(&self) -> bool {
+        self.path.join(PORTS_NAME).exists()
+    }
+
+    /// What the last daemon that was no client had to offer; nothing where none is known.
+    pub fn offer(&self) -> Capacity {
+        let bytes = std::fs::read(self.path.join(OFFER_NAME)).unwrap_or_default();
+        serde_json::from_slice(&bytes).unwrap_or_default()
+    }
+
+    pub fn remember_offer(&self, capacity: &Capacity) -> io::Result<()> {
+        write_atomic(&self.path.join(OFFER_NAME), &serde_json::to_vec(capacity)?)
+    }
+
     fn check_owner(&self) -> Result<(), HomeError> {
         let metadata = self.path.metadata().map_err(|e| io_error(&self.path, e))?;
         let us = rustix::process::geteuid().as_raw();
@@ -330,6 +347,7 @@ const MARKER_TEXT: &str = "p2pit home version ";
 const SOCKET_NAME: &str = "api.sock";
 const CONFIG_NAME: &str = "config.yaml";
 const PORTS_NAME: &str = "ports.json";
+const OFFER_NAME: &str = "offer.json";
 
 /// What a user may lay out before the first start.
 const PREPARED_NAMES: [&str; 2] = [CONFIG_NAME, "identity"];

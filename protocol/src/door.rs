@@ -186,6 +186,18 @@ pub fn judge(
     }
 }
 
+/// The answer to a first message that is no [`Hello`] of this version.
+#[must_use]
+pub fn judge_unreadable() -> Reply {
+    Reply::Refused(refusal(
+        RefusalCode::Version,
+        format!(
+            "the node you came to speaks wire version {WIRE_VERSION} and cannot read what your \
+             p2pit says: `p2pit --version` on both machines, then update the older one"
+        ),
+    ))
+}
+
 /// A newcomer's roster.
 #[derive(Debug)]
 pub struct Welcomed {
@@ -279,11 +291,17 @@ impl Reconciled {
 fn check_hello(roster: &Roster, hello: &Hello, now: Now) -> Result<(), Refusal> {
     let (first, last) = hello.versions;
     if !(first..=last).contains(&WIRE_VERSION) {
-        let older = if last < WIRE_VERSION { "update p2pit there" } else { "update p2pit here" };
+        let theirs = if first == last { last.to_string() } else { format!("{first} to {last}") };
+        let next = if last < WIRE_VERSION {
+            "update p2pit on your machine"
+        } else {
+            "update p2pit on that node, or take the version that it has"
+        };
         return Err(refusal(
             RefusalCode::Version,
             format!(
-                "you speak versions {first} to {last}, this node speaks {WIRE_VERSION}: {older}"
+                "your p2pit speaks wire version {theirs}, the node you came to speaks \
+                 {WIRE_VERSION}: {next}"
             ),
         ));
     }
@@ -297,7 +315,8 @@ fn check_hello(roster: &Roster, hello: &Hello, now: Now) -> Result<(), Refusal> 
     if apart_ms > WALL_TOLERANCE_MS {
         let side = if hello.wall_ms > now.wall_ms { "ahead of" } else { "behind" };
         let message = format!(
-            "your clock is {} s {side} this node's, at most {} s is allowed: set the clocks",
+            "your clock is {} s {side} that of the node you came to, at most {} s is allowed: \
+             `date -u` on both machines shows whose is wrong",
             apart_ms / 1000,
             WALL_TOLERANCE_MS / 1000
         );
@@ -425,7 +444,7 @@ fn check_invite(
         return Err(refusal(
             RefusalCode::UsernameTaken,
             format!(
-                "user name `{0}` belongs to another key: if you are `{0}`, join with that key by \
+                "the pool has a user `{0}` with another key: if that is you, join with that key by \
                  `--identity`, else choose another user name",
                 claim.username
             ),

@@ -356,6 +356,14 @@ impl Peer {
         self.finish(now);
     }
 
+    /// What this machine offers at other times, while it runs as a client: so that the pool
+    /// goes on counting on it, and nobody calls it now.
+    pub fn set_away(&mut self, capacity: Capacity, now: Now) {
+        self.soft.away = capacity;
+        self.soft.changed = true;
+        self.finish(now);
+    }
+
     /// Processes that are not the pool's compute on these GPUs.
     pub fn set_foreign(&mut self, gpus: Vec<GpuUuid>, now: Now) {
         self.bidder.set_foreign(gpus, now, &mut self.out);

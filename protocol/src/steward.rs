@@ -894,10 +894,13 @@ fn running(mut body: Body, observed: &Observed, drive: &Drive, at_ms: u64) -> Bo
         .ranks
         .iter()
         .find(|rank| rank.end.as_ref().is_some_and(|end| !end.ending.is_success()));
-    let failed = failed.map(|rank| rank.assignment.rank);
-    if !over && let Some(rank) = failed {
+    let failed = failed.map(|rank| {
+        let is_late = rank.end.as_ref().is_some_and(|end| end.ending == Ending::TimedOut);
+        (rank.assignment.rank, if is_late { "reached the time limit" } else { "failed" })
+    });
+    if !over && let Some((rank, how)) = failed {
         body.stop = Some(StopCause::RankFailed(rank));
-        body.enter(State::Stopping, at_ms, format!("rank {rank} failed"));
+        body.enter(State::Stopping, at_ms, format!("rank {rank} {how}"));
         return body;
     }
     if !over && let Some(by) = observed.stop_asked {

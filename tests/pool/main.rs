@@ -2,11 +2,13 @@
 
 mod admission;
 mod bad_disk;
+mod bad_input;
 mod bad_input_tree;
 mod demo;
 mod environment;
 mod examples;
 mod files;
+mod first_hour;
 mod gang;
 mod home;
 mod isolation;

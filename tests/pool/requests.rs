@@ -52,7 +52,8 @@ fn the_request_and_the_script_come_from_the_submitted_directory() {
 fn a_dry_run_says_what_would_be_asked_of_whom_and_submits_nothing() {
     let pool = Pool::of(&["sim:1xv100", "sim:1xgtx1070"]);
     let plan = pool.node(2).json(&["run", "Maybe", "[v100]", "-d", "true", "--dry-run"]);
-    assert_eq!(plan["candidates"], serde_json::json!([{ "node": "n1", "processes": 1 }]));
+    let candidate = serde_json::json!({ "node": "n1", "processes": 1, "offline_s": null });
+    assert_eq!(plan["candidates"], serde_json::json!([candidate]));
     assert_eq!((&plan["title"], &plan["request"]), (&"Maybe".into(), &"[v100]".into()));
     assert_eq!(pool.node(1).json(&["status"]).as_array().unwrap().len(), 0);
 }

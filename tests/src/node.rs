@@ -55,6 +55,12 @@ impl Node {
         Self { identity: identity.to_owned(), ..self.clone() }
     }
 
+    /// The same user, at another home.
+    #[must_use]
+    pub fn with_home(&self, home: &Path) -> Self {
+        Self { home: home.to_owned(), ..self.clone() }
+    }
+
     /// The same home, with commands run in another directory.
     #[must_use]
     pub fn working_in(&self, dir: &Path) -> Self {
@@ -66,6 +72,16 @@ impl Node {
     #[must_use]
     pub fn p2pit(&self, args: &[&str]) -> Ended {
         self.start(args).end()
+    }
+
+    /// As [`Self::p2pit`], with more in the environment: of the command, and of a daemon that
+    /// it starts.
+    #[track_caller]
+    #[must_use]
+    pub fn p2pit_with(&self, variables: &[(&str, &str)], args: &[&str]) -> Ended {
+        let mut command = self.command();
+        command.args(args).envs(variables.iter().copied());
+        Running::start(command, &self.scratch).end()
     }
 
     /// Starts a command.

@@ -88,7 +88,10 @@ async fn copy(
         write_to_stdout(out, &store, &tree, is_single)?;
         return Ok(Status::DONE);
     }
-    let target = Target::choose(path.as_ref(), is_single, &args.dest);
+    refuse_new_directory(is_single, &args.dest)?;
+    // As for `cp -r`, `keep/.` is what is in `keep`.
+    let named = path.as_ref().filter(|_| is_single || !args.path.as_bytes().ends_with(b"/."));
+    let target = Target::choose(named, is_single, &args.dest);
     let tree = match (args.force, args.continues) {
         (_, true) => {
             let (target, force) = (target.clone(), args.force);
@@ -159,6 +162,16 @@ impl Stage {
         let dir = self.dir;
         fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))
     }
+}
+
+/// As `cp`: a file is not put into a directory that would have to be made for it.
+fn refuse_new_directory(is_single: bool, dest: &Path) -> Result<(), Problem> {
+    if !is_single || !dest.as_os_str().as_bytes().ends_with(b"/") || dest.is_dir() {
+        return Ok(());
+    }
+    let message = format!("there is no directory `{}`", dest.display());
+    Err(Problem::request(message)
+        .hint("make it first, or leave out the `/` for a file of that name"))
 }
 
 fn is_leaf(entry: &Entry) -> bool {
@@ -347,6 +360,11 @@ mod tests {
         assert_eq!(Target::choose(Some(&keep), false, &new), target(&new, None));
         assert_eq!(Target::choose(None, false, dir), target(dir, None));
         assert_eq!(Target::choose(Some(&keep), true, Path::new("x")), target(".", Some("x")));
+        assert!(refuse_new_directory(true, &new.join("")).is_err());
+        for (is_single, dest) in [(true, dir.join("")), (true, new.clone()), (false, new.join(""))]
+        {
+            assert_eq!(refuse_new_directory(is_single, &dest), Ok(()), "{}", dest.display());
+        }
         assert_eq!(target(new.join("deep"), None).existing_parent(), dir);
     }
 

@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
-use p2pit_node::daemon::{self, Options};
+use p2pit_node::{
+    api::types::{Me, path},
+    daemon::{self, Options},
+    home::Home,
+};
 
 use crate::{
     args::Globals,
@@ -16,10 +20,11 @@ use crate::{
     status::Status,
 };
 
-/// Run this home's node, or end it
+/// Run this home's node as a service would, or end it with --stop
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  p2pit daemon --stop      end the node of `join --detach`; \
-    its jobs go on, and the next start takes them up\n  p2pit daemon")]
+    its jobs go on, and the next start takes them up\n  p2pit daemon             run it here, \
+    and log to standard error")]
 pub(crate) struct Args {
     #[command(flatten)]
     flags: NodeFlags,
@@ -40,6 +45,9 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
         return stop(&home::existing(&location)?, out).await;
     }
     let home = home::open_or_create(&location)?;
+    if let Some(client) = Client::connect(&home).await? {
+        return Err(runs_already(&home, &client.get(path::ME).await?).into());
+    }
     let settings = args.flags.resolve(&home)?;
     if args.announce {
         daemon_log::to_file(&settings.log, home.daemon_log())?;
@@ -58,12 +66,18 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     Ok(Status::DONE)
 }
 
-async fn stop(home: &p2pit_node::home::Home, out: &Output) -> anyhow::Result<Status> {
+pub(super) fn runs_already(home: &Home, me: &Me) -> Problem {
+    let home = home.path().display();
+    Problem::request(format!("a daemon runs in {home} already (process {})", me.pid))
+        .hint("`p2pit daemon --stop` ends it; `--home` names another home")
+}
+
+async fn stop(home: &Home, out: &Output) -> anyhow::Result<Status> {
     let Some(client) = Client::connect(home).await? else {
         let message = format!("no daemon runs in {}", home.path().display());
         return Err(Problem::request(message).into());
     };
-    let me = client.get(p2pit_node::api::types::path::ME).await?;
+    let me = client.get(path::ME).await?;
     daemon_process::end(&client, &me).await?;
     out.note("the daemon has ended; its jobs go on");
     Ok(Status::DONE)

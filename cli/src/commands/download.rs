@@ -19,7 +19,8 @@ use super::{
     ls,
 };
 use crate::{
-    args::Globals, follow::nodes_of, jobs::Found, output::Output, session::Session, status::Status,
+    args::Globals, follow::nodes_of, jobs::Found, names::Names, output::Output, session::Session,
+    status::Status,
 };
 
 /// Download all that a job left as a .tar.gz: `keep/`, `artifacts/` and its log
@@ -99,6 +100,9 @@ async fn fetch_logs(
         let mut stream = match session.client.post_bytes(path::LOG, &log).await {
             Ok(stream) => stream,
             Err(reason) => {
+                // A name is a courtesy; the warning must come without one.
+                let names = Names::load(&session.client).await.unwrap_or_default();
+                let node = names.node(node);
                 out.warn(&format!("the log of node {node} is missing: {reason:#}"));
                 continue;
             }

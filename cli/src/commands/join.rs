@@ -11,11 +11,12 @@ use p2pit_node::{
 };
 use p2pit_protocol::{
     PoolId,
+    door::RefusalCode,
     roster::{Founder, Genesis, JoinClaim, Name, Ticket},
 };
 use tokio::sync::oneshot;
 
-use super::Interrupts;
+use super::{Interrupts, daemon::runs_already};
 use crate::{
     args::Globals,
     client::Client,
@@ -24,6 +25,7 @@ use crate::{
     node_flags::NodeFlags,
     output::{Output, duration_s},
     problem::Problem,
+    session::wait_for_company,
     status::Status,
     tickets,
     view::gpu_summary,
@@ -55,7 +57,7 @@ pub(crate) struct Args {
     /// The pool's name where one is founded (default: `<you>-pool`)
     #[arg(long, value_name = "NAME")]
     pool_name: Option<Name>,
-    /// Found a pool although others answer on the local network
+    /// Found a pool although others answer on the local network, or a node is named
     #[arg(long, conflicts_with = "ticket")]
     found: bool,
     /// Run in the background; `p2pit daemon --stop` ends it
@@ -67,11 +69,19 @@ pub(crate) struct Args {
 
 /// A home that is named alone finds the key it was joined with: a link in the place where
 /// its own would be.
-fn remember_key(home: &Home, identity: &Path, out: &Output) {
+fn remember_key(home: &Home, path: &Path, identity: &Identity, out: &Output) {
     let own = home.path().join("identity");
     if own.symlink_metadata().is_ok() {
+        if Identity::load(&own).is_ok_and(|other| other.user() != identity.user()) {
+            let (own, path) = (own.display(), path.display());
+            out.warn(&format!(
+                "{own} is another key than {path}: name yours with `--identity {path}` in every \
+                 command for this home, or remove {own} and join again"
+            ));
+        }
         return;
     }
+    let identity = path;
     let linked = identity.canonicalize().and_then(|path| std::os::unix::fs::symlink(path, &own));
     if let Err(reason) = linked {
         out.note(&format!("{} is not linked to your key: {reason}", own.display()));
@@ -83,15 +93,73 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     let ticket = args.ticket.as_deref().map(parse_ticket).transpose()?;
     let location = home::locate(globals)?;
     let home = home::open_or_create(&location)?;
-    let (identity, is_new) = Identity::load_or_create(&location.identity)?;
+    let settings = args.flags.resolve(&home)?;
+    let (identity, is_new) = if home.is_member() {
+        (member_key(&home, &location.identity)?, false)
+    } else {
+        Identity::load_or_create(&location.identity)?
+    };
     if is_new {
         let path = location.identity.display();
         out.note(&format!("made your key in {path}: keep it, it is who you are"));
     }
-    remember_key(&home, &location.identity, out);
-    let settings = args.flags.resolve(&home)?;
-    let (home, identity, settings) = (&home, &identity, &settings);
-    let newcomer = Newcomer { out, home, identity, settings, flags: &args.flags };
+    let made = Made { identity: &location.identity, is_new };
+    let joined = run_with_key(out, args, ticket, &home, &identity, &made, &settings).await;
+    if let Err(error) = &joined {
+        made.undo(error, out);
+    }
+    joined
+}
+
+/// The key of a home that is in a pool: another one would not be of that pool.
+fn member_key(home: &Home, path: &Path) -> anyhow::Result<Identity> {
+    Identity::load(path).map_err(|error| match error.downcast_ref::<Problem>() {
+        Some(missing) => Problem::request(format!(
+            "the home {} is in a pool, and {missing}",
+            home.path().display()
+        ))
+        .hint(
+            "`--identity FILE` names the key it was joined with; without that key, \
+                     another `--home` joins as somebody new",
+        )
+        .into(),
+        None => error,
+    })
+}
+
+/// The key, as far as this command made it.
+struct Made<'a> {
+    identity: &'a Path,
+    is_new: bool,
+}
+
+impl Made<'_> {
+    /// Where a door refused a new key, it is nobody's, and the next try shall not take it
+    /// for the user's own.
+    fn undo(&self, error: &anyhow::Error, out: &Output) {
+        let refused = error.downcast_ref::<Problem>().is_some_and(|p| p.refusal().is_some());
+        if !self.is_new || !refused {
+            return;
+        }
+        let path = self.identity.display();
+        match std::fs::remove_file(self.identity) {
+            Ok(()) => out.note(&format!("removed the key {path} again, which is of no pool")),
+            Err(reason) => out.warn(&format!("the new key {path} is of no pool: {reason}")),
+        }
+    }
+}
+
+async fn run_with_key(
+    out: &Output,
+    args: Args,
+    ticket: Option<(String, Ticket)>,
+    home: &Home,
+    identity: &Identity,
+    made: &Made<'_>,
+    settings: &Settings,
+) -> anyhow::Result<Status> {
+    let newcomer =
+        Newcomer { out, home, identity, key: made.identity, settings, flags: &args.flags };
     let wish = newcomer.wish(&args, ticket);
     if let Some(client) = end_on_demand(home, out).await? {
         return newcomer.meet_running(&client, &wish, args.detach).await;
@@ -131,6 +199,8 @@ struct Wish {
     full_name: Option<String>,
     pool_name: Name,
     found: bool,
+    /// Something that only a newcomer can say.
+    says_more: bool,
 }
 
 #[derive(Debug)]
@@ -138,6 +208,8 @@ struct Newcomer<'a> {
     out: &'a Output,
     home: &'a Home,
     identity: &'a Identity,
+    /// Where that is kept.
+    key: &'a Path,
     settings: &'a Settings,
     flags: &'a NodeFlags,
 }
@@ -148,7 +220,9 @@ impl Newcomer<'_> {
         let pool_name =
             args.pool_name.clone().unwrap_or_else(|| Name::from_any(&format!("{username}-pool")));
         let (full_name, found) = (args.full_name.clone(), args.found);
-        Wish { ticket, username, full_name, pool_name, found }
+        let says_more =
+            args.user_name.is_some() || full_name.is_some() || args.pool_name.is_some() || found;
+        Wish { ticket, username, full_name, pool_name, found, says_more }
     }
 
     /// Runs the daemon here, while this command is its own first client.
@@ -214,13 +288,18 @@ impl Newcomer<'_> {
         if detach {
             self.enter(client, wish).await?;
             self.out.note("it had been running already");
+            if !self.flags.is_empty() {
+                let path = self.home.config_file();
+                self.out.warn(&format!(
+                    "what you said of this machine does not change the running daemon: write it \
+                     to {}, then `p2pit daemon --stop` and `p2pit join --detach`",
+                    path.display()
+                ));
+            }
             return Ok(Status::DONE);
         }
         let me: Me = client.get(path::ME).await?;
-        let home = self.home.path().display();
-        Err(Problem::request(format!("a daemon runs in {home} already (process {})", me.pid))
-            .hint("`p2pit daemon --stop` ends it; `--home` names another home")
-            .into())
+        Err(runs_already(self.home, &me).into())
     }
 
     /// Makes the node a member where it is none, and says what it is.
@@ -235,9 +314,16 @@ impl Newcomer<'_> {
                     .hint("`p2pit leave` leaves it; another `--home` can be in another pool")
                     .into());
             }
+            (Some(pool), Some(_) | None) if wish.says_more => {
+                self.out.warn(&format!(
+                    "this home is in the pool `{}` already: names said now have no effect",
+                    pool.name
+                ));
+            }
             (Some(_), Some(_) | None) => {}
         }
         // Only now: what was said for a join that failed may have been its mistake.
+        remember_key(self.home, self.key, self.identity, self.out);
         if self.flags.remember(self.home)? {
             let path = self.home.config_file();
             self.out.note(&format!("wrote what you said of this machine to {}", path.display()));
@@ -260,11 +346,43 @@ impl Newcomer<'_> {
                 .map_err(|e| Problem::request(e.to_string()))?,
             peers: self.peers().await,
         };
-        client.post(path::JOIN, &join).await
+        let joined = client.post::<Me>(path::JOIN, &join).await;
+        let me = joined.map_err(|error| self.advise(error, wish))?;
+        // So that the next command finds a pool that it can use.
+        wait_for_company(client).await?;
+        Ok(me)
+    }
+
+    /// What to do about a refusal that only this side can put into commands.
+    fn advise(&self, error: anyhow::Error, wish: &Wish) -> anyhow::Error {
+        let problem = match error.downcast::<Problem>() {
+            Ok(problem) => problem,
+            Err(error) => return error,
+        };
+        let hint = match problem.refusal() {
+            Some(RefusalCode::UsernameTaken) => format!(
+                "if you are `{name}`, copy your key from the machine where you joined first, and \
+                 join with it:\n  \
+                 scp OTHER:.config/p2pit/identity my-key && chmod 600 my-key\n  \
+                 p2pit --identity my-key join TICKET\n\
+                 if you are somebody else, take another name:\n  \
+                 p2pit join TICKET --user-name {name}-2",
+                name = wish.username
+            ),
+            Some(RefusalCode::OtherPool | RefusalCode::InviteUnknown) => {
+                "ask an admin of the pool for a new one: `p2pit invite`".to_owned()
+            }
+            Some(RefusalCode::InviteExpired | RefusalCode::InviteUsedUp) => {
+                "an admin makes a new one with `p2pit invite`".to_owned()
+            }
+            _ => return problem.into(),
+        };
+        problem.hint(hint).into()
     }
 
     async fn found(&self, client: &Client, me: &Me, wish: &Wish) -> anyhow::Result<Me> {
         if !wish.found {
+            self.refuse_peers()?;
             self.look_around(client).await?;
         }
         let genesis = Genesis {
@@ -287,6 +405,20 @@ impl Newcomer<'_> {
                 .map_err(|e| Problem::request(e.to_string()))?,
         };
         client.post(path::FOUND, &found).await
+    }
+
+    /// Whoever names a node to try means its pool, not one of their own.
+    fn refuse_peers(&self) -> anyhow::Result<()> {
+        if self.settings.peers.is_empty() {
+            return Ok(());
+        }
+        let peers: Vec<String> = self.settings.peers.iter().map(ToString::to_string).collect();
+        Err(Problem::request(format!("no ticket for the pool of {}", peers.join(", ")))
+            .hint(
+                "`p2pit invite` prints one on a machine of that pool, for `p2pit join TICKET`; \
+                 `p2pit join --found` founds a separate pool",
+            )
+            .into())
     }
 
     async fn look_around(&self, client: &Client) -> anyhow::Result<()> {

@@ -25,7 +25,7 @@ use crate::{
     session::Session,
     status::Status,
     tickets,
-    view::Job,
+    view::{Job, Rank},
 };
 
 /// Take this node out of its pool, and end its daemon
@@ -36,11 +36,15 @@ use crate::{
 #[command(after_help = "Examples:\n  p2pit leave\n  p2pit leave --force    also while jobs run \
     here: they are lost")]
 pub(crate) struct Args {
-    /// Leave although jobs run here or are kept here; they are lost
+    /// Leave although jobs run here or are kept here, finished ones too; they are lost
     #[arg(long)]
     force: bool,
 }
 
+/// Finished jobs that are looked through.
+const DONE_MAX: u32 = 1_000;
+/// Jobs named in a message.
+const LISTED_MAX: usize = 10;
 /// How long the others may take to hear of it.
 const HEARD_WITHIN: Duration = Duration::from_secs(3);
 const HEARD_POLL: Duration = Duration::from_millis(50);
@@ -79,23 +83,42 @@ fn pool_name(me: &Me) -> &str {
 }
 
 async fn refuse_with_jobs(session: &Session, me: PeerId) -> anyhow::Result<()> {
-    let filter = JobFilter { owner: None, done_max: 0 };
+    let filter = JobFilter { owner: None, done_max: DONE_MAX };
     let Gathered { jobs, names, .. } = jobs::gather(session, filter).await?;
     let name = names.node(me);
-    let here = |job: &&Job| concerns(job, me, &name);
-    let here: Vec<&str> = jobs.jobs.iter().filter(here).map(|job| job.short.as_str()).collect();
-    if here.is_empty() {
+    let here = jobs.jobs.iter().filter(|job| concerns(job, me, &name));
+    let (done, live): (Vec<&Job>, Vec<&Job>) = here.partition(|job| job.state == State::Done);
+    if !live.is_empty() {
+        let message = format!("jobs run here or are kept here: {}", list(&live));
+        return Err(Problem::request(message)
+            .hint("wait for them or `p2pit stop` them; `p2pit leave --force` loses them")
+            .into());
+    }
+    if done.is_empty() {
         return Ok(());
     }
-    let message = format!("jobs run here or are kept here: {}", here.join(", "));
+    let message =
+        format!("finished jobs, their logs and files are kept only here: {}", list(&done));
     Err(Problem::request(message)
-        .hint("wait for them or `p2pit stop` them; `p2pit leave --force` leaves, and they are lost")
+        .hint("`p2pit download JOB` saves what one left; `p2pit leave --force` loses them")
         .into())
 }
 
+/// Short ids, the first few of many.
+fn list(jobs: &[&Job]) -> String {
+    let shown: Vec<&str> = jobs.iter().take(LISTED_MAX).map(|job| job.short.as_str()).collect();
+    match jobs.len() - shown.len() {
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
+    }
+}
+
+/// Whether anything of the job is lost with this node: its record, a process, what one left.
 fn concerns(job: &Job, me: PeerId, name: &str) -> bool {
-    let runs_here = job.ranks.iter().any(|r| r.node_id == me && r.state != RankState::Ended);
-    job.state != State::Done && (runs_here || job.keepers.iter().any(|keeper| keeper == name))
+    let ran_here = |rank: &Rank| {
+        rank.node_id == me && (job.state == State::Done || rank.state != RankState::Ended)
+    };
+    job.ranks.iter().any(ran_here) || job.keepers.iter().any(|keeper| keeper == name)
 }
 
 /// Returns once every node that was connected has let go of this one, which they do when
@@ -134,7 +157,7 @@ mod tests {
     use crate::view::samples::{self, peer};
 
     #[test]
-    fn a_job_concerns_the_node_that_runs_it_or_keeps_it_until_it_is_done() {
+    fn a_job_concerns_the_node_that_runs_it_or_keeps_it_or_has_what_it_left() {
         let mut job = samples::job(State::Running, None);
         let keeper = job.keepers[0].clone();
         assert!(concerns(&job, peer(1), "n1"), "it runs here");
@@ -143,7 +166,9 @@ mod tests {
         job.ranks[0].state = RankState::Ended;
         assert!(!concerns(&job, peer(1), "n1"));
         let done = samples::job(State::Done, None);
-        assert!(!concerns(&done, peer(1), &keeper));
+        assert!(concerns(&done, peer(2), &keeper), "its record is here");
+        assert!(concerns(&done, peer(1), "n1"), "what it left is here");
+        assert!(!concerns(&done, peer(2), "n2"));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::Path};
 
-use p2pit_protocol::message::Command;
+use p2pit_protocol::{job::State, message::Command};
 
 use crate::{
     args::Globals,
@@ -33,7 +33,17 @@ pub(crate) struct Args {
 pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
     let path = parse_path(Path::new(&args.path.unwrap_or_default()))?;
     let session = Session::open(globals, out).await?;
-    let left = gather(&session, out, &args.job).await?.1;
+    let (found, left) = gather(&session, out, &args.job).await?;
+    if left.tree.entries().is_empty() && path.is_none() {
+        let view = found.view(&session).await?;
+        if view.state() != State::Done {
+            let (job, state) = (&found.resolved.short, view.state());
+            out.note(&format!(
+                "job {job} has left nothing yet: it is {state}, and files are kept when a \
+                 process ends"
+            ));
+        }
+    }
     let files = left.list(path.as_ref())?;
     out.data(out.format(args.json).files(&files))?;
     Ok(Status::DONE)

@@ -3,8 +3,12 @@
 use std::{cell::Cell, collections::BTreeMap, io::Read as _, path::Path};
 
 use anyhow::Context as _;
-use p2pit_node::config::Period;
+use p2pit_node::{
+    api::types::{NodeInfo, path},
+    config::{ParseUnitError, Period},
+};
 use p2pit_protocol::{
+    PeerId,
     job::{Command, Grace},
     request::{Request, TEXT_BYTES_MAX},
 };
@@ -40,6 +44,7 @@ use crate::{
     p2pit run \"My command\" [] -d 'hostname; env' -l\n  \
     p2pit run \"More epochs\" -c @last --time 12h --env EPOCHS=20")]
 pub(crate) struct Args {
+    #[arg(value_parser = parse_title)]
     title: String,
     /// What the job needs [default: the content of `.pitrequest.txt`, else `[]`]
     request: Option<String>,
@@ -55,14 +60,14 @@ pub(crate) struct Args {
     /// Start with what this job has in `keep/`
     #[arg(long = "continue", short, value_name = "JOB")]
     continues: Option<String>,
-    /// Keep these paths of the work directory when a process ends
-    #[arg(long, value_name = "PATH", num_args = 1..)]
+    /// Keep this path of the work directory when a process ends; may be given several times
+    #[arg(long, value_name = "PATH")]
     artifact: Vec<String>,
     /// Set an environment variable; may be given several times
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_env)]
     env: Vec<(String, String)>,
     /// End the job after this long, such as `2h`
-    #[arg(long, value_name = "DURATION")]
+    #[arg(long, value_name = "DURATION", value_parser = parse_time)]
     time: Option<Period>,
     /// Between SIGTERM and SIGKILL when the job is ended [default: 30s]
     #[arg(long, value_name = "DURATION")]
@@ -92,8 +97,8 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
             out.warn(note);
         }
         if dry_run {
-            let names = Names::load(&session.client).await?;
-            out.data(out.format(json).plan(&plan(&wish, &prepared, &names)))?;
+            let nodes: Vec<NodeInfo> = session.client.get(path::NODES).await?;
+            out.data(out.format(json).plan(&plan(&wish, &prepared, &nodes)))?;
             return Ok(None);
         }
         let pool = prepared.planned.pool;
@@ -137,13 +142,13 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
 fn wish(args: Args, dir: &Path) -> anyhow::Result<Wish> {
     let Args { title, request, direct, private, continues, artifact, env, time, grace, .. } = args;
     let (text, from) = match request {
-        Some(text) => (text, "the request"),
-        None => (read_request_file(dir)?, "`.pitrequest.txt`"),
+        Some(text) => (text, None),
+        None => (read_request_file(dir)?, Some(dir.join(REQUEST_FILE))),
     };
     let milliseconds = |period: Period| u64::try_from(period.0.as_millis()).unwrap_or(u64::MAX);
     Ok(Wish {
         title,
-        request: parse_request(&text, from)?,
+        request: parse_request(&text, from.as_deref())?,
         command: direct.map_or(Command::Script, Command::Direct),
         continues,
         artifacts: artifact,
@@ -157,21 +162,38 @@ fn wish(args: Args, dir: &Path) -> anyhow::Result<Wish> {
 /// Nothing where there is no such file.
 fn read_request_file(dir: &Path) -> anyhow::Result<String> {
     let path = dir.join(REQUEST_FILE);
-    let mut text = String::new();
-    match std::fs::File::open(&path) {
-        Ok(file) => {
-            // One byte more than is read anyway, so that too long a file is noticed.
-            let read = file.take(TEXT_BYTES_MAX as u64 + 1).read_to_string(&mut text);
-            read.with_context(|| format!("cannot read {}", path.display()))?;
-            Ok(text)
+    let mut bytes = Vec::new();
+    let read = std::fs::File::open(&path).and_then(|file| {
+        // One byte more than is read anyway, so that too long a file is noticed.
+        file.take(TEXT_BYTES_MAX as u64 + 1).read_to_end(&mut bytes)
+    });
+    match read {
+        Ok(_) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(String::new()),
+        Err(e) => {
+            let message = format!("cannot read {}: {e}", path.display());
+            return Err(Problem::request(message)
+                .hint("the request can be given on the command line instead")
+                .into());
         }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(text),
-        Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
     }
+    String::from_utf8(bytes).map_err(|e| {
+        let good = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+        let line = good.iter().filter(|byte| **byte == b'\n').count() + 1;
+        let message = format!("{}:{line}: expected a request, found no text", path.display());
+        Problem::request(message).hint("`p2pit run --help` shows how requests are written").into()
+    })
 }
 
-fn parse_request(text: &str, from: &str) -> anyhow::Result<Request> {
+fn parse_request(text: &str, from: Option<&Path>) -> anyhow::Result<Request> {
     Request::parse(text).map_err(|error| {
+        let from = from.map_or_else(
+            || "the request".to_owned(),
+            |path| {
+                let (line, character) = error.place();
+                format!("{}:{line}:{character}: the request", path.display())
+            },
+        );
         Problem::request(format!("{from} cannot be understood"))
             .excerpt(error.caret())
             .hint("`p2pit run --help` shows how requests are written")
@@ -180,13 +202,38 @@ fn parse_request(text: &str, from: &str) -> anyhow::Result<Request> {
 }
 
 fn parse_env(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
-        Some(_) | None => Err("expected NAME=VALUE".to_owned()),
+    let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE, found no `=`")?;
+    let begins_well = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
+    let unfit = name.chars().find(|c| !c.is_ascii_alphanumeric() && *c != '_');
+    match unfit {
+        _ if name.is_empty() => Err("expected NAME=VALUE, found no name".to_owned()),
+        Some(c) => Err(format!("`{name}` has {c:?}: a name is letters, digits and `_`")),
+        None if !begins_well => Err(format!("`{name}` begins with a digit, no shell can read it")),
+        None => Ok((name.to_owned(), value.to_owned())),
     }
 }
 
-fn plan(wish: &Wish, prepared: &Prepared, names: &Names) -> Plan {
+fn parse_title(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() {
+        return Err("a title says what the job is; it cannot be empty".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+fn parse_time(text: &str) -> Result<Period, String> {
+    let period: Period = text.parse().map_err(|e: ParseUnitError| e.to_string())?;
+    if period.0.as_millis() == 0 {
+        return Err("a job that is ended at once does nothing".to_owned());
+    }
+    Ok(period)
+}
+
+fn plan(wish: &Wish, prepared: &Prepared, nodes: &[NodeInfo]) -> Plan {
+    let names = Names::of(nodes, &[]);
+    let offline_s = |id: &PeerId| {
+        let node = nodes.iter().find(|node| node.node == *id && node.reach == "offline")?;
+        Some(node.advert_age_s.unwrap_or(0))
+    };
     let Prepared { planned, snapshot, missing } = prepared;
     Plan {
         title: wish.title.clone(),
@@ -202,7 +249,7 @@ fn plan(wish: &Wish, prepared: &Prepared, names: &Names) -> Plan {
         candidates: planned
             .candidates
             .iter()
-            .map(|(node, processes)| (names.node(*node), *processes))
+            .map(|(node, processes)| (names.node(*node), *processes, offline_s(node)))
             .collect(),
     }
 }
@@ -244,6 +291,7 @@ mod tests {
             "5s",
             "--artifact",
             "out",
+            "--artifact",
             "x.txt",
         ];
         let wish = wish(args(&line), Path::new("/nonexistent")).unwrap();
@@ -282,15 +330,35 @@ mod tests {
         assert!(excerpt.starts_with("2:[v100\n       ^ expected"), "{excerpt}");
         std::fs::write(dir.path().join(REQUEST_FILE), "nonsense").unwrap();
         let error = wish(args(&["t"]), dir.path()).unwrap_err();
-        assert!(error.to_string().starts_with("`.pitrequest.txt`"), "{error}");
+        let place = format!("{}/.pitrequest.txt:1:1: ", dir.path().display());
+        assert!(error.to_string().starts_with(&place), "{error}");
+        std::fs::write(dir.path().join(REQUEST_FILE), b"2:[]\n\xff").unwrap();
+        let error = wish(args(&["t"]), dir.path()).unwrap_err();
+        assert!(error.to_string().contains(".pitrequest.txt:2: expected"), "{error}");
         std::fs::write(dir.path().join(REQUEST_FILE), " ".repeat(TEXT_BYTES_MAX + 100)).unwrap();
         assert!(wish(args(&["t"]), dir.path()).is_err());
     }
 
     #[test]
-    fn a_bad_variable_is_bad_usage() {
-        for text in ["A", "=1"] {
-            assert!(Line::try_parse_from(["run", "t", "--env", text]).is_err(), "{text}");
+    fn a_value_that_is_none_is_bad_usage() {
+        for line in [
+            ["t", "--env", "A"],
+            ["t", "--env", "=1"],
+            ["t", "--env", "A B=1"],
+            ["t", "--env", "1A=1"],
+            ["t", "--time", "0s"],
+            ["t", "--time", "5"],
+            [" ", "--time", "5s"],
+        ] {
+            let parsed = Line::try_parse_from([&["run"], &line[..]].concat());
+            assert!(parsed.is_err(), "{line:?}");
         }
+    }
+
+    #[test]
+    fn an_artifact_takes_one_path_and_leaves_title_and_request_alone() {
+        let args = args(&["--artifact", "out", "My task", "[v100]"]);
+        assert_eq!((args.title.as_str(), args.request.as_deref()), ("My task", Some("[v100]")));
+        assert_eq!(args.artifact, ["out"]);
     }
 }

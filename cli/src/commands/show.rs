@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, str::FromStr};
 use p2pit_node::api::types::{Answer, NodeInfo, UserInfo, node_of, path};
 use p2pit_protocol::{
     PeerId,
+    job::State,
     message::{Command, GpuState, GpuView, JobFilter, NodeView},
 };
 
@@ -216,10 +217,11 @@ impl Filter {
             match text.split_once('=') {
                 Some(("user", name)) => filter.user = Some(name.to_lowercase()),
                 Some(("title", part)) => filter.title = Some(part.to_lowercase()),
-                Some(("state", state)) => filter.state = Some(state.to_lowercase()),
+                Some(("state", state)) => filter.state = Some(parse_state(state)?),
                 Some(("limit", number)) => {
                     filter.limit = number.parse().map_err(|_| {
-                        Problem::request(format!("`{number}` is no number of jobs"))
+                        Problem::request(format!("`limit={number}` is no number of jobs"))
+                            .hint("such as `limit=20`")
                     })?;
                 }
                 Some(_) | None => {
@@ -245,9 +247,39 @@ impl Filter {
     }
 }
 
+/// What [`Filter::admits`] understands, in lower case.
+fn parse_state(text: &str) -> Result<String, Problem> {
+    let state = text.to_lowercase();
+    let is_state = STATES.iter().any(|known| {
+        [known.to_string().to_lowercase(), known.code().to_lowercase()].contains(&state)
+    });
+    let code = state.strip_prefix("failed(").and_then(|rest| rest.strip_suffix(')'));
+    let is_failed = code.is_some_and(|code| code.parse::<i32>().is_ok());
+    if is_state || is_failed || OUTCOMES.contains(&state.as_str()) {
+        return Ok(state);
+    }
+    let known: Vec<String> = STATES.iter().map(|it| it.to_string().to_lowercase()).collect();
+    let (known, outcomes) = (known.join(", "), OUTCOMES.join(", "));
+    Err(Problem::request(format!("no job is ever in state `{text}`"))
+        .hint(format!("states are {known}; of done jobs also {outcomes}")))
+}
+
+const STATES: [State; 8] = [
+    State::New,
+    State::Waiting,
+    State::Preparing,
+    State::Starting,
+    State::Running,
+    State::Stopping,
+    State::Cleaning,
+    State::Done,
+];
+/// As outcomes are shown, without numbers.
+const OUTCOMES: [&str; 5] = ["succeeded", "failed", "stopped", "timed out", "lost"];
+
 #[cfg(test)]
 mod tests {
-    use p2pit_protocol::job::{Outcome, State};
+    use p2pit_protocol::job::Outcome;
 
     use super::*;
     use crate::view::samples;
@@ -282,5 +314,11 @@ mod tests {
         assert!(!admitted("title=light state=waiting", &running));
         assert!(Filter::parse(&["colour=red".to_owned()]).is_err());
         assert!(Filter::parse(&["limit=many".to_owned()]).is_err());
+        for state in ["timed out", "LOST", "failed(-1)", "sto"] {
+            assert!(Filter::parse(&[format!("state={state}")]).is_ok(), "{state}");
+        }
+        for state in ["", "runing", "failed(x)", "failed("] {
+            assert!(Filter::parse(&[format!("state={state}")]).is_err(), "{state}");
+        }
     }
 }

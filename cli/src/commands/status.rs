@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use p2pit_node::api::types::{NodeInfo, path};
 use p2pit_protocol::message::JobFilter;
 
 use crate::{
@@ -37,6 +38,9 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
         let gathered = gather(&session).await?;
         out.data(out.format(args.json).status(&gathered.jobs))?;
         warn_of_silence(out, &gathered.silent);
+        if gathered.jobs.jobs.is_empty() && gathered.silent.is_empty() {
+            warn_of_solitude(&session, out).await?;
+        }
         return Ok(Status::DONE);
     }
     let mut ticks = tokio::time::interval(WATCH_EVERY);
@@ -54,6 +58,23 @@ async fn gather(session: &Session) -> anyhow::Result<Gathered> {
     let mut gathered = jobs::gather(session, filter).await?;
     jobs::read_usage(session, &mut gathered).await?;
     Ok(gathered)
+}
+
+/// An empty list says little where nobody could be asked.
+async fn warn_of_solitude(session: &Session, out: &Output) -> anyhow::Result<()> {
+    let nodes: Vec<NodeInfo> = session.client.get(path::NODES).await?;
+    let mut keepers = nodes.iter().filter(|node| node.reach != "self" && !node.client).peekable();
+    if keepers.peek().is_none() || keepers.any(|node| node.reach == "online") {
+        return Ok(());
+    }
+    out.warn(
+        "no other node that keeps jobs is online: jobs that they keep are not shown; \
+         `p2pit show nodes` says when each was heard last",
+    );
+    for text in session.me().await?.warnings {
+        out.warn(&text);
+    }
+    Ok(())
 }
 
 pub(crate) fn warn_of_silence(out: &Output, silent: &[String]) {

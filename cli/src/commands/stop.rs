@@ -31,11 +31,11 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
         let found = Found::by_text(&session, text).await?;
         let reply = found.ask(&session, &Command::Stop(found.job())).await?;
         let Reply::Stopping { state } = reply else {
-            return Err(unexpected(found.resolved.keeper).into());
+            return Err(unexpected().into());
         };
         let short = &found.resolved.short;
         out.note(&match state {
-            State::Done => format!("job {short} is over"),
+            State::Done => format!("job {short} is over already: there is nothing to stop"),
             _ => format!("job {short} is being stopped"),
         });
     }

@@ -29,7 +29,7 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     let (found, names) =
         tokio::try_join!(Found::by_text(&session, &args.job), Names::load(&session.client))?;
     let Reply::Why(wait) = found.ask(&session, &Command::Why(found.job())).await? else {
-        return Err(unexpected(found.resolved.keeper).into());
+        return Err(unexpected().into());
     };
     let wait = describe(&wait, found.resolved.short.clone(), &names);
     out.data(out.format(args.json).wait(&wait))?;

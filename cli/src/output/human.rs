@@ -68,13 +68,24 @@ impl Format for Human {
         for info in nodes {
             let is_free = |gpu: &&Gpu| info.not_free.iter().all(|(uuid, _)| *uuid != gpu.uuid);
             let free = info.capacity.gpus.iter().filter(is_free).count();
-            let state = match (info.client, info.owner_only.is_some()) {
-                (true, _) => format!("{} (client)", info.reach),
-                (false, true) => format!("{} (owner's jobs only)", info.reach),
-                (false, false) => info.reach.clone(),
+            let mut notes: Vec<String> = Vec::new();
+            if info.client {
+                notes.push("client".to_owned());
+            } else if info.away {
+                notes.push("offers nothing now".to_owned());
+            } else if info.owner_only.is_some() {
+                notes.push("owner's jobs only".to_owned());
+            }
+            let is_known = info.advert_age_s.is_some() && !info.client;
+            // What is known of it is as old as that.
+            if let Some(age) = info.advert_age_s.filter(|_| info.reach == "offline") {
+                notes.push(format!("as of {} ago", duration_s(age)));
+            }
+            let state = match notes.is_empty() {
+                true => info.reach.clone(),
+                false => format!("{} ({})", info.reach, notes.join(", ")),
             };
-            let known = info.advert_age_s.is_some() && !info.client;
-            let known = |text: String| if known { text } else { "-".to_owned() };
+            let known = |text: String| if is_known { text } else { "-".to_owned() };
             table.add_row(vec![
                 Cell::new(plain(&info.name)),
                 Cell::new(plain(&info.owner_name)),
@@ -98,7 +109,11 @@ impl Format for Human {
         fields.add("Node", info.name.clone());
         fields.add("Node id", info.node.to_string());
         fields.add("Owner", info.owner_name.clone());
-        let client = if info.client { ", a client that offers nothing" } else { "" };
+        let client = match (info.client, info.away) {
+            (true, _) => ", a client that offers nothing",
+            (false, true) => ", offers nothing now: a command has started it for itself",
+            (false, false) => "",
+        };
         let age = match info.advert_age_s {
             Some(age) if info.reach == "offline" => format!(", last heard {} ago", duration_s(age)),
             _ => String::new(),
@@ -231,11 +246,10 @@ impl Format for Human {
 
     fn wait(&self, wait: &Wait) -> String {
         let mut text = format!("{}: {}\n", wait.state, plain(&wait.summary));
-        text.push_str(&format!(
-            "It needs {} and holds {}.\n",
-            count(wait.need as usize, "process"),
-            wait.held
-        ));
+        if matches!(wait.state, State::New | State::Waiting) {
+            let need = count(wait.need as usize, "process");
+            text.push_str(&format!("It needs room for {need} and has it for {}.\n", wait.held));
+        }
         if wait.nodes.is_empty() {
             return text;
         }
@@ -293,10 +307,16 @@ impl Format for Human {
             return text;
         }
         text.push_str("Would be asked of:\n");
-        for (node, processes) in &plan.candidates {
+        for (node, processes, offline_s) in &plan.candidates {
             let room = match processes {
                 0 => "no room now".to_owned(),
                 n => format!("room for {} now", count(*n as usize, "process")),
+            };
+            let room = match offline_s {
+                None => room,
+                Some(age) => {
+                    format!("offline; {} ago, {}", duration_s(*age), room.replace(" now", ""))
+                }
             };
             text.push_str(&format!("  {}: {room}\n", plain(node)));
         }
@@ -584,7 +604,8 @@ mod tests {
                 reason: "busy with abcd".to_owned(),
             }],
         });
-        assert!(text.starts_with("WAITING: no node has room\nIt needs 2 processes and holds 1.\n"));
+        let said = "WAITING: no node has room\nIt needs room for 2 processes and has it for 1.\n";
+        assert!(text.starts_with(said), "{text}");
         assert!(text.ends_with("lab1  declined  busy with abcd\n"), "{text}");
     }
 

@@ -121,7 +121,13 @@ impl Format for Json {
     }
 
     fn jobs(&self, Jobs { now_ms, jobs }: &Jobs) -> String {
-        pretty(&jobs.iter().map(|it| job(it, *now_ms)).collect())
+        let listed = |it| {
+            let mut value = job(it, *now_ms);
+            // A list of jobs comes without them; `show job:ID` tells.
+            value.as_object_mut().map(|fields| fields.remove("command"));
+            value
+        };
+        pretty(&jobs.iter().map(listed).collect())
     }
 
     fn job(&self, it: &Job, now_ms: u64) -> String {
@@ -172,8 +178,7 @@ impl Format for Json {
             keeper,
             candidates,
         } = plan;
-        let candidate =
-            |(node, processes): &(String, u32)| json!({ "node": node, "processes": processes });
+        let candidate = |(node, processes, offline_s): &(String, u32, Option<u64>)| json!({ "node": node, "processes": processes, "offline_s": offline_s });
         pretty(&json!({
             "title": title,
             "request": request,
@@ -342,6 +347,7 @@ fn node(info: &NodeInfo) -> Value {
         owner,
         owner_name,
         client,
+        away,
         reach,
         advert_age_s,
         capacity: Capacity { gpus, cpu_cores, ram_mib },
@@ -367,6 +373,7 @@ fn node(info: &NodeInfo) -> Value {
         "owner": owner_name,
         "owner_id": owner,
         "client": client,
+        "away": away,
         "reach": reach,
         "advert_age_s": advert_age_s,
         "gpus": gpus.collect::<Vec<_>>(),

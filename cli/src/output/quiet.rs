@@ -46,7 +46,7 @@ impl Format for Quiet {
     }
 
     fn plan(&self, plan: &Plan) -> String {
-        lines(plan.candidates.iter().map(|(node, _)| plain(node)))
+        lines(plan.candidates.iter().map(|(node, ..)| plain(node)))
     }
 
     fn submission(&self, submission: &Submission) -> String {

@@ -43,7 +43,7 @@ use super::types::{
 };
 use crate::{
     daemon::{
-        NoPeer, ReachError, Shared,
+        NoPeer, ReachError, Shared, ShutOut,
         fetch::{Blobs, Fetch as BlobFetch, fetch as fetch_blobs},
         now, push,
         serve::{self, Gate, LogReader, Request, UserAnswer, Views},
@@ -61,9 +61,15 @@ use crate::{
 const BODY_BYTES_MAX: usize = 64 << 20;
 /// Shortest job prefix shown or accepted.
 const SHORT_MIN: usize = 4;
+/// Jobs named to somebody whose prefix is that of several.
+const CANDIDATES_MAX: usize = 10;
 /// How long a newcomer looks around before it founds a pool: mDNS asks at 0, 1 and 3 s,
 /// and who answered a second ago does not answer again.
 const LAN_LOOK: std::time::Duration = std::time::Duration::from_secs(4);
+
+/// How long a plan waits for a node that can keep the job.
+const KEEPER_WITHIN: std::time::Duration = std::time::Duration::from_secs(5);
+const KEEPER_POLL: std::time::Duration = std::time::Duration::from_millis(20);
 
 type Answered<T> = Result<Json<T>, Failure>;
 
@@ -269,6 +275,7 @@ async fn nodes(State(shared): State<Arc<Shared>>) -> Answered<Vec<NodeInfo>> {
                     owner: node.owner,
                     owner_name: owner_name.unwrap_or_default(),
                     client: node.client,
+                    away: !node.client && advert.as_ref().is_some_and(|a| a.client),
                     reach: reach.to_owned(),
                     advert_age_s: age,
                     capacity: advert.as_ref().map(|a| a.capacity.clone()).unwrap_or_default(),
@@ -345,6 +352,13 @@ async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answ
         .parse()
         .map_err(|e: p2pit_protocol::request::ParseError| Failure::request(e.into()))?;
     let user = plan.user;
+    // A node that has just joined or started may not have met anybody yet.
+    let deadline = tokio::time::Instant::now() + KEEPER_WITHIN;
+    while shared.act(|peer, _| peer.propose_keeper()).await?.is_none()
+        && tokio::time::Instant::now() < deadline
+    {
+        tokio::time::sleep(KEEPER_POLL).await;
+    }
     let (member, keeper, planned) = shared
         .act(move |peer, now| {
             let unsatisfiable = peer.feasible(&request).err().map(|why| Unsatisfiable {
@@ -365,7 +379,7 @@ async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answ
     let Some((keeper, keeper_store)) = keeper else {
         return Err(Failure::hinted(
             "no node that keeps jobs can be reached from here".to_owned(),
-            "`p2pit show nodes` says which nodes the pool has",
+            "`p2pit show nodes` says which nodes are offline; one that is no client must be on",
         ));
     };
     let (pool, wall_ms, unsatisfiable, candidates) = planned;
@@ -442,7 +456,10 @@ async fn carry(
                 });
             })
             .await
-            .with_context(|| format!("the job's inputs did not reach its keeper {keeper}"))?;
+            .with_context(|| {
+                let keeper = shared.label(keeper);
+                format!("the job's inputs did not reach their keeper, {keeper}")
+            })?;
         sent.blobs += pushed.blobs;
         sent.bytes += pushed.bytes;
         sent.there += pushed.there;
@@ -503,19 +520,22 @@ async fn resolve(
             keeper: head.keeper,
         })),
         several => {
-            let names: Vec<String> =
-                several.iter().take(10).map(|head| short_of(&head.job.to_string(), &all)).collect();
-            Err(Failure::hinted(
-                format!(
-                    "`{}` can be any of {} jobs: {}",
-                    resolve.text,
-                    several.len(),
-                    names.join(", ")
-                ),
-                "give more characters",
-            ))
+            let jobs: Vec<String> = several.iter().map(|head| head.job.to_string()).collect();
+            Err(ambiguous(&resolve.text, &jobs, &all))
         }
     }
+}
+
+fn ambiguous(text: &str, jobs: &[String], all: &[String]) -> Failure {
+    let mut names: Vec<String> =
+        jobs.iter().take(CANDIDATES_MAX).map(|job| short_of(job, all)).collect();
+    if jobs.len() > names.len() {
+        names.push("…".to_owned());
+    }
+    Failure::hinted(
+        format!("`{text}` can be any of {} jobs: {}", jobs.len(), names.join(", ")),
+        "give more characters; `p2pit show jobs` says which is which",
+    )
 }
 
 fn short_of(id: &str, all: &[String]) -> String {
@@ -624,7 +644,7 @@ async fn log(State(shared): State<Arc<Shared>>, Json(log): Json<Log>) -> Result<
     }
     let request = Request::Log { signed: log.signed, follow: log.follow };
     let (_, receive) = shared.open(log.node, &request).await?;
-    Ok(octets(rest_of(open_gate(log.node, receive).await?)))
+    Ok(octets(rest_of(open_gate(&shared, log.node, receive).await?)))
 }
 
 async fn files(State(shared): State<Arc<Shared>>, Json(files): Json<Files>) -> Answered<JobFiles> {
@@ -633,7 +653,7 @@ async fn files(State(shared): State<Arc<Shared>>, Json(files): Json<Files>) -> A
         return Ok(Json(files));
     }
     let (_, receive) = shared.open(files.node, &Request::Files(files.signed)).await?;
-    let mut receive = open_gate(files.node, receive).await?;
+    let mut receive = open_gate(&shared, files.node, receive).await?;
     let bytes = receive
         .read_to_end(FILES_BYTES_MAX)
         .await
@@ -677,7 +697,7 @@ async fn fetch(
         anyhow::Ok(())
     };
     asked.await.map_err(Failure::broken)?;
-    let receive = open_gate(fetch.node, receive).await?;
+    let receive = open_gate(&shared, fetch.node, receive).await?;
     let stream = rest_of(receive).and_then(move |bytes: Bytes| {
         let shared = Arc::clone(&shared);
         async move {
@@ -727,12 +747,13 @@ async fn bring(
 }
 
 async fn open_gate(
+    shared: &Shared,
     node: PeerId,
     mut receive: quinn::RecvStream,
 ) -> Result<quinn::RecvStream, Failure> {
     match frame::read_message::<Gate>(&mut receive, usize::MAX).await {
         Ok(gate) => gate.pass().map(|()| receive).map_err(Failure::request),
-        Err(reason) => Err(ReachError::Answer(node, reason).into()),
+        Err(reason) => Err(ReachError::Answer(shared.label(node), reason).into()),
     }
 }
 
@@ -786,17 +807,18 @@ impl Failure {
         if is_disk_full(&reason) {
             return Self::broken(reason);
         }
-        Self(ApiError { error: format!("{reason:#}"), hint: None, broken: false })
+        let refusal = reason.downcast_ref::<ShutOut>().map(|ShutOut(refusal)| refusal.code);
+        Self(ApiError { error: format!("{reason:#}"), hint: None, broken: false, refusal })
     }
 
     fn hinted(error: String, hint: &str) -> Self {
-        Self(ApiError { error, hint: Some(hint.to_owned()), broken: false })
+        Self(ApiError { error, hint: Some(hint.to_owned()), broken: false, refusal: None })
     }
 
     fn broken(reason: anyhow::Error) -> Self {
         let hint =
             is_disk_full(&reason).then(|| "free some space on that disk, and try again".into());
-        Self(ApiError { error: format!("{reason:#}"), hint, broken: true })
+        Self(ApiError { error: format!("{reason:#}"), hint, broken: true, refusal: None })
     }
 }
 
@@ -820,6 +842,7 @@ impl Failure {
                 "free some space on that disk; `p2pit status` then says what was done".into(),
             ),
             broken: true,
+            refusal: None,
         })
     }
 }
@@ -875,6 +898,17 @@ mod tests {
         let me = PeerId(KeyPair::from_seed(&[1; 32]).public());
         let result = take_in(&store, me, Body::from_stream(chunks.chain(end))).await;
         (result, has_ended.load(Ordering::Relaxed))
+    }
+
+    #[test]
+    fn a_prefix_of_several_jobs_is_answered_with_the_shortest_unique_ones() {
+        let all = ["abcdefx", "abcdey", "abcz", "other"].map(str::to_owned);
+        let failure = ambiguous("abc", &all[..3], &all).0;
+        assert_eq!(failure.error, "`abc` can be any of 3 jobs: abcdef, abcdey, abcz");
+        assert!(failure.hint.is_some() && !failure.broken);
+        let many: Vec<String> = (10..30).map(|n| format!("abc{n}")).collect();
+        let failure = ambiguous("abc", &many, &many).0;
+        assert!(failure.error.contains("20 jobs: abc10") && failure.error.ends_with("abc19, …"));
     }
 
     #[tokio::test]

@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 
 use p2pit_protocol::{
     BlobId, JobId, PeerId, PoolId, StoreId, UserId,
+    door::RefusalCode,
     identity::SignedBytes,
     inventory::{Capacity, GpuUuid},
     message::{GpuState, JobView, NodeView, Reply},
@@ -78,6 +79,9 @@ pub struct ApiError {
     pub hint: Option<String>,
     /// Whether the request was at fault (exit code 1) or something broke (2).
     pub broken: bool,
+    /// The rule by which a pool's door refused, where one did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<RefusalCode>,
 }
 
 /// This node.
@@ -158,6 +162,8 @@ pub struct NodeInfo {
     pub owner: UserId,
     pub owner_name: String,
     pub client: bool,
+    /// Offers nothing now, although it is no client: a command has started it for itself.
+    pub away: bool,
     /// `self`, `online`, or `offline`.
     pub reach: String,
     /// Seconds since its last advert; `None` where none is known.

@@ -20,3 +20,16 @@ pub const PEERS: &str = "P2PIT_PEERS";
 pub const MDNS: &str = "P2PIT_MDNS";
 /// What is logged, as filter directives such as `info` or `p2pit_node=debug`.
 pub const LOG: &str = "P2PIT_LOG";
+
+/// Milliseconds by which the wall clock is off. Debug builds only: for tests.
+#[cfg(debug_assertions)]
+pub const CLOCK_OFFSET_MS: &str = "P2PIT_TEST_CLOCK_OFFSET_MS";
+/// Added to the wire version said at doors. Debug builds only: for tests.
+#[cfg(debug_assertions)]
+pub const WIRE_OFFSET: &str = "P2PIT_TEST_WIRE_OFFSET";
+
+/// The number in a variable that only tests set; 0 where it has none.
+#[cfg(debug_assertions)]
+pub(crate) fn for_tests(variable: &str) -> i64 {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
+}

@@ -249,12 +249,10 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
         Event::Wounded { job, by, .. } => debug!(%job, %by, "a higher job took a hold"),
         Event::RosterChanged => {
             let Some(peer) = &state.peer else { return };
-            let members: std::collections::BTreeSet<PeerId> =
-                peer.roster().state().nodes.keys().copied().collect();
+            shared.set_members(peer.roster());
             if let Some(network) = &state.network {
-                network.set_members(members.clone());
+                network.set_members(shared.members());
             }
-            shared.set_members(members);
             shared.reach_changed.notify_one();
         }
         Event::BoardChanged { node } => {

@@ -74,11 +74,7 @@ pub(crate) enum FetchError {
 fn list(from: &[(String, String)]) -> String {
     match from {
         [] => "no node that may have it can be reached".to_owned(),
-        _ => from
-            .iter()
-            .map(|(node, why)| format!("node {node}: {why}"))
-            .collect::<Vec<_>>()
-            .join("; "),
+        _ => from.iter().map(|(node, why)| format!("{node}: {why}")).collect::<Vec<_>>().join("; "),
     }
 }
 
@@ -113,9 +109,7 @@ pub(crate) async fn fetch<W: Future<Output = bool> + Send>(
     futures::future::try_join_all(workers).await?;
     let outcome = run.plan().outcome();
     if let Err(Left { blob, from }) = outcome {
-        let names = shared.node_names().await;
-        let name = |peer: &PeerId| names.get(peer).cloned().unwrap_or_else(|| peer.to_string());
-        let from = from.into_iter().map(|(peer, why)| (name(&peer), why)).collect();
+        let from = from.into_iter().map(|(peer, why)| (shared.label(peer), why)).collect();
         return Err(FetchError::Nowhere { blob, from });
     }
     let total = run.total.into_inner().unwrap_or_else(PoisonError::into_inner);

@@ -9,12 +9,17 @@ use p2pit_protocol::{
     identity::SignedBytes,
     peer::Slot,
     roster::{AdmitNode, Author, DeviceId, Kind, Name, Roster, SignedClaim, Ticket},
-    wire::{self, WIRE_VERSION},
+    wire,
 };
 use tracing::info;
 
 use super::{Shared, clock, reach};
 use crate::journal::Write;
+
+/// Where a node was looked for, as its ticket says it.
+fn place(addrs: &[SocketAddr]) -> String {
+    addrs.first().map_or_else(|| "nowhere".to_owned(), ToString::to_string)
+}
 
 impl Shared {
     /// Found a pool from a genesis its founder made; this node is its first.
@@ -51,7 +56,7 @@ impl Shared {
         let proof = ticket.prove(claim.id());
         let invite = Some(InviteUse { invite: ticket.invite, proof });
         let hello = Hello {
-            versions: (WIRE_VERSION, WIRE_VERSION),
+            versions: reach::versions(),
             pool: ticket.pool,
             store: self.store_id,
             boot: self.boot,
@@ -77,13 +82,18 @@ impl Shared {
                     self.remember_door(peer, &addrs);
                     return Ok(());
                 }
-                Ok(Reply::Refused(refusal)) => bail!("{}", refusal.message),
-                Ok(Reply::Reconciled(_)) => failures.push(format!("{peer} misunderstood")),
-                Err(reason) => failures.push(format!("{reason:#}")),
+                Ok(Reply::Refused(refusal)) => bail!(reach::ShutOut(refusal)),
+                Ok(Reply::Reconciled(_)) => {
+                    failures.push(format!("{} misunderstood", place(&addrs)))
+                }
+                Err(reason) => failures.push(format!("{}: {reason:#}", place(&addrs))),
             }
         }
+        if failures.is_empty() {
+            bail!("the ticket names no node to join by: `p2pit invite` makes one that does");
+        }
         bail!(
-            "no door of the ticket answers ({}): is one of its machines on, and can UDP reach it \
+            "no node of the ticket answers ({}): is one of its machines on, and can UDP reach it \
              from here?",
             failures.join("; ")
         )

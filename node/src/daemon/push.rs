@@ -72,7 +72,7 @@ async fn take_blobs(
         exchange::receive_blobs(&shared.store, &wanted, from, receive, pace, |_| {}).await?;
     match received.absent.first() {
         None => Ok(()),
-        Some(absent) => bail!("blob {absent} was offered and cannot be read by {from}"),
+        Some(absent) => bail!("blob {absent} cannot be read by {}", shared.label(from)),
     }
 }
 
@@ -126,7 +126,8 @@ impl Shared {
             pushed.there += (sizes.len() - asks.len()) as u64;
             for ask in &asks {
                 let size = sizes.get(&ask.id).with_context(|| {
-                    format!("node {to} asks for blob {}, which is not of this tree", ask.id)
+                    let to = self.label(to);
+                    format!("{to} asks for blob {}, which is not of this tree", ask.id)
                 })?;
                 pushed.bytes += ask.bytes_of(*size);
             }

@@ -8,14 +8,15 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+#[cfg(debug_assertions)]
+use p2pit_protocol::wire::WIRE_VERSION;
 use p2pit_protocol::{
     BlobId, PeerId, PoolId,
-    door::{Hello, Purpose, Reconcile, RefusalCode, Reply},
+    door::{Hello, Purpose, Reconcile, Refusal, RefusalCode, Reply},
     job::VerifiedSpec,
     message::Soft,
     record::Certificate,
     roster::Roster,
-    wire::WIRE_VERSION,
 };
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
@@ -50,15 +51,33 @@ const TEND_EVERY: Duration = Duration::from_secs(2);
 const TALK: u8 = 0;
 const BULK: u8 = 1;
 
-/// Why a node could not be asked.
+/// Why a node could not be asked; the text is what it is called.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ReachError {
-    #[error("node {0} cannot be reached")]
-    Unreachable(PeerId, #[source] anyhow::Error),
-    #[error("node {0} does not answer")]
-    Silent(PeerId),
-    #[error("the answer of node {0} cannot be read")]
-    Answer(PeerId, #[source] frame::Error),
+    #[error("{0} cannot be reached")]
+    Unreachable(String, #[source] anyhow::Error),
+    #[error("{0} does not answer")]
+    Silent(String),
+    #[error("the answer of {0} cannot be read")]
+    Answer(String, #[source] frame::Error),
+}
+
+/// A door said no.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.message)]
+pub(crate) struct ShutOut(pub(crate) Refusal);
+
+/// What this daemon says it speaks; in debug builds, tests may have it say something else.
+pub(super) fn versions() -> (u16, u16) {
+    #[cfg(debug_assertions)]
+    {
+        use crate::config::env;
+        let offset = i16::try_from(env::for_tests(env::WIRE_OFFSET)).unwrap_or_default();
+        let said = WIRE_VERSION.saturating_add_signed(offset);
+        (said, said)
+    }
+    #[cfg(not(debug_assertions))]
+    p2pit_protocol::door::VERSIONS
 }
 
 /// Say hello at a door and hear the answer.
@@ -73,10 +92,12 @@ pub(super) async fn knock(
         let (mut send, mut receive) = connection.open_bi().await?;
         frame::write_message(&mut send, hello).await?;
         send.finish()?;
-        let reply = frame::read_message(&mut receive, usize::MAX).await?;
-        anyhow::Ok(reply)
+        frame::read_message(&mut receive, usize::MAX).await.context(
+            "what it answers cannot be read: is its p2pit of another version? `p2pit --version`",
+        )
     };
-    timeout(DOOR_TIMEOUT, talk).await.with_context(|| format!("the door of {peer} is silent"))?
+    let label = shared.label(peer);
+    timeout(DOOR_TIMEOUT, talk).await.with_context(|| format!("the door of {label} is silent"))?
 }
 
 /// One turn of bringing our roster and a member's together; whether they agree.
@@ -88,7 +109,7 @@ pub(super) async fn reconcile_roster(
 ) -> anyhow::Result<bool> {
     let pool = roster.pool();
     let hello = |reconcile| Hello {
-        versions: (WIRE_VERSION, WIRE_VERSION),
+        versions: versions(),
         pool,
         store: shared.store_id,
         boot: shared.boot,
@@ -114,11 +135,11 @@ pub(super) async fn reconcile_roster(
                     let (_, agreed) = reconciled.take(roster);
                     Ok(agreed.context("the member's statements are not in order")?)
                 }
-                Reply::Refused(refusal) => bail!("{}", refusal.message),
+                Reply::Refused(refusal) => bail!(ShutOut(refusal)),
                 Reply::Welcome(_) => bail!("the door misunderstood"),
             }
         }
-        Reply::Refused(refusal) => bail!("{}", refusal.message),
+        Reply::Refused(refusal) => bail!(ShutOut(refusal)),
         Reply::Welcome(_) => bail!("the door misunderstood"),
     }
 }
@@ -153,7 +174,9 @@ pub(super) async fn tend(shared: Arc<Shared>) {
             }
             let shared = Arc::clone(&shared);
             tokio::spawn(async move {
-                if let Err(reason) = meet(&shared, peer, control, data).await {
+                let met = meet(&shared, peer, control, data).await;
+                shared.note_met(peer, met.as_ref().err());
+                if let Err(reason) = met {
                     debug!(%peer, reason = format!("{reason:#}"), "not reached");
                 }
             });
@@ -244,7 +267,7 @@ async fn ask_control(
     let connection = shared.endpoint.connect(peer, data, DATA.alpn).await?;
     let listens: Vec<SocketAddr> = request(&connection, &Request::Addresses).await?;
     if listens.is_empty() {
-        bail!("node {peer} does not say where it listens");
+        bail!("{} does not say where it listens", shared.label(peer));
     }
     Ok(listens)
 }
@@ -255,13 +278,13 @@ impl Shared {
         let advertised = self
             .act(move |p, _| p.board().get(peer).map(|posted| posted.advert.data.clone()))
             .await
-            .map_err(|e| ReachError::Unreachable(peer, e.into()))?
+            .map_err(|e| ReachError::Unreachable(self.label(peer), e.into()))?
             .unwrap_or_default();
         let addrs = if advertised.is_empty() { cached_addresses(self, peer).1 } else { advertised };
         self.endpoint
             .connect_lane(peer, &addrs, DATA.alpn, lane)
             .await
-            .map_err(|e| ReachError::Unreachable(peer, e.into()))
+            .map_err(|e| ReachError::Unreachable(self.label(peer), e.into()))
     }
 
     /// Ask one question and read one answer.
@@ -273,11 +296,12 @@ impl Shared {
         let talk = async {
             let connection = self.connect(peer, TALK).await?;
             request(&connection, question).await.map_err(|e| match e.downcast::<frame::Error>() {
-                Ok(e) => ReachError::Answer(peer, e),
-                Err(e) => ReachError::Unreachable(peer, e),
+                Ok(e) => ReachError::Answer(self.label(peer), e),
+                Err(e) => ReachError::Unreachable(self.label(peer), e),
             })
         };
-        let answer = timeout(ASK_TIMEOUT, talk).await.unwrap_or(Err(ReachError::Silent(peer)));
+        let silent = |_| Err(ReachError::Silent(self.label(peer)));
+        let answer = timeout(ASK_TIMEOUT, talk).await.unwrap_or_else(silent);
         if answer.is_err() {
             self.endpoint.forget(&peer);
         }
@@ -311,13 +335,14 @@ impl Shared {
     ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
         let talk = async {
             let connection = self.connect(peer, lane).await?;
-            let unreachable = |e: anyhow::Error| ReachError::Unreachable(peer, e);
+            let unreachable = |e: anyhow::Error| ReachError::Unreachable(self.label(peer), e);
             let (mut send, receive) =
                 connection.open_bi().await.map_err(|e| unreachable(e.into()))?;
             frame::write_message(&mut send, question).await.map_err(|e| unreachable(e.into()))?;
             Ok((send, receive))
         };
-        let opened = timeout(ASK_TIMEOUT, talk).await.unwrap_or(Err(ReachError::Silent(peer)));
+        let silent = |_| Err(ReachError::Silent(self.label(peer)));
+        let opened = timeout(ASK_TIMEOUT, talk).await.unwrap_or_else(silent);
         if opened.is_err() {
             self.endpoint.forget(&peer);
         }
@@ -438,6 +463,31 @@ pub(super) fn announce_on_lan(shared: &Arc<Shared>, pool: PoolId) {
 }
 
 impl Shared {
+    /// Keep for the owner what only the owner can mend: a clock, or a version.
+    fn note_met(&self, peer: PeerId, failure: Option<&anyhow::Error>) {
+        let refusal = failure.and_then(|reason| reason.downcast_ref::<ShutOut>());
+        let mut shut_out = super::lock(&self.shut_out);
+        match (failure, refusal) {
+            (
+                _,
+                Some(ShutOut(Refusal {
+                    code: RefusalCode::Clock | RefusalCode::Version,
+                    message,
+                    ..
+                })),
+            ) => {
+                if shut_out.insert(peer, message.clone()).is_none() {
+                    warn!(node = self.label(peer), message, "this node is not let in");
+                }
+            }
+            (None, _) | (_, Some(_)) => {
+                shut_out.remove(&peer);
+            }
+            // Out of reach: what it said last may still be so.
+            (Some(_), None) => {}
+        }
+    }
+
     /// Addresses that a member may have.
     fn hint(&self, peer: PeerId, control: Vec<SocketAddr>, data: Vec<SocketAddr>) {
         let entry =

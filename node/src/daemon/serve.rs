@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use p2pit_protocol::{
     BlobId, JobId, PeerId, UserId,
-    door::Hello,
+    door::{self, Hello},
     identity::SignedBytes,
     job::{State, VerifiedSpec},
     message::{Command, JobView, Reply},
@@ -134,9 +134,12 @@ async fn door(shared: &Arc<Shared>, incoming: &Incoming) -> anyhow::Result<()> {
             return Ok(());
         };
         let Ok((mut send, mut receive)) = accepted else { return Ok(()) };
-        let hello: Hello =
-            timeout(HELLO_TIMEOUT, frame::read_message(&mut receive, usize::MAX)).await??;
-        let reply = shared.act(move |peer, now| peer.handle_door(from, hello, now)).await?;
+        let hello = frame::read_message::<Hello>(&mut receive, usize::MAX);
+        let reply = match timeout(HELLO_TIMEOUT, hello).await? {
+            Ok(hello) => shared.act(move |peer, now| peer.handle_door(from, hello, now)).await?,
+            Err(frame::Error::Malformed(_)) => door::judge_unreadable(),
+            Err(reason) => return Err(reason.into()),
+        };
         timeout(HELLO_TIMEOUT, frame::write_message(&mut send, &reply)).await??;
         send.finish()?;
     }

@@ -125,12 +125,19 @@ fn each_reason_to_refuse_is_told_apart_with_what_to_do() {
     let mut refuse = |from, hello, now| refused(knock(&mut one, from, hello, now));
 
     let newer = Hello { versions: (WIRE_VERSION + 1, WIRE_VERSION + 3), ..good() };
-    assert_eq!(refuse(2, newer, NOW).0, RefusalCode::Version);
+    let (code, message) = refuse(2, newer, NOW);
+    assert_eq!(code, RefusalCode::Version);
+    assert!(message.contains("version 2 to 4,") && message.contains("speaks 1:"), "{message}");
+    assert!(message.contains("update p2pit on that node"), "{message}");
+    let older = Hello { versions: (0, 0), ..good() };
+    let (_, message) = refuse(2, older, NOW);
+    assert!(message.contains("version 0, ") && message.contains("on your machine"), "{message}");
+    assert_eq!(refused((judge_unreadable(), Vec::new())).0, RefusalCode::Version);
     let elsewhere = Hello { pool: PoolId([9; 32]), ..good() };
     assert_eq!(refuse(2, elsewhere, NOW).0, RefusalCode::OtherPool);
     let (code, message) = refuse(2, Hello { wall_ms: WALL_MS - 121_000, ..good() }, NOW);
     assert_eq!(code, RefusalCode::Clock);
-    assert!(message.contains("121 s behind"), "{message}");
+    assert!(message.contains("121 s behind that"), "{message}");
     let (code, message) = refuse(2, Hello { wall_ms: u64::MAX, ..good() }, NOW);
     assert_eq!(code, RefusalCode::Clock);
     assert!(message.contains("ahead"), "{message}");

@@ -117,11 +117,10 @@ impl Board {
         self.posted.iter()
     }
 
-    /// What the nodes that run jobs have, in use or not.
+    /// What the nodes have, in use or not; also what those have that offer nothing now.
     #[must_use]
     pub fn capacities(&self) -> Vec<Capacity> {
-        let offering = self.posted.values().filter(|posted| !posted.advert.client);
-        offering.map(|posted| posted.advert.capacity.clone()).collect()
+        self.posted.values().map(|posted| posted.advert.capacity.clone()).collect()
     }
 
     /// Nodes that have what at least one of the wanted processes needs, those with room

@@ -58,11 +58,11 @@ pub struct Advert {
     pub issued_at_ms: u64,
     /// The store a record kept here is kept in.
     pub store: crate::StoreId,
-    /// Offers nothing and keeps nothing.
+    /// Offers nothing and keeps nothing, for good or for now.
     pub client: bool,
     /// Runs only its owner's jobs, and why.
     pub owner_only: Option<String>,
-    /// Everything it offers, in use or not.
+    /// Everything it offers, in use or not; of a client, what it offers at other times.
     pub capacity: Capacity,
     /// GPUs that are not free.
     pub not_free: Vec<(GpuUuid, GpuState)>,

@@ -9,7 +9,7 @@ use crate::{
     BootId, JobId, Now, PeerId,
     bidder::Usage,
     identity::{Domain, SignedBytes},
-    inventory::board::CLOCK_TOLERANCE_MS,
+    inventory::{Capacity, board::CLOCK_TOLERANCE_MS},
     job::State,
     message::{Advert, Head, Message, Soft, WANT_MAX},
     peer::Event,
@@ -46,6 +46,8 @@ pub(super) struct SoftState {
     last_advert_ms: Option<u64>,
     /// Milliseconds of [`ADVERT_MEAN_MS`] saved up.
     credit_ms: u64,
+    /// What a client offers when it is none.
+    pub(super) away: Capacity,
     next_reconcile_ms: u64,
     control: Vec<core::net::SocketAddr>,
     data: Vec<core::net::SocketAddr>,
@@ -65,6 +67,7 @@ impl SoftState {
             advertised: None,
             last_advert_ms: None,
             credit_ms: ADVERT_BURST * ADVERT_MEAN_MS,
+            away: Capacity::default(),
             next_reconcile_ms: 0,
             control: Vec::new(),
             data: Vec::new(),
@@ -306,7 +309,7 @@ impl Peer {
             store: self.store,
             client: self.client,
             owner_only: self.bidder.terms().owner_only.as_ref().map(|(_, reason)| reason.clone()),
-            capacity: book.total().clone(),
+            capacity: if self.client { self.soft.away.clone() } else { book.total().clone() },
             not_free: usage.0.clone(),
             free_cpu_cores: usage.1,
             free_ram_mib: usage.2,
@@ -366,5 +369,85 @@ impl Peer {
         for item in items {
             self.out.send(self.me, to, Message::Soft(item));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        Peer, StoreId,
+        identity::KeyPair,
+        inventory::{Capacity, Gpu, GpuUuid},
+        message::Soft,
+        peer::{Config, Slot, Transmit},
+        roster::testing::{Replica, WALL_MS, admit_node, claim, node_key},
+        sabotage::Sabotage,
+        time::Now,
+        wire,
+    };
+
+    const NOW: Now = Now { boot_ms: 1_000, wall_ms: WALL_MS };
+
+    /// A peer of machine `n` with the roster of `replica`.
+    fn peer(replica: &Replica, key: &KeyPair, client: bool) -> Peer {
+        let config = Config {
+            key: key.clone(),
+            store: StoreId([7; 16]),
+            boot: crate::BootId([1; 16]),
+            boot_count: 1,
+            genesis: replica.roster.genesis_bytes().to_vec(),
+            client,
+            seed: [3; 32],
+            sabotage: Sabotage::default(),
+        };
+        let mut peer = Peer::new(config).unwrap();
+        for signed in replica.roster.statements() {
+            let id = crate::roster::Statement::id(signed);
+            peer.restore(&Slot::Statement(id).to_bytes(), &wire::encode(signed), NOW).unwrap();
+        }
+        peer.restored().unwrap();
+        peer.resume(&[], NOW);
+        peer
+    }
+
+    fn advert_of(peer: &mut Peer, now: Now) -> Soft {
+        peer.handle_timeout(now);
+        let sent = std::iter::from_fn(|| peer.poll_transmit());
+        let adverts = sent.filter_map(|transmit| match transmit {
+            Transmit::Gossip(advert @ Soft::Advert(_)) => Some(advert),
+            _ => None,
+        });
+        adverts.last().unwrap()
+    }
+
+    #[test]
+    fn a_machine_that_is_away_still_counts_and_is_neither_called_nor_made_keeper() {
+        let mut founder = Replica::founder();
+        let claim = claim(founder.roster.pool(), 1, 2, 0);
+        founder.as_node(admit_node(claim, "node2")).unwrap();
+        let gpu = Gpu {
+            uuid: GpuUuid("G".to_owned()),
+            model: "v100".to_owned(),
+            full_name: "V100".to_owned(),
+            memory_bytes: 1 << 34,
+            simulated: true,
+        };
+        let capacity = Capacity::new(vec![gpu], 4, 1024);
+        let request = "[v100]".parse().unwrap();
+
+        let mut away = peer(&founder, &node_key(2), true);
+        away.set_offer(Capacity::default(), None, NOW);
+        away.set_away(capacity, NOW);
+        assert_eq!(away.propose_keeper(), None, "it ends before the job does");
+
+        let mut other = peer(&founder, &node_key(1), true);
+        other.peer_connected(away.id(), NOW);
+        assert!(other.feasible(&request).is_err());
+        assert!(other.handle_gossip(advert_of(&mut away, NOW), NOW));
+        assert_eq!(other.feasible(&request), Ok(()), "the pool has it, at other times");
+        assert_eq!(other.dry_run(&request, NOW), []);
+        assert_eq!(other.propose_keeper(), None);
+        assert_eq!(away.feasible(&request), Ok(()));
+        assert_eq!(away.dry_run(&request, NOW), []);
     }
 }

@@ -88,8 +88,14 @@ impl ParseError {
     /// The text is its line around the place, cut to fit a terminal.
     #[must_use]
     pub fn caret(&self) -> String {
-        let Excerpt { line, column } = &self.excerpt;
+        let Excerpt { line, column, .. } = &self.excerpt;
         format!("{line}\n{:column$}^ {}", "", self.problem)
+    }
+
+    /// Line and character in it where the problem is, both from 1.
+    #[must_use]
+    pub fn place(&self) -> (usize, usize) {
+        self.excerpt.place
     }
 
     fn new(text: &str, byte: usize, problem: Problem) -> Self {
@@ -104,6 +110,8 @@ struct Excerpt {
     line: String,
     /// Characters before the place.
     column: usize,
+    /// Line and character of the place in the whole text, from 1.
+    place: (usize, usize),
 }
 
 impl Excerpt {
@@ -115,6 +123,7 @@ impl Excerpt {
         let start = text[..byte].rfind(is_break).map_or(0, |i| i + 1);
         let end = text[byte..].find(is_break).map_or(text.len(), |i| byte + i);
         let before: Vec<char> = text[start..byte].chars().collect();
+        let place = (text[..byte].matches('\n').count() + 1, before.len() + 1);
         let cut = before.len().saturating_sub(Self::SIDE_CHARS_MAX);
         let mut line = String::from(if cut > 0 { "…" } else { "" });
         line.extend(before[cut..].iter().copied().map(printable));
@@ -122,7 +131,7 @@ impl Excerpt {
         let mut after = text[byte..end].chars();
         line.extend(after.by_ref().take(Self::SIDE_CHARS_MAX).map(printable));
         line.push_str(if after.next().is_some() { "…" } else { "" });
-        Self { line, column }
+        Self { line, column, place }
     }
 }
 

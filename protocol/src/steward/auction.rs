@@ -275,11 +275,16 @@ impl Auction {
         view.summary = if view.nodes.is_empty() {
             "no node of the pool that this one knows of has what a process needs".to_owned()
         } else {
-            let tries = self.failures;
-            format!(
-                "{} of {} processes are held; {tries} tries found no room",
-                view.held, view.need
-            )
+            let have = match (view.held, view.need) {
+                (0, 1) => "no node has room for its process".to_owned(),
+                (1, 1) => "its process has room".to_owned(),
+                (held, need) => format!("{held} of {need} processes have room"),
+            };
+            match self.failures {
+                0 => format!("{have}; nodes are being asked"),
+                1 => format!("{have} after one try"),
+                tries => format!("{have} after {tries} tries"),
+            }
         };
     }
 
