@@ -16,10 +16,12 @@ mod data;
 mod figures;
 mod idle;
 mod latency;
+mod load;
 mod quic;
 mod rsync;
 mod slurm;
 mod start;
+mod submitter;
 mod table;
 mod transfer;
 mod turns;
@@ -43,6 +45,7 @@ struct Part {
 
 const PARTS: &[Part] = &[
     Part { name: "latency", run: |options| latency::run(options).map(|()| Vec::new()) },
+    Part { name: "load", run: |options| load::run(options).map(|()| Vec::new()) },
     Part { name: "idle", run: |options| idle::run(options).map(|()| Vec::new()) },
     Part { name: "start", run: start::run },
     Part { name: "slurm", run: beside_slurm::run },
