@@ -19,7 +19,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use data_encoding::HEXLOWER;
 use quinn::{
-    ClientConfig, Endpoint, EndpointConfig, ServerConfig, TokioRuntime, TransportConfig, VarInt,
+    ClientConfig, Endpoint, EndpointConfig, MtuDiscoveryConfig, ServerConfig, TokioRuntime,
+    TransportConfig, VarInt,
     rustls::{
         RootCertStore,
         pki_types::{CertificateDer, PrivatePkcs8KeyDer},
@@ -28,6 +29,11 @@ use quinn::{
 use socket2::{Domain, Socket, Type};
 
 use crate::table::timed;
+
+/// What fits through an Ethernet, which is quinn's own default.
+pub(crate) const PACKET_BYTES: u16 = 1452;
+/// As p2pit's data plane sends on loopback; half the work.
+pub(crate) const LARGE_PACKET_BYTES: u16 = 6000;
 
 /// The first word of the command line of each process.
 const RECEIVE: &str = "quic-receive";
@@ -39,13 +45,14 @@ const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
 const SOCKET_BUFFER_BYTES: usize = 8 << 20;
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// Carries `from` to `to`: the time of the whole sender, from its start to its end, which
-/// is after the last byte was written.
-pub(crate) fn copy(from: &Path, to: &Path) -> Result<Duration> {
+/// Carries `from` to `to` in packets of this size: the time of the whole sender, from its
+/// start to its end, which is after the last byte was written.
+pub(crate) fn copy(from: &Path, to: &Path, packet_bytes: u16) -> Result<Duration> {
     let me = std::env::current_exe()?;
-    let mut receiver = Receiver::start(Command::new(&me).arg(RECEIVE).arg(to))?;
+    let packet = packet_bytes.to_string();
+    let mut receiver = Receiver::start(Command::new(&me).args([RECEIVE, &packet]).arg(to))?;
     let mut sender = Command::new(&me);
-    sender.arg(SEND).args([&receiver.addr, &receiver.certificate]).arg(from);
+    sender.args([SEND, &packet, &receiver.addr, &receiver.certificate]).arg(from);
     let (took, _) = timed(&mut sender)?;
     let status = receiver.child.wait()?;
     ensure!(status.success(), "the receiver of the QUIC program ended with {status}");
@@ -84,9 +91,12 @@ impl Drop for Receiver {
 /// The work of one of the two processes, where the command line asks for it.
 pub(crate) fn run_as_told(words: &[String]) -> Option<Result<()>> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let bytes = |text: &str| text.parse().context("no number of bytes");
     match words[..] {
-        [RECEIVE, to] => Some(run(receive(Path::new(to)))),
-        [SEND, addr, certificate, from] => Some(run(send(addr, certificate, Path::new(from)))),
+        [RECEIVE, packet, to] => Some(bytes(packet).and_then(|it| run(receive(it, to.as_ref())))),
+        [SEND, packet, addr, certificate, from] => {
+            Some(bytes(packet).and_then(|it| run(send(it, addr, certificate, from.as_ref()))))
+        }
         _ => None,
     }
 }
@@ -95,14 +105,14 @@ fn run(work: impl Future<Output = Result<()>>) -> Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
-async fn receive(to: &Path) -> Result<()> {
+async fn receive(packet_bytes: u16, to: &Path) -> Result<()> {
     let made = rcgen::generate_simple_self_signed([NAME.to_owned()])?;
     let certificate = made.cert.der().clone();
     let hex = HEXLOWER.encode(&certificate);
     let key = PrivatePkcs8KeyDer::from(made.key_pair.serialize_der());
     let mut config = ServerConfig::with_single_cert(vec![certificate], key.into())?;
-    config.transport_config(transport());
-    let endpoint = endpoint(Some(config))?;
+    config.transport_config(transport(packet_bytes));
+    let endpoint = endpoint(packet_bytes, Some(config))?;
     writeln!(io::stdout(), "{} {hex}", endpoint.local_addr()?)?;
 
     let incoming = endpoint.accept().await.context("the endpoint closed")?;
@@ -126,13 +136,13 @@ async fn receive(to: &Path) -> Result<()> {
     Ok(())
 }
 
-async fn send(addr: &str, certificate: &str, from: &Path) -> Result<()> {
+async fn send(packet_bytes: u16, addr: &str, certificate: &str, from: &Path) -> Result<()> {
     let addr: SocketAddr = addr.parse()?;
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from(HEXLOWER.decode(certificate.as_bytes())?))?;
     let mut config = ClientConfig::with_root_certificates(Arc::new(roots))?;
-    config.transport_config(transport());
-    let endpoint = endpoint(None)?;
+    config.transport_config(transport(packet_bytes));
+    let endpoint = endpoint(packet_bytes, None)?;
     let connection = endpoint.connect_with(config, addr, NAME)?.await?;
     let (mut stream, mut answer) = connection.open_bi().await?;
     let mut file = File::open(from)?;
@@ -159,21 +169,25 @@ async fn send(addr: &str, certificate: &str, from: &Path) -> Result<()> {
     Ok(())
 }
 
-fn transport() -> Arc<TransportConfig> {
+fn transport(packet_bytes: u16) -> Arc<TransportConfig> {
     let mut transport = TransportConfig::default();
     transport
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES))
         .send_window(CONNECTION_WINDOW_BYTES.into());
+    let mut discovery = MtuDiscoveryConfig::default();
+    discovery.upper_bound(packet_bytes);
+    transport.mtu_discovery_config(Some(discovery));
     Arc::new(transport)
 }
 
-fn endpoint(server: Option<ServerConfig>) -> Result<Endpoint> {
+fn endpoint(packet_bytes: u16, server: Option<ServerConfig>) -> Result<Endpoint> {
     let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
     // The kernel grants what its limits allow.
     socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
     socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
     socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
-    let config = EndpointConfig::default();
+    let mut config = EndpointConfig::default();
+    config.max_udp_payload_size(packet_bytes)?;
     Ok(Endpoint::new(config, server, socket.into(), Arc::new(TokioRuntime))?)
 }

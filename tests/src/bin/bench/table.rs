@@ -62,10 +62,6 @@ impl Figures {
         self.turns.push(figure);
     }
 
-    pub(crate) fn add_time(&mut self, time: Duration) {
-        self.add(time.as_secs_f64());
-    }
-
     pub(crate) fn median(&self) -> f64 {
         median(self.turns.clone())
     }

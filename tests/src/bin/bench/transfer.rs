@@ -82,7 +82,12 @@ fn large_file(dir: &Path, rsync: &Rsync, turns: usize) -> Result<Vec<Row>> {
     let unit = Unit::MebibytesPerSecond;
     let mut runners = [
         Runner::new("p2pit", unit, || rate(fetch(&client, &job, &copy)?)),
-        Runner::new("the least quinn program", unit, || rate(quic::copy(&original, &copy)?)),
+        Runner::new("the least quinn program", unit, || {
+            rate(quic::copy(&original, &copy, quic::PACKET_BYTES)?)
+        }),
+        Runner::new("the same with larger packets, as ours", unit, || {
+            rate(quic::copy(&original, &copy, quic::LARGE_PACKET_BYTES)?)
+        }),
         Runner::new(SSH, unit, || by_rsync(Way::Ssh)).if_there(rsync.has(Way::Ssh)),
         Runner::new(DAEMON, unit, || by_rsync(Way::Daemon)).if_there(rsync.has(Way::Daemon)),
         Runner::new("cp", unit, || rate(timed(Command::new("cp").args([&original, &copy]))?.0)),
@@ -90,7 +95,7 @@ fn large_file(dir: &Path, rsync: &Rsync, turns: usize) -> Result<Vec<Row>> {
     in_turns(&mut runners, WARM_UPS, turns)?;
     let mut rows = Row::all("an artifact of 1 GiB, file to file", &runners);
     rows[0].goal = Some(Goal::Ratio(LARGE_QUIC_GOAL));
-    rows[1].goal = Some(Goal::Ratio(LARGE_SSH_GOAL));
+    rows[2].goal = Some(Goal::Ratio(LARGE_SSH_GOAL));
     drop(runners);
     remove(&original)?;
     Ok(rows)
