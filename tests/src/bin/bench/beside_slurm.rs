@@ -18,7 +18,7 @@ use crate::{
 
 const TURNS: usize = 30;
 /// Of bursts of jobs, which take long.
-const BURSTS: usize = 3;
+const BURSTS: usize = 2;
 const JOBS: usize = 200;
 const DONE_WITHIN: Duration = Duration::from_secs(300);
 /// The times measured do not depend on it.

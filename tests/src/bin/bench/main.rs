@@ -1,15 +1,16 @@
-//! How fast p2pit is on this machine, as Markdown tables.
+//! How fast p2pit is on this machine, and how fast others are in the same minutes.
 //!
-//! Three daemons and a client node on loopback, anew for each part. Measured with the
-//! release build:
+//! Real daemons and a client node on loopback, anew for each part. Both packages are built
+//! together, or what they have in common is built twice:
 //!
 //! ```text
-//! cargo build --release --bin p2pit
-//! cargo run --release -p p2pit-tests --bin p2pit-bench -- [PART ...] [--runs N]
+//! cargo build --release -p p2pit-cli -p p2pit-tests
+//! target/release/p2pit-bench [PART ...] [--runs N]
 //! ```
 //!
-//! The homes are in `TMPDIR`, and what that is on decides much: every step that others
-//! rely on is on disk before it is told.
+//! Homes and files are in `/dev/shm` unless `TMPDIR` says otherwise, and what that is on
+//! decides much: every step that others rely on is on disk before it is told. What p2pit is
+//! compared with is used where it is installed; Slurm only by root, as it needs namespaces.
 
 mod beside_slurm;
 mod data;

@@ -189,7 +189,9 @@ impl Row {
             Ok(figures) => format!("{name}: {figures}"),
             Err(absent) => format!("{name}: {absent}"),
         });
-        let ratio = self.ratio().map_or_else(none, |ratio| format!("{ratio:.2}"));
+        // There is none to nothing.
+        let ratio = self.ratio().filter(|ratio| ratio.is_finite());
+        let ratio = ratio.map_or_else(none, |ratio| format!("{ratio:.2}"));
         let goal = self.goal.map_or_else(none, |goal| match goal {
             Goal::Figure(goal) if self.ours.unit.more_is_better() => {
                 format!("≥ {}", self.ours.unit.show(goal))
