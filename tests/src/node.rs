@@ -12,6 +12,10 @@ use serde_json::Value;
 
 use crate::{Ended, Process, Running, SOON, wait_until};
 
+/// What daemons and commands write to their logs; a measurement sets it to less.
+const LOG: &str = "P2PIT_LOG";
+const LOG_OF_TESTS: &str = "info,p2pit_node=debug,p2pit_protocol=debug";
+
 /// A home, the user whose commands are run for it, and where they are run.
 #[derive(Debug, Clone)]
 pub struct Node {
@@ -229,7 +233,8 @@ pub(crate) fn p2pit() -> Command {
     }
     // Nobody's: what is taken from there would be a mistake.
     command.env("HOME", "/nonexistent");
-    command.env("P2PIT_LOG", "info,p2pit_node=debug,p2pit_protocol=debug");
+    let log = std::env::var_os(LOG).unwrap_or_else(|| LOG_OF_TESTS.into());
+    command.env(LOG, log);
     command
 }
 

@@ -1066,10 +1066,11 @@ mod tests {
         assert_eq!((snapshot.files[0].blob, snapshot.files[0].size), (blob, 5 << 20));
         let mut served = Vec::new();
         let source = snapshot.source();
-        let Some(OpenBlob::Content { mut content, .. }) = source.open(&blob).unwrap() else {
+        let Some(OpenBlob::Content { content: mut opened, .. }) = source.open(&blob).unwrap()
+        else {
             panic!("not there, or not read as it is");
         };
-        content.read_to_end(&mut served).unwrap();
+        opened.read_to_end(&mut served).unwrap();
         assert!(served == content);
     }
 

@@ -48,7 +48,7 @@ pub(crate) fn times(client: &Node, request: &str, runs: usize) -> Result<Times> 
 }
 
 /// Milliseconds from the start of the command to its end.
-fn job(client: &Node, request: &str) -> Result<f64> {
+pub(crate) fn job(client: &Node, request: &str) -> Result<f64> {
     let mut command = client.command();
     command.args(["run", "bench", request, "-d", "true", "-l"]);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
