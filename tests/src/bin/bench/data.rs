@@ -18,6 +18,8 @@ const FILE_BYTES_MAX: u64 = 64 << 10;
 /// The logarithm of a size is spread evenly up to here, so that some files have the
 /// largest size; that comes to 191 MiB for 10,000 files.
 const SIZE_LOG2_MAX: f64 = 16.6;
+/// Has no factor in common with the number of files.
+const SIZE_STRIDE: usize = 7919;
 /// Rewritten in a file that changes.
 const CHANGE_BYTES: u64 = 64;
 
@@ -35,11 +37,11 @@ impl Tree {
         for n in 0..DIRECTORIES {
             fs::create_dir_all(dir.join(format!("d{n:02}")))?;
         }
-        // The same sizes every time.
-        let mut noise = Noise(1);
         let file = |n: usize| {
             let (min, max) = ((FILE_BYTES_MIN as f64).log2(), SIZE_LOG2_MAX);
-            let size = (min + (max - min) * noise.fraction()).exp2() as u64;
+            // Large and small ones in each directory.
+            let rank = n * SIZE_STRIDE % Self::FILES;
+            let size = (min + (max - min) * rank as f64 / Self::FILES as f64).exp2() as u64;
             (dir.join(format!("d{:02}/f{n:05}", n % DIRECTORIES)), size.min(FILE_BYTES_MAX))
         };
         let files = (0..Self::FILES).map(file).collect();
@@ -140,11 +142,6 @@ impl Noise {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
-    }
-
-    /// From 0 to 1.
-    fn fraction(&mut self) -> f64 {
-        self.next() as f64 / u64::MAX as f64
     }
 
     fn fill(&mut self, bytes: &mut [u8]) {
