@@ -276,20 +276,21 @@ async fn prepare(
     certificate: Certificate,
 ) -> anyhow::Result<(u16, String)> {
     let is_wanted = async || shared.act(move |peer, _| peer.has_rank(id)).await.unwrap_or(false);
-    let mut tries = 0;
+    let mut went_bad: Vec<String> = Vec::new();
     let prepared = loop {
         for tree in spec.inputs() {
-            shared
-                .fetch_tree(spec, &certificate, tree, is_wanted)
-                .await
-                .with_context(|| format!("cannot fetch input {tree}"))?;
+            let fetched = shared.fetch_tree(spec, &certificate, tree, is_wanted).await;
+            fetched.with_context(|| match went_bad.last() {
+                None => format!("cannot fetch input {tree}"),
+                Some(reason) => format!("{reason}; it cannot be fetched again"),
+            })?;
         }
         match lay_out(shared, id, spec, assignment).await {
             // What went bad here was removed: it is brought again.
-            Err(reason) if is_corrupt(&reason) && tries < REFETCHES_MAX => {
+            Err(reason) if is_corrupt(&reason) && went_bad.len() < REFETCHES_MAX => {
                 let reason = format!("{reason:#}");
                 warn!(job = %id.job, rank = %id.rank, reason, "fetching again");
-                tries += 1;
+                went_bad.push(reason);
             }
             prepared => break prepared?,
         }
@@ -298,7 +299,7 @@ async fn prepare(
 }
 
 /// How often blobs that turn out to be corrupt here are fetched again.
-const REFETCHES_MAX: u32 = 3;
+const REFETCHES_MAX: usize = 3;
 
 fn is_corrupt(reason: &anyhow::Error) -> bool {
     reason.downcast_ref::<PrepareError>().is_some_and(PrepareError::is_corrupt)
