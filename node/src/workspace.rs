@@ -161,13 +161,16 @@ pub enum PrepareError {
 }
 
 impl PrepareError {
-    /// Whether content was corrupt and has been removed, so that it can be brought again.
-    pub(crate) fn is_corrupt(&self) -> bool {
-        matches!(
-            self,
-            Self::Write { source: materialize::Error::Corrupt { .. }, .. }
-                | Self::Missing { source: store::Error::Corrupt(_), .. }
-        )
+    /// Whether content is not here, or not any more, so that it can be brought again.
+    pub(crate) fn lacks_content(&self) -> bool {
+        match self {
+            Self::Missing { source, .. }
+            | Self::Write { source: materialize::Error::Content { source, .. }, .. } => {
+                matches!(source, store::Error::Corrupt(_) | store::Error::Missing(_))
+            }
+            Self::Write { source, .. } => matches!(source, materialize::Error::Corrupt { .. }),
+            _ => false,
+        }
     }
 
     fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {

@@ -111,6 +111,21 @@ fn a_gang_of_which_one_process_keeps_can_be_continued_again_and_again() {
 }
 
 #[test]
+fn what_each_process_of_a_gang_kept_comes_together_from_wherever_it_is_continued() {
+    let mut pool = Pool::of(&["sim:1xv100", "sim:1xv100"]);
+    let client = pool.add_client("laptop");
+    let script =
+        "cd $JOB_DIR/keep; cat mine-* | sort | tr '\\n' ' '; echo; echo $RANK > mine-$RANK";
+    client.p2pit(&["run", "One", "2:[v100]", "-d", script, "-l"]).ended(0);
+    let first = client.json(&["show", "jobs"])[0]["id"].as_str().unwrap().to_owned();
+    // From a node of neither process, from one of them, and from there once more.
+    for node in [&client, pool.node(1), pool.node(1)] {
+        let log = node.p2pit(&["run", "On", "2:[v100]", "-c", &first, "-d", script, "-l"]).ok();
+        assert_eq!((lines_of(&log, 0), lines_of(&log, 1)), (vec!["0 1 "], vec!["0 1 "]));
+    }
+}
+
+#[test]
 fn only_what_the_pool_does_not_have_travels() {
     let mut pool = Pool::of(&["sim:1xv100"]);
     let client = pool.add_client("laptop");

@@ -112,6 +112,50 @@ fn an_input_that_went_bad_where_it_is_needed_is_fetched_again() {
 }
 
 #[test]
+fn what_went_bad_at_the_submitter_is_said_and_the_next_submission_mends_it() {
+    let mut pool = Pool::of(&["sim:1xv100"]);
+    let client = pool.add_client("laptop");
+    let content = noise(2 * MIB);
+    let dir = pool.job_dir("inputs", &[(".compute", "#!/bin/sh\nwc -c < big\n")]);
+    fs::write(dir.join("big"), &content).unwrap();
+    let client = client.working_in(&dir);
+    let first = client.submit(&["One", "[v100]"]);
+    client.wait_for_outcome(&first, "succeeded");
+    // The keeper has lost it, and what the client has is not it any more.
+    fs::remove_file(blob_of(pool.node(1), &content)).unwrap();
+    let bad = blob_of(&client, &content);
+    fs::File::options().write(true).open(&bad).unwrap().write_all_at(b"bad", MIB as u64).unwrap();
+    let refused = client.p2pit(&["run", "Two", "[v100]"]);
+    assert_ne!(refused.code, 0, "{refused:?}");
+    assert!(refused.stderr.contains("corrupt"), "{refused:?}");
+    let third = client.submit(&["Three", "[v100]"]);
+    client.wait_for_outcome(&third, "succeeded");
+}
+
+#[test]
+fn a_keeper_that_is_killed_while_it_gives_is_asked_again_once_it_is_back() {
+    let pool = Pool::of(&["none", "sim:1xv100"]);
+    let keeper = pool.node(1);
+    let (content, dir) = (noise(8 * MIB), pool.job_dir("inputs", &[]));
+    fs::write(dir.join("big"), &content).unwrap();
+    let worker = pool.node(2);
+    worker.shut_down();
+    start_with(worker, "download: 2MiB/s");
+    pool.wait_until_assembled();
+    let script = "wc -c < big";
+    let job = keeper.working_in(&dir).submit(&["Big input", "[v100]", "-d", script]);
+    let partial = worker.home().join("blobs/partial");
+    wait_until("something to have come", SOON, || {
+        (allocated(&partial) >= 2 * MIB as u64).then_some(())
+    });
+    keeper.crash();
+    keeper.restart();
+    keeper.wait_for_outcome(&job, "succeeded");
+    let job = keeper.job(&job);
+    assert_eq!(job["attempt"], 1, "{job:#}");
+}
+
+#[test]
 fn an_input_that_nobody_has_any_more_is_named() {
     let pool = Pool::of(&["none", "sim:1xv100"]);
     let content = noise(1000);

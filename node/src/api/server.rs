@@ -44,7 +44,7 @@ use super::types::{
 use crate::{
     daemon::{
         NoPeer, ReachError, Shared, ShutOut,
-        fetch::{Blobs, Fetch as BlobFetch, fetch as fetch_blobs},
+        fetch::{Blobs, Fetch as BlobFetch, FetchError, fetch as fetch_blobs},
         now, push,
         serve::{self, Gate, LogReader, Request, UserAnswer, Views},
     },
@@ -52,7 +52,7 @@ use crate::{
     home::Home,
     transfer::{
         BlobStore, Pace,
-        exchange::{self, Ask as BlobAsk, Source},
+        exchange::{self, Source},
         frame,
     },
 };
@@ -673,9 +673,9 @@ async fn fetch(
     Json(fetch): Json<Fetch>,
 ) -> Result<Response, Failure> {
     if fetch.node == shared.id() {
-        serve::allow_blobs(&shared, fetch.signed, &fetch.asks).await.map_err(Failure::request)?;
+        let allowed = serve::allow_blobs(&shared, fetch.signed, &fetch.asks).await;
+        let source: Arc<dyn Source> = Arc::new(allowed.map_err(Failure::request)?);
         let (reader, mut writer) = tokio::io::duplex(1 << 20);
-        let source: Arc<dyn Source> = Arc::new(shared.store.clone());
         tokio::spawn(async move {
             let unlimited = Pace::unlimited();
             let sent =
@@ -690,7 +690,7 @@ async fn fetch(
                 .map_err(anyhow::Error::from),
         ));
     }
-    let (mut send, receive) = shared.open_bulk(fetch.node, &Request::Blobs(fetch.signed)).await?;
+    let (mut send, receive) = shared.open_copy(fetch.node, &Request::Blobs(fetch.signed)).await?;
     let asked = async {
         exchange::write_asks(&mut send, &fetch.asks).await?;
         send.finish()?;
@@ -720,7 +720,10 @@ async fn pull(State(shared): State<Arc<Shared>>, Json(pull): Json<Pull>) -> Resp
         };
         let last = match bring(&shared, pull, on_bytes).await {
             Ok((blobs, bytes)) => PullEvent::Pulled { blobs, bytes },
-            Err(reason) => PullEvent::Failed { error: Failure::broken(reason).0 },
+            Err(FetchError::Denied(why)) => {
+                PullEvent::Failed { error: Failure::request(anyhow::Error::msg(why)).0 }
+            }
+            Err(reason) => PullEvent::Failed { error: Failure::broken(reason.into()).0 },
         };
         // The command may have been interrupted; what came is kept.
         let _ = events.send(last).await;
@@ -732,18 +735,12 @@ async fn bring(
     shared: &Arc<Shared>,
     pull: Pull,
     on_bytes: impl Fn(u64) + Clone + Send + 'static,
-) -> anyhow::Result<(u64, u64)> {
+) -> Result<(u64, u64), FetchError> {
     let Pull { nodes, signed, blobs } = pull;
-    if nodes.contains(&shared.id()) {
-        // What is here needs no bringing; who may not read it is told so all the same.
-        let here = blobs.iter().filter(|(id, _)| shared.store.has(id));
-        let asks: Vec<BlobAsk> = here.map(|(id, _)| BlobAsk::whole(*id)).collect();
-        serve::allow_blobs(shared, signed.clone(), &asks).await?;
-    }
     let sources = nodes.into_iter().filter(|node| *node != shared.id()).collect();
     let (request, blobs) = (Request::Blobs(signed), Blobs::Known(blobs));
     let bringing = BlobFetch { request, gated: true, sources, blobs };
-    Ok(fetch_blobs(shared, bringing, on_bytes, async || true).await?)
+    fetch_blobs(shared, bringing, on_bytes, async || true).await
 }
 
 async fn open_gate(

@@ -4,13 +4,17 @@
 //! large one. Each source is asked for a piece at a time, two in flight, and gets the next
 //! when it has delivered; so a fast one brings more than a slow one. What a source lacks is
 //! asked of the others; one that sends wrong content is asked for nothing more, and one
-//! that fails several times in a row neither. Nothing that arrived is ever asked for again,
-//! also by the next daemon: see `transfer::store` about parts.
+//! that has failed for a minute neither: a daemon that restarts is back by then. Content
+//! that arrived is not asked for again, also by the next daemon: see `transfer::store`
+//! about parts.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use p2pit_protocol::{BlobId, PeerId};
@@ -33,9 +37,17 @@ const PIECE_BYTES: u64 = 16 << 20;
 const PIECE_BLOBS: usize = 2_000;
 /// Pieces asked of one source at a time, so that it need not wait for the next question.
 const PIECES_IN_FLIGHT: usize = 2;
-/// Failures of a source in a row.
-const FAILURES_MAX: u32 = 4;
-const PAUSE: Duration = Duration::from_millis(200);
+/// How long a source may fail, if nothing comes from it meanwhile, and how often at least.
+const FAILING_MAX: Duration = Duration::from_secs(60);
+const FAILURES_MIN: u32 = 4;
+/// After a failure, doubled with each up to the second.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(3));
+/// A source that sends nothing for so long is taken for a dead one.
+const SILENCE_MAX: Duration = Duration::from_secs(120);
+/// How often a transfer that goes on is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// What was here when a fetch began may be removed as corrupt before its end.
+const ROUNDS_MAX: u32 = 3;
 
 /// What to bring, and what lets us have it.
 #[derive(Debug)]
@@ -64,6 +76,9 @@ pub(crate) enum FetchError {
     /// `from` says of each source, by its name, why not from there.
     #[error("blob {blob} cannot be had: {}", list(.from))]
     Nowhere { blob: BlobId, from: Vec<(String, String)> },
+    /// Nobody that has it may give it to us.
+    #[error("{0}")]
+    Denied(String),
     /// Disk or store.
     #[error("cannot keep what was fetched")]
     Here(#[source] anyhow::Error),
@@ -87,33 +102,37 @@ pub(crate) async fn fetch<W: Future<Output = bool> + Send>(
     is_wanted: impl Fn() -> W + Sync,
 ) -> Result<(u64, u64), FetchError> {
     let Fetch { request, gated, sources, blobs } = fetch;
-    let store = shared.store.clone();
-    let missing = tokio::task::spawn_blocking(move || lacking(&store, &blobs));
-    let missing = missing.await.map_err(|e| FetchError::Here(e.into()))?;
-    let plan = Plan::new(missing.map_err(|e| FetchError::Here(e.into()))?, &sources);
-    if plan.is_done() {
-        return Ok((0, 0));
+    let blobs = Arc::new(blobs);
+    let mut total = (0, 0);
+    for round in 0.. {
+        let (store, asked) = (shared.store.clone(), Arc::clone(&blobs));
+        let missing = tokio::task::spawn_blocking(move || lacking(&store, &asked)).await;
+        let missing = missing.map_err(|e| FetchError::Here(e.into()))?;
+        let missing = missing.map_err(|e| FetchError::Here(e.into()))?;
+        let Some(first) = missing.first() else { break };
+        if round == ROUNDS_MAX {
+            let from = vec![("this node".to_owned(), "it is removed again and again".to_owned())];
+            return Err(FetchError::Nowhere { blob: first.ask.id, from });
+        }
+        debug!(blobs = missing.len(), sources = sources.len(), "fetching");
+        let run = Run {
+            shared,
+            request: request.clone(),
+            gated,
+            plan: Mutex::new(Plan::new(missing, &sources)),
+            changed: Notify::new(),
+            total: Mutex::new(Received::default()),
+        };
+        let workers = sources.iter().flat_map(|source| {
+            (0..PIECES_IN_FLIGHT).map(|_| run.work(*source, on_bytes.clone(), &is_wanted))
+        });
+        futures::future::try_join_all(workers).await?;
+        run.plan().outcome().map_err(|left| left.into_error(shared))?;
+        let received = run.total.into_inner().unwrap_or_else(PoisonError::into_inner);
+        total.0 += received.blobs;
+        total.1 += received.bytes;
     }
-    debug!(pieces = plan.waiting.len(), sources = sources.len(), "fetching");
-    let run = Run {
-        shared,
-        request,
-        gated,
-        plan: Mutex::new(plan),
-        changed: Notify::new(),
-        total: Mutex::new(Received::default()),
-    };
-    let workers = sources.iter().flat_map(|source| {
-        (0..PIECES_IN_FLIGHT).map(|_| run.work(*source, on_bytes.clone(), &is_wanted))
-    });
-    futures::future::try_join_all(workers).await?;
-    let outcome = run.plan().outcome();
-    if let Err(Left { blob, from }) = outcome {
-        let from = from.into_iter().map(|(peer, why)| (shared.label(peer), why)).collect();
-        return Err(FetchError::Nowhere { blob, from });
-    }
-    let total = run.total.into_inner().unwrap_or_else(PoisonError::into_inner);
-    Ok((total.blobs, total.bytes))
+    Ok(total)
 }
 
 /// What of `blobs` is not here.
@@ -141,7 +160,24 @@ struct Run<'a> {
 /// How asking a source for a piece can fail.
 enum Failed {
     Here(FetchError),
-    There { why: String, for_good: bool },
+    There(Trouble),
+}
+
+/// What a source failed of.
+#[derive(Debug, Clone)]
+enum Trouble {
+    /// It may be back.
+    Cut(String),
+    /// It is asked for nothing more.
+    Wrong(String),
+    Denied(String),
+}
+
+impl Trouble {
+    fn why(&self) -> &str {
+        let (Self::Cut(why) | Self::Wrong(why) | Self::Denied(why)) = self;
+        why
+    }
 }
 
 impl Run<'_> {
@@ -167,7 +203,7 @@ impl Run<'_> {
             if !is_wanted().await {
                 return Err(FetchError::Unwanted);
             }
-            let asked = self.ask(source, &piece, on_bytes.clone()).await;
+            let asked = self.ask_while(source, &piece, on_bytes.clone(), is_wanted).await;
             let pause = match asked {
                 Ok(received) => {
                     let mut total = self.total.lock().unwrap_or_else(PoisonError::into_inner);
@@ -175,24 +211,58 @@ impl Run<'_> {
                     total.bytes += received.bytes;
                     drop(total);
                     self.plan().delivered(source, piece, &received.absent);
-                    false
+                    None
                 }
                 Err(Failed::Here(error)) => return Err(error),
-                Err(Failed::There { why, for_good }) => {
-                    warn!(%source, why, "a transfer was cut");
+                Err(Failed::There(trouble)) => {
+                    warn!(%source, why = trouble.why(), "a transfer was cut");
                     let store = self.shared.store.clone();
                     let left = tokio::task::spawn_blocking(move || still_lacking(&store, piece))
                         .await
                         .map_err(|e| FetchError::Here(e.into()))?
                         .map_err(|e| FetchError::Here(e.into()))?;
-                    self.plan().failed(source, left, why, for_good)
+                    self.plan().failed(source, left, trouble, Instant::now())
                 }
             };
             self.changed.notify_waiters();
-            if pause {
-                tokio::time::sleep(PAUSE).await;
+            if let Some(pause) = pause {
+                tokio::time::sleep(pause).await;
                 self.plan().in_flight -= 1;
                 self.changed.notify_waiters();
+            }
+        }
+    }
+
+    /// Asks for a piece while somebody wants it and something comes.
+    async fn ask_while<W: Future<Output = bool> + Send>(
+        &self,
+        source: PeerId,
+        piece: &[Wanted],
+        on_bytes: impl Fn(u64) + Send + 'static,
+        is_wanted: &(impl Fn() -> W + Sync),
+    ) -> Result<Received, Failed> {
+        let come = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&come);
+        let on_bytes = move |bytes| {
+            counted.fetch_add(bytes, Ordering::Relaxed);
+            on_bytes(bytes);
+        };
+        let mut asking = std::pin::pin!(self.ask(source, piece, on_bytes));
+        let (mut before, mut since) = (0, Instant::now());
+        loop {
+            tokio::select! {
+                asked = &mut asking => return asked,
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+            if !is_wanted().await {
+                return Err(Failed::Here(FetchError::Unwanted));
+            }
+            let now = come.load(Ordering::Relaxed);
+            if now != before {
+                (before, since) = (now, Instant::now());
+            } else if since.elapsed() >= SILENCE_MAX {
+                let why = format!("sent nothing for {} s", SILENCE_MAX.as_secs());
+                return Err(Failed::There(Trouble::Cut(why)));
             }
         }
     }
@@ -203,7 +273,7 @@ impl Run<'_> {
         piece: &[Wanted],
         on_bytes: impl Fn(u64) + Send + 'static,
     ) -> Result<Received, Failed> {
-        let there = |why: String| Failed::There { why, for_good: false };
+        let there = |why: String| Failed::There(Trouble::Cut(why));
         let opened = self.shared.open_bulk(source, &self.request).await;
         let (mut send, mut receive) =
             opened.map_err(|e| there(format!("{:#}", anyhow::Error::from(e))))?;
@@ -216,10 +286,9 @@ impl Run<'_> {
         asked.await.map_err(|e| there(e.to_string()))?;
         if self.gated {
             match frame::read_message::<Gate>(&mut receive, usize::MAX).await {
-                Ok(gate) => gate.pass().map_err(|reason| Failed::There {
-                    why: format!("{reason:#}"),
-                    for_good: true,
-                })?,
+                Ok(gate) => gate
+                    .pass()
+                    .map_err(|reason| Failed::There(Trouble::Denied(format!("{reason:#}"))))?,
                 Err(e) => return Err(there(e.to_string())),
             }
         }
@@ -237,7 +306,7 @@ impl Run<'_> {
                     return Failed::Here(FetchError::Here(error.into()));
                 }
                 let why = format!("{:#}", anyhow::Error::from(error));
-                Failed::There { why, for_good: wrong }
+                Failed::There(if wrong { Trouble::Wrong(why) } else { Trouble::Cut(why) })
             },
         )
     }
@@ -267,6 +336,19 @@ enum Next {
 struct Left {
     blob: BlobId,
     from: Vec<(PeerId, String)>,
+    /// Whether the reason of each is that we may not have it.
+    denied: bool,
+}
+
+impl Left {
+    fn into_error(self, shared: &Shared) -> FetchError {
+        let Self { blob, from, denied } = self;
+        let from: Vec<_> = from.into_iter().map(|(peer, why)| (shared.label(peer), why)).collect();
+        match from.first() {
+            Some((node, why)) if denied => FetchError::Denied(format!("{node}: {why}")),
+            _ => FetchError::Nowhere { blob, from },
+        }
+    }
 }
 
 /// Who is asked for what.
@@ -281,8 +363,9 @@ struct Plan {
 struct Source {
     lacks: BTreeSet<BlobId>,
     failures: u32,
-    /// Why it is asked for nothing more, or failed last.
-    why: Option<String>,
+    failing_since: Option<Instant>,
+    /// Of the last failure.
+    trouble: Option<Trouble>,
     given_up: bool,
 }
 
@@ -294,7 +377,8 @@ impl Plan {
             // Of a size that is only a bound nothing is known, but that it is one blob.
             let size = wanted.bytes();
             if wanted.is_large() && size > PIECE_BYTES {
-                pieces.extend(wanted.in_ranges_of(PIECE_BYTES).map(|range| vec![range]));
+                // Cut when its turn comes: its size is only what somebody says.
+                pieces.push_back(vec![wanted]);
                 continue;
             }
             if small.len() >= PIECE_BLOBS || (bytes > 0 && bytes + size > PIECE_BYTES) {
@@ -311,10 +395,6 @@ impl Plan {
         Self { waiting: pieces, in_flight: 0, sources }
     }
 
-    fn is_done(&self) -> bool {
-        self.waiting.is_empty() && self.in_flight == 0
-    }
-
     /// What to ask of `source` next.
     fn next(&mut self, source: PeerId) -> Next {
         let Some(asked) = self.sources.get(&source).filter(|source| !source.given_up) else {
@@ -323,8 +403,15 @@ impl Plan {
         // Pieces are cut by what was lacking: all of a piece is lacking there, or none.
         let has = |piece: &Piece| piece.iter().all(|it| !asked.lacks.contains(&it.ask.id));
         if let Some(at) = self.waiting.iter().position(has)
-            && let Some(piece) = self.waiting.remove(at)
+            && let Some(mut piece) = self.waiting.remove(at)
         {
+            if let [large] = &mut piece[..]
+                && large.is_large()
+                && let (first, Some(rest)) = large.split(PIECE_BYTES)
+            {
+                *large = first;
+                self.waiting.insert(at, vec![rest]);
+            }
             self.in_flight += 1;
             return Next::Piece(piece);
         }
@@ -334,7 +421,7 @@ impl Plan {
     fn delivered(&mut self, source: PeerId, piece: Piece, absent: &[BlobId]) {
         self.in_flight -= 1;
         if let Some(source) = self.sources.get_mut(&source) {
-            source.failures = 0;
+            (source.failures, source.failing_since) = (0, None);
             source.lacks.extend(absent);
         }
         let absent: BTreeSet<&BlobId> = absent.iter().collect();
@@ -345,33 +432,46 @@ impl Plan {
         }
     }
 
-    /// Whether to wait a little before that source is asked again. It counts as in flight
+    /// How long to wait before that source is asked again, if it is. It counts as in flight
     /// until then: others, too, are to see what comes of it.
-    fn failed(&mut self, source: PeerId, left: Piece, why: String, for_good: bool) -> bool {
+    fn failed(
+        &mut self,
+        source: PeerId,
+        left: Piece,
+        trouble: Trouble,
+        now: Instant,
+    ) -> Option<Duration> {
         if !left.is_empty() {
             self.waiting.push_front(left);
         }
         if let Some(source) = self.sources.get_mut(&source) {
             source.failures += 1;
-            source.given_up |= for_good || source.failures >= FAILURES_MAX;
-            source.why = Some(why);
+            let since = *source.failing_since.get_or_insert(now);
+            source.given_up |= !matches!(trouble, Trouble::Cut(_))
+                || source.failures >= FAILURES_MIN && now.duration_since(since) >= FAILING_MAX;
+            source.trouble = Some(trouble);
             if !source.given_up {
-                return true;
+                let doubled = PAUSES.0 * 2_u32.saturating_pow(source.failures.min(8) - 1);
+                return Some(doubled.min(PAUSES.1));
             }
         }
         self.in_flight -= 1;
-        false
+        None
     }
 
     /// Whether everything arrived, once nobody is asked any more.
     fn outcome(&self) -> Result<(), Left> {
         let Some(wanted) = self.waiting.iter().flatten().next() else { return Ok(()) };
-        let why = |source: &Source| match &source.why {
-            Some(why) if source.given_up => why.clone(),
-            _ => "does not have it".to_owned(),
+        let given_up = |source: &&Source| source.given_up;
+        let trouble = |source: &Source| source.trouble.clone().filter(|_| source.given_up);
+        let why = |source: &Source| {
+            trouble(source).map_or("does not have it".to_owned(), |it| it.why().to_owned())
         };
+        let denied = !self.sources.is_empty()
+            && self.sources.values().filter(given_up).count() == self.sources.len()
+            && self.sources.values().all(|it| matches!(it.trouble, Some(Trouble::Denied(_))));
         let from = self.sources.iter().map(|(peer, source)| (*peer, why(source))).collect();
-        Err(Left { blob: wanted.ask.id, from })
+        Err(Left { blob: wanted.ask.id, from, denied })
     }
 }
 
@@ -440,28 +540,45 @@ mod tests {
     fn a_source_is_given_up_when_it_lies_or_keeps_failing_and_the_other_goes_on() {
         let missing = vec![blob(1, PIECE_BYTES), blob(2, PIECE_BYTES), blob(3, PIECE_BYTES)];
         let mut plan = Plan::new(missing, &[peer(1), peer(2), peer(3)]);
-        let lied = piece(&mut plan, peer(1));
-        assert!(!plan.failed(peer(1), lied, "wrong content".to_owned(), true));
+        let (start, lied) = (Instant::now(), piece(&mut plan, peer(1)));
+        let wrong = Trouble::Wrong("wrong content".to_owned());
+        assert!(plan.failed(peer(1), lied, wrong, start).is_none());
         assert!(matches!(plan.next(peer(1)), Next::Done));
-        for failure in 1..=FAILURES_MAX {
+        // As often as it likes within a minute: it may be restarting.
+        let mut at = start;
+        for failure in 1..=9 {
             let cut = piece(&mut plan, peer(2));
-            let again = plan.failed(peer(2), cut, "cut".to_owned(), false);
-            assert_eq!(again, failure < FAILURES_MAX);
-            plan.in_flight -= usize::from(again);
+            at = if failure == 9 { start + FAILING_MAX } else { at + Duration::from_secs(1) };
+            let pause = plan.failed(peer(2), cut, Trouble::Cut("cut".to_owned()), at);
+            assert_eq!(pause.is_some(), failure < 9 || at < start + FAILING_MAX, "{failure}");
+            plan.in_flight -= usize::from(pause.is_some());
         }
         for _ in 0..3 {
             let good = piece(&mut plan, peer(3));
             plan.delivered(peer(3), good, &[]);
         }
-        assert!(plan.is_done() && plan.outcome().is_ok());
+        assert!(plan.in_flight == 0 && plan.outcome().is_ok());
+    }
+
+    #[test]
+    fn only_where_all_deny_it_is_it_denied() {
+        let denied = || Trouble::Denied("not yours".to_owned());
+        for (second, expected) in [(denied(), true), (Trouble::Wrong("bad".to_owned()), false)] {
+            let mut plan = Plan::new(vec![blob(1, 10)], &[peer(1), peer(2)]);
+            for (source, trouble) in [(peer(1), denied()), (peer(2), second)] {
+                let asked = piece(&mut plan, source);
+                assert!(plan.failed(source, asked, trouble, Instant::now()).is_none());
+            }
+            assert_eq!(plan.outcome().unwrap_err().denied, expected);
+        }
     }
 
     #[test]
     fn nobody_to_ask_is_said() {
         let mut plan = Plan::new(vec![blob(1, 1)], &[]);
         assert!(matches!(plan.next(peer(1)), Next::Done));
-        let Left { blob, from } = plan.outcome().unwrap_err();
-        assert!(from.is_empty());
+        let Left { blob, from, denied } = plan.outcome().unwrap_err();
+        assert!(from.is_empty() && !denied);
         let error = FetchError::Nowhere { blob, from: Vec::new() }.to_string();
         assert!(error.contains("no node that may have it"), "{error}");
     }

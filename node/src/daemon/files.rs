@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Context as _;
 use p2pit_protocol::{
-    BlobId, JobId,
+    BlobId, JobId, UserId,
     job::{Attempt, Rank},
 };
 
@@ -23,6 +23,8 @@ use crate::{
 const TREES_MAX: usize = 64;
 /// Jobs whose live files are remembered as readable.
 const LIVE_JOBS_MAX: usize = 256;
+/// Owners and trees remembered.
+const OWNED_MAX: usize = 1024;
 const MANIFEST_BYTES_MAX: usize = 128 << 20;
 
 /// Which blobs belong to which tree, for answering whether a blob may be given.
@@ -30,6 +32,8 @@ const MANIFEST_BYTES_MAX: usize = 128 << 20;
 pub(crate) struct Served {
     trees: Mutex<BTreeMap<BlobId, Arc<BTreeSet<BlobId>>>>,
     live: Mutex<BTreeMap<JobId, BTreeSet<BlobId>>>,
+    /// Trees that were found to be somebody's.
+    owned: Mutex<BTreeSet<(UserId, BlobId)>>,
 }
 
 impl Served {
@@ -111,14 +115,22 @@ pub(crate) fn is_of_job(shared: &Shared, job: JobId, blob: &BlobId) -> anyhow::R
     Ok(false)
 }
 
-/// Whether a blob is one of a job's inputs.
-pub(crate) fn is_input(
-    shared: &Shared,
-    spec: &p2pit_protocol::job::VerifiedSpec,
-    blob: &BlobId,
-) -> anyhow::Result<bool> {
-    for root in spec.inputs() {
-        if shared.served.blobs_of(&shared.store, root)?.contains(blob) {
+/// Whether a job of this owner that ran here had this tree as input.
+pub(crate) fn is_of_owner(shared: &Shared, owner: UserId, root: BlobId) -> anyhow::Result<bool> {
+    if lock(&shared.served.owned).contains(&(owner, root)) {
+        return Ok(true);
+    }
+    let jobs = shared.home.jobs();
+    let listed = std::fs::read_dir(&jobs);
+    for entry in listed.with_context(|| format!("cannot list {}", jobs.display()))? {
+        // A directory without a spec is of a rank that never was prepared.
+        let Ok(spec) = work::read_spec(&entry?.path()) else { continue };
+        if spec.spec.owner == owner && spec.inputs().any(|input| input == root) {
+            let mut owned = lock(&shared.served.owned);
+            if owned.len() >= OWNED_MAX {
+                owned.clear();
+            }
+            owned.insert((owner, root));
             return Ok(true);
         }
     }

@@ -13,7 +13,7 @@ use super::{
     serve::{Gate, MANIFEST_BYTES_MAX, Request},
 };
 use crate::transfer::{
-    exchange::{self, Ask, Source, Wanted},
+    exchange::{self, Ask, SendError, Source, Wanted},
     frame,
     store::{self, BlobStore},
     tree::Tree,
@@ -140,10 +140,18 @@ impl Shared {
                 pushed.bytes_done += bytes;
                 progress(pushed);
             });
-            if let Err(reason) = sent.await {
+            match sent.await {
+                Ok(_) => {}
                 // Where the keeper stopped reading, it says why.
-                open_gate(&mut receive).await?;
-                return Err(reason.into());
+                Err(reason @ SendError::Stream(_)) => {
+                    open_gate(&mut receive).await?;
+                    return Err(reason.into());
+                }
+                // It waits for the rest, which will not come.
+                Err(reason) => {
+                    send.reset(quinn::VarInt::from_u32(0))?;
+                    return Err(reason.into());
+                }
             }
         }
         send.finish()?;

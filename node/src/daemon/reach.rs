@@ -47,9 +47,11 @@ pub(crate) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_MS: (u64, u64) = (500, 60_000);
 /// How often members out of reach are looked at.
 const TEND_EVERY: Duration = Duration::from_secs(2);
-/// Lanes of a node's connections: for what is short or looked at, and for what takes long.
+/// Lanes of a node's connections: for what is short or looked at, for what jobs need, and
+/// for what people copy.
 const TALK: u8 = 0;
 const BULK: u8 = 1;
+const COPY: u8 = 2;
 
 /// Why a node could not be asked; the text is what it is called.
 #[derive(Debug, thiserror::Error)]
@@ -317,8 +319,17 @@ impl Shared {
         self.open_in(TALK, peer, question).await
     }
 
-    /// As [`Self::open`], for what takes long: in a connection of its own, so that bulk that
-    /// nobody reads just now does not hold up what somebody looks at.
+    /// As [`Self::open`], for what a person copies: in a connection of its own, so that copies
+    /// that nobody reads just now hold up nothing else.
+    pub(crate) async fn open_copy(
+        &self,
+        peer: PeerId,
+        question: &Request,
+    ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
+        self.open_in(COPY, peer, question).await
+    }
+
+    /// As [`Self::open`], for what jobs need and takes long: in a connection of its own.
     pub(crate) async fn open_bulk(
         &self,
         peer: PeerId,

@@ -4,6 +4,7 @@
 //! and the peer decides; inputs go only to nodes that the job's record names.
 
 use std::{
+    collections::BTreeSet,
     io::{Read as _, Seek as _, SeekFrom},
     path::PathBuf,
     sync::Arc,
@@ -32,8 +33,9 @@ use crate::{
     gpu,
     transfer::{
         endpoint::{DOOR, Incoming},
-        exchange::{self, Ask, Source},
+        exchange::{self, Ask, OpenBlob, Source},
         frame,
+        store::BlobStore,
     },
 };
 
@@ -208,19 +210,21 @@ async fn answer(
         },
         Request::Blobs(signed) => {
             let asks = exchange::read_asks(&mut receive, exchange::ASKS_MAX).await?;
-            if let Err(reason) = allow_blobs(shared, signed, &asks).await {
-                return deny(send, reason).await;
-            }
+            let allowed = match allow_blobs(shared, signed, &asks).await {
+                Ok(allowed) => allowed,
+                Err(reason) => return deny(send, reason).await,
+            };
             frame::write_message(&mut send, &Gate::Open).await?;
-            give(shared, asks, &mut send).await?;
+            give(shared, allowed, asks, &mut send).await?;
         }
         Request::Inputs { spec, certificate } => {
             let asks = exchange::read_asks(&mut receive, exchange::ASKS_MAX).await?;
-            if let Err(reason) = allow_inputs(shared, from, spec, certificate, &asks).await {
-                return deny(send, reason).await;
-            }
+            let allowed = match allow_inputs(shared, from, spec, certificate, &asks).await {
+                Ok(allowed) => allowed,
+                Err(reason) => return deny(send, reason).await,
+            };
             frame::write_message(&mut send, &Gate::Open).await?;
-            give(shared, asks, &mut send).await?;
+            give(shared, allowed, asks, &mut send).await?;
         }
         Request::Push { root, manifest_bytes } => {
             let taken = push::take(shared, from, root, manifest_bytes, &mut send, &mut receive);
@@ -245,13 +249,26 @@ async fn until_unwanted<T>(
     }
 }
 
-/// Sends blobs of the store, at the pace of all that is sent.
+/// Blobs of the store that somebody may have: to that person, it has no others.
+pub(crate) struct Allowed {
+    store: BlobStore,
+    ids: BTreeSet<BlobId>,
+}
+
+impl Source for Allowed {
+    fn open(&self, id: &BlobId) -> std::io::Result<Option<OpenBlob>> {
+        if self.ids.contains(id) { self.store.open(id) } else { Ok(None) }
+    }
+}
+
+/// Sends blobs, at the pace of all that is sent.
 async fn give(
     shared: &Shared,
+    allowed: Allowed,
     asks: Vec<Ask>,
     send: &mut quinn::SendStream,
 ) -> Result<(), exchange::SendError> {
-    let source: Arc<dyn Source> = Arc::new(shared.store.clone());
+    let source: Arc<dyn Source> = Arc::new(allowed);
     exchange::send_blobs(source, asks, send, &shared.bandwidth.upload, |_| {}).await?;
     Ok(())
 }
@@ -447,53 +464,75 @@ pub(crate) async fn job_files(
     files::live_trees(shared, job).await
 }
 
-/// Whether a signed request may have these blobs.
+/// Those of the blobs asked for that are of the job of a signed request.
 pub(crate) async fn allow_blobs(
     shared: &Arc<Shared>,
     signed: SignedBytes,
     asks: &[Ask],
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Allowed> {
     let (job, _) = may_read(shared, signed).await?;
     let ids: Vec<BlobId> = asks.iter().map(|ask| ask.id).collect();
     let shared = Arc::clone(shared);
     tokio::task::spawn_blocking(move || {
+        let mut allowed = BTreeSet::new();
         for id in ids {
-            if !files::is_of_job(&shared, job, &id)? {
-                bail!("blob {id} is not of job {}", short(job));
+            if files::is_of_job(&shared, job, &id)? {
+                allowed.insert(id);
             }
         }
-        Ok(())
+        Ok(Allowed { store: shared.store.clone(), ids: allowed })
     })
     .await?
 }
 
-/// Whether the asking node may have these blobs: they are inputs of a job of this pool,
-/// and its record named that node.
+/// Those of the blobs asked for that are inputs of the job, if the asking node may have
+/// them: a value of the job's record named it, the job is one of this pool and not over as
+/// far as is known here, and this node has the trees as that owner's.
 async fn allow_inputs(
     shared: &Arc<Shared>,
     from: PeerId,
     spec: SignedBytes,
     certificate: Certificate,
     asks: &[Ask],
-) -> anyhow::Result<()> {
-    let pool = shared.act(|peer, _| peer.pool()).await?;
+) -> anyhow::Result<Allowed> {
+    let spec = tokio::task::spawn_blocking(move || VerifiedSpec::verify(spec)).await??;
+    let (job, owner) = (spec.job, spec.spec.owner);
+    let keepers: Vec<PeerId> = spec.spec.keepers.iter().map(|(peer, _)| *peer).collect();
+    let (pool, admitted, is_over, is_known) = shared
+        .act(move |peer, _| {
+            let state = peer.roster().state();
+            let admitted = state.is_member_user(owner)
+                && keepers.iter().all(|keeper| state.nodes.contains_key(keeper));
+            let record = peer.record(job);
+            let is_over = record.is_some_and(|kept| kept.value.body.state() == State::Done);
+            let is_known = record.is_some() || peer.work_spec(job).is_some();
+            (peer.pool(), admitted, is_over, is_known)
+        })
+        .await?;
+    if spec.spec.pool != pool || !admitted {
+        bail!("job {} is not of this pool", short(job));
+    }
+    if is_over {
+        bail!("job {} is over", short(job));
+    }
+    if !certificate.verify(&spec)?.body.nodes().contains(&from) {
+        bail!("the record of job {} does not name {from}", short(job));
+    }
     let ids: Vec<BlobId> = asks.iter().map(|ask| ask.id).collect();
     let shared = Arc::clone(shared);
     tokio::task::spawn_blocking(move || {
-        let spec = VerifiedSpec::verify(spec)?;
-        let job = spec.job;
-        if spec.spec.pool != pool {
-            bail!("job {} is of another pool", short(job));
-        }
-        if !certificate.verify(&spec)?.body.nodes().contains(&from) {
-            bail!("the record of job {} does not name {from}", short(job));
-        }
-        for id in ids {
-            if !files::is_input(&shared, &spec, &id)? {
-                bail!("blob {id} is no input of job {}", short(job));
+        let mut allowed = BTreeSet::new();
+        for root in spec.inputs() {
+            // Who names a tree in a job of his own has not shown that it is his.
+            if !is_known && !files::is_of_owner(&shared, owner, root)? {
+                continue;
+            }
+            if shared.store.has(&root) {
+                let blobs = shared.served.blobs_of(&shared.store, root)?;
+                allowed.extend(ids.iter().filter(|id| blobs.contains(id)));
             }
         }
-        Ok(())
+        Ok(Allowed { store: shared.store.clone(), ids: allowed })
     })
     .await?
 }

@@ -287,7 +287,7 @@ async fn prepare(
         }
         match lay_out(shared, id, spec, assignment).await {
             // What went bad here was removed: it is brought again.
-            Err(reason) if is_corrupt(&reason) && went_bad.len() < REFETCHES_MAX => {
+            Err(reason) if lacks_content(&reason) && went_bad.len() < REFETCHES_MAX => {
                 let reason = format!("{reason:#}");
                 warn!(job = %id.job, rank = %id.rank, reason, "fetching again");
                 went_bad.push(reason);
@@ -301,8 +301,8 @@ async fn prepare(
 /// How often blobs that turn out to be corrupt here are fetched again.
 const REFETCHES_MAX: usize = 3;
 
-fn is_corrupt(reason: &anyhow::Error) -> bool {
-    reason.downcast_ref::<PrepareError>().is_some_and(PrepareError::is_corrupt)
+fn lacks_content(reason: &anyhow::Error) -> bool {
+    reason.downcast_ref::<PrepareError>().is_some_and(PrepareError::lacks_content)
 }
 
 async fn lay_out(

@@ -52,6 +52,8 @@ pub const CHUNK_BYTES_MAX: usize = BUFFER_BYTES;
 pub const ASKS_MAX: usize = super::tree::ENTRIES_MAX + 1;
 /// Ranges of one blob in such a list.
 const RANGES_MAX: usize = 4096;
+/// Ranges of all blobs in such a list.
+const RANGES_IN_ALL_MAX: usize = 1 << 17;
 /// Chunks between the disk and the stream: enough that neither waits for the other's
 /// every step.
 const QUEUE_CHUNKS: usize = 8;
@@ -218,11 +220,15 @@ impl Wanted {
         }
         let mut wanted = Self::whole(id, size);
         if size > GROUP_BYTES {
-            let partial = store.partial(&id, size)?;
-            let missing = partial.missing();
-            if missing.is_empty() && store.finish(&partial)? {
-                return Ok(None);
-            }
+            let missing = if store.has_partial(&id, size) {
+                let partial = store.partial(&id, size)?;
+                if store.finish(&partial)? {
+                    return Ok(None);
+                }
+                partial.missing()
+            } else {
+                Ranges::all(size)
+            };
             let ranges = missing.bytes(size);
             // What is in too many pieces is fetched anew from some piece on.
             let (few, many) = ranges.split_at(ranges.len().min(RANGES_MAX - 1));
@@ -241,6 +247,9 @@ impl Wanted {
             return Ok(Some(self));
         }
         let size = self.bytes_max;
+        if !store.has_partial(&self.ask.id, size) {
+            return Ok(Some(self));
+        }
         let left = self.ask.of(size).intersection(&store.partial(&self.ask.id, size)?.missing());
         let ranges: Vec<_> =
             left.bytes(size).iter().map(|range| (range.start, range.end)).collect();
@@ -258,18 +267,22 @@ impl Wanted {
         self.ask.bytes_of(self.bytes_max)
     }
 
-    /// The same in parts of at most `bytes` each, a multiple of a group.
-    pub fn in_ranges_of(&self, bytes: u64) -> impl Iterator<Item = Self> + '_ {
-        let ranges = self.ask.of(self.bytes_max).bytes(self.bytes_max);
-        let starts = ranges.into_iter().flat_map(move |range| {
-            let step = usize::try_from(bytes).unwrap_or(usize::MAX);
-            let end = range.end;
-            range.step_by(step).map(move |start| (start, (start + bytes).min(end)))
-        });
-        starts.map(|range| Self {
-            ask: Ask { id: self.ask.id, ranges: vec![range] },
-            bytes_max: self.bytes_max,
-        })
+    /// The first `bytes` of it, a multiple of a group, and what is left then.
+    pub fn split(&self, bytes: u64) -> (Self, Option<Self>) {
+        let (mut first, mut rest, mut room) = (Vec::new(), Vec::new(), bytes);
+        for range in self.ask.of(self.bytes_max).bytes(self.bytes_max) {
+            let middle = range.end.min(range.start + room);
+            if range.start < middle {
+                first.push((range.start, middle));
+            }
+            if middle < range.end {
+                rest.push((middle, range.end));
+            }
+            room -= middle - range.start;
+        }
+        let of = |ranges| Self { ask: Ask { id: self.ask.id, ranges }, bytes_max: self.bytes_max };
+        let rest = (!rest.is_empty()).then(|| of(rest));
+        (of(first), rest)
     }
 }
 
@@ -291,7 +304,7 @@ pub enum ReceiveError {
     WrongContent { id: BlobId, peer: PeerId },
     #[error("blob {id} from {peer} was not asked for")]
     Unexpected { id: BlobId, peer: PeerId },
-    #[error("blob {id} from {peer} has {size} bytes where at most {max} are expected")]
+    #[error("blob {id} from {peer} has {size} bytes where {max} are expected")]
     TooLarge { id: BlobId, peer: PeerId, size: u64, max: u64 },
     #[error("{peer} sends what is no sequence of blobs")]
     Malformed { peer: PeerId },
@@ -407,18 +420,26 @@ pub async fn read_asks(
         return Err(frame::Error::TooLong { got, max });
     }
     let mut asks = Vec::new();
+    let mut ranges_left = RANGES_IN_ALL_MAX;
     for _ in 0..got {
         let mut id = [0; 32];
         reader.read_exact(&mut id).await.map_err(frame::truncated_or)?;
         let count = reader.read_u32().await.map_err(frame::truncated_or)?;
-        let (got, max) = (usize::try_from(count).unwrap_or(usize::MAX), RANGES_MAX);
+        let got = usize::try_from(count).unwrap_or(usize::MAX);
+        let max = RANGES_MAX.min(ranges_left);
         if got > max {
             return Err(frame::Error::TooLong { got, max });
         }
+        ranges_left -= got;
         let mut ranges = Vec::new();
+        let mut last = 0;
         for _ in 0..got {
             let start = reader.read_u64().await.map_err(frame::truncated_or)?;
             let end = reader.read_u64().await.map_err(frame::truncated_or)?;
+            if start < last || end <= start {
+                return Err(frame::Error::Disorder);
+            }
+            last = end;
             ranges.push((start, end));
         }
         asks.push(Ask { id: BlobId(id), ranges });
@@ -740,7 +761,8 @@ impl<F: FnMut(u64)> Intake<F> {
                 continue;
             }
             let size = u64::from_be_bytes(chunks.exact().map_err(truncated)?);
-            if size > wanted.bytes_max {
+            // Of what travels in ranges, the size is known.
+            if size > wanted.bytes_max || (wanted.is_large() && size != wanted.bytes_max) {
                 let max = wanted.bytes_max;
                 return Err(ReceiveError::TooLarge { id, peer, size, max });
             }
@@ -1010,7 +1032,10 @@ mod tests {
     #[tokio::test]
     async fn lists_of_asks_come_back_within_their_bounds() {
         let asks: Vec<Ask> = (0..100_u8)
-            .map(|i| Ask { id: BlobId([i; 32]), ranges: vec![(0, 9); usize::from(i % 3)] })
+            .map(|i| Ask {
+                id: BlobId([i; 32]),
+                ranges: vec![(u64::from(i), 200); usize::from(i % 2)],
+            })
             .collect();
         let mut stream = Vec::new();
         write_asks(&mut stream, &asks).await.unwrap();
@@ -1022,6 +1047,11 @@ mod tests {
         assert!(matches!(read_asks(&mut &[][..], 100).await, Err(frame::Error::Closed)));
         let many = Ask { id: BlobId([1; 32]), ranges: vec![(0, 1); RANGES_MAX + 1] };
         assert!(write_asks(&mut Vec::new(), &[many]).await.is_err());
+        for ranges in [vec![(1, 1)], vec![(2, 1)], vec![(0, 5), (4, 9)]] {
+            let mut stream = Vec::new();
+            write_asks(&mut stream, &[Ask { id: BlobId([1; 32]), ranges }]).await.unwrap();
+            assert!(matches!(read_asks(&mut &stream[..], 1).await, Err(frame::Error::Disorder)));
+        }
     }
 
     #[tokio::test]
@@ -1040,9 +1070,14 @@ mod tests {
         let rest = Wanted::missing(&to.store, wanted.ask.id, size).unwrap().unwrap();
         assert!(rest.bytes() < size && rest.bytes() >= size / 2, "{}", rest.bytes());
         // In parts, and the last part first.
-        let mut parts: Vec<Wanted> = rest.in_ranges_of(2 * GROUP_BYTES).collect();
+        let (bytes, mut parts, mut left) = (rest.bytes(), Vec::new(), Some(rest));
+        while let Some(rest) = left {
+            let (part, after) = rest.split(2 * GROUP_BYTES);
+            parts.push(part);
+            left = after;
+        }
         assert!(parts.len() > 1);
-        assert_eq!(parts.iter().map(Wanted::bytes).sum::<u64>(), rest.bytes());
+        assert_eq!(parts.iter().map(Wanted::bytes).sum::<u64>(), bytes);
         parts.reverse();
         for part in parts {
             assert!(part.clone().still_missing(&to.store).unwrap().is_some());

@@ -22,6 +22,8 @@ pub enum Error {
     TooLong { got: usize, max: usize },
     #[error("not the expected message")]
     Malformed(#[source] DecodeError),
+    #[error("ranges that are not in order")]
+    Disorder,
     #[error("the stream broke")]
     Io(#[source] io::Error),
 }

@@ -20,7 +20,10 @@ use std::{
 };
 
 use p2pit_protocol::BlobId;
-use rustix::fs::{FlockOperation, OFlags, flock, ioctl_ficlone, syncfs};
+use rustix::{
+    fs::{FallocateFlags, FlockOperation, OFlags, fallocate, flock, ioctl_ficlone, syncfs},
+    io::Errno,
+};
 use tempfile::NamedTempFile;
 use thiserror::Error;
 use tracing::warn;
@@ -47,11 +50,14 @@ pub struct BlobStore {
 struct Inner {
     root: PathBuf,
     /// Those of late: a transfer of many pieces proves what is there once.
-    partials: Mutex<BTreeMap<BlobId, Arc<Partial>>>,
+    partials: Mutex<BTreeMap<(BlobId, u64), PartialSlot>>,
     /// Holds a shared lock on `tmp/`, which tells another process opening this store
     /// that the files there are in use.
     _tmp_lock: File,
 }
+
+/// Empty until somebody has proved what is there, while others wait for that alone.
+type PartialSlot = Arc<Mutex<Option<Arc<Partial>>>>;
 
 /// Why the store could not do what was asked.
 #[derive(Debug, Error)]
@@ -303,35 +309,43 @@ impl BlobStore {
     }
 
     /// A blob that arrives in ranges: what is there already, proved anew if nobody was at it
-    /// of late.
+    /// of late. Whoever says another size of it has another file.
     pub fn partial(&self, id: &BlobId, size: u64) -> Result<Arc<Partial>, Error> {
-        let mut partials = self.partials();
-        if let Some(partial) = partials.get(id)
-            && partial.size == size
-        {
+        let slot = {
+            let mut partials = self.partials();
+            if partials.len() >= PARTIALS_OPEN {
+                partials.retain(|_, slot| is_in_use(slot));
+            }
+            Arc::clone(partials.entry((*id, size)).or_default())
+        };
+        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(partial) = slot.as_ref().filter(|partial| partial.state().end.is_none()) {
             return Ok(Arc::clone(partial));
         }
         let partial = Arc::new(Partial::open(&self.inner.root, *id, size)?);
-        if partials.len() >= PARTIALS_OPEN {
-            partials.retain(|_, partial| Arc::strong_count(partial) > 1);
-        }
-        partials.insert(*id, Arc::clone(&partial));
+        *slot = Some(Arc::clone(&partial));
         Ok(partial)
     }
 
+    /// Whether some of a blob may be here.
+    pub fn has_partial(&self, id: &BlobId, size: u64) -> bool {
+        partial_path(&self.inner.root, id, size).is_file()
+    }
+
     /// Gives up what came of a blob, as when it does not fit: a full disk that stays full
-    /// would stop everything else here.
+    /// would stop everything else here. Others that are at it fail, too.
     pub fn give_up(&self, partial: &Partial) -> Result<(), Error> {
-        self.partials().remove(&partial.id);
-        if partial.state().finished {
+        let mut state = partial.state();
+        if state.end.is_some() {
             return Ok(());
         }
+        state.end = Some(End::GivenUp);
         for path in [partial.path.with_extension(OUTBOARD), partial.path.clone()] {
-            match fs::remove_file(&path) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    return Err(Error::io("remove", &path)(e));
-                }
-                Ok(()) | Err(_) => {}
+            // What is still open keeps its room.
+            match OpenOptions::new().write(true).truncate(true).open(&path) {
+                Ok(_) => fs::remove_file(&path).map_err(Error::io("remove", &path))?,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(Error::io("remove", &path)(e)),
             }
         }
         Ok(())
@@ -340,8 +354,10 @@ impl BlobStore {
     /// Gives a blob its name once nothing of it is missing; whether it has it.
     pub fn finish(&self, partial: &Partial) -> Result<bool, Error> {
         let mut state = partial.state();
-        if state.finished {
-            return Ok(true);
+        match state.end {
+            Some(End::Finished) => return Ok(true),
+            Some(End::GivenUp) => return Err(given_up(&partial.path)),
+            None => {}
         }
         if !Ranges::all(partial.size).without(&state.have).is_empty() {
             return Ok(false);
@@ -353,13 +369,11 @@ impl BlobStore {
         for (from, to) in pairs {
             fs::rename(&from, &to).map_err(Error::io("rename a file to", &to))?;
         }
-        state.finished = true;
-        drop(state);
-        self.partials().remove(&partial.id);
+        state.end = Some(End::Finished);
         Ok(true)
     }
 
-    fn partials(&self) -> MutexGuard<'_, BTreeMap<BlobId, Arc<Partial>>> {
+    fn partials(&self) -> MutexGuard<'_, BTreeMap<(BlobId, u64), PartialSlot>> {
         // Whole between any two of its statements.
         self.inner.partials.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -447,6 +461,27 @@ impl<R: Read> Read for Tee<'_, R> {
     }
 }
 
+/// Makes a hole, or zeros where the file system has no holes.
+fn clear(file: &File, range: std::ops::Range<u64>) -> io::Result<()> {
+    let length = range.end - range.start;
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match fallocate(file, hole, range.start, length) {
+        Ok(()) => Ok(()),
+        Err(Errno::INVAL) if length == 0 => Ok(()),
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+            let zeros = vec![0; BUFFER_BYTES];
+            let mut at = range.start;
+            while at < range.end {
+                let now = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(BUFFER_BYTES);
+                file.write_all_at(&zeros[..now], at)?;
+                at += now as u64;
+            }
+            Ok(())
+        }
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// Writes into a file that has nothing there yet, leaving out what is zero.
 fn write_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
     static ZEROS: [u8; HOLE_BYTES] = [0; HOLE_BYTES];
@@ -487,12 +522,33 @@ pub struct Partial {
 #[derive(Debug)]
 struct PartialState {
     have: Ranges,
-    finished: bool,
+    end: Option<End>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum End {
+    /// It has its name in the store.
+    Finished,
+    GivenUp,
+}
+
+fn partial_path(root: &Path, id: &BlobId, size: u64) -> PathBuf {
+    root.join("partial").join(format!("{id}-{size}"))
+}
+
+fn given_up(path: &Path) -> Error {
+    Error::io("write", path)(io::ErrorKind::StorageFull.into())
+}
+
+fn is_in_use(slot: &PartialSlot) -> bool {
+    let Ok(partial) = slot.try_lock() else { return true };
+    Arc::strong_count(slot) > 1
+        || partial.as_ref().is_some_and(|partial| Arc::strong_count(partial) > 1)
 }
 
 impl Partial {
     fn open(root: &Path, id: BlobId, size: u64) -> Result<Self, Error> {
-        let path = root.join("partial").join(id.to_string());
+        let path = partial_path(root, &id, size);
         let open = |path: &Path| {
             let options = OpenOptions::new()
                 .read(true)
@@ -505,17 +561,20 @@ impl Partial {
         };
         let (data, outboard) = (open(&path)?, open(&path.with_extension(OUTBOARD))?);
         let length = data.metadata().map_err(Error::io("read", &path))?.len();
-        let have = if length == size {
-            verified::proved_ranges(&id, size, &data, &outboard)
-                .map_err(Error::io("read", &path))?
+        let mut have = Ranges::default();
+        if length == size {
+            have = verified::proved_ranges(&id, size, &data, &outboard)
+                .map_err(Error::io("read", &path))?;
         } else {
-            // New, or somebody lied about its size before.
             for length in [0, size] {
                 data.set_len(length).map_err(Error::io("write", &path))?;
             }
-            Ranges::default()
-        };
-        let state = Mutex::new(PartialState { have, finished: false });
+        }
+        // What is not proved must read as zeros: zeros are not written.
+        for range in Ranges::all(size).without(&have).bytes(size) {
+            clear(&data, range).map_err(Error::io("write", &path))?;
+        }
+        let state = Mutex::new(PartialState { have, end: None });
         Ok(Self { id, size, data, outboard, path, state })
     }
 
@@ -526,6 +585,9 @@ impl Partial {
 
     /// Adds what has been proved to be of this blob.
     pub fn add(&self, proved: Proved) -> io::Result<()> {
+        if matches!(self.state().end, Some(End::GivenUp)) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         match proved {
             Proved::Hashes { offset, bytes } => self.outboard.write_all_at(&bytes, offset),
             Proved::Content { offset, bytes } => {
@@ -690,18 +752,59 @@ mod tests {
         let to = BlobStore::open(&to_dir.path().join("blobs")).unwrap();
         let partial = to.partial(&id, size).unwrap();
         assert_eq!(partial.missing(), Ranges::all(size).without(&first));
-        // A disk that lost some of it is believed in nothing.
+        // A disk that lost some of it is believed in nothing, and what it left there is gone.
         partial.data.write_all_at(b"lost", 2 * GROUP_BYTES).unwrap();
+        partial.data.write_all_at(b"left", 4 * GROUP_BYTES).unwrap();
         drop((partial, to));
         let to = BlobStore::open(&to_dir.path().join("blobs")).unwrap();
         let partial = to.partial(&id, size).unwrap();
         let missing = partial.missing();
         assert_eq!(missing.byte_count(size), size - GROUP_BYTES);
+        let mut left = [1; 4];
+        partial.data.read_exact_at(&mut left, 4 * GROUP_BYTES).unwrap();
+        assert_eq!(left, [0; 4]);
         send(&missing, &partial);
         assert!(to.finish(&partial).unwrap() && to.finish(&partial).unwrap());
         assert_eq!(to.read(&id, content.len()).unwrap(), content);
         assert!(to.path_of(&id).with_extension(OUTBOARD).exists());
         drop(from_dir);
+    }
+
+    #[test]
+    fn who_misstates_a_size_touches_nothing_of_the_blob() {
+        let (_from_dir, from) = store();
+        let (_to_dir, to) = store();
+        let content = numbers(3 * GROUP_BYTES as usize);
+        let (id, size) = (from.put_bytes(&content).unwrap(), content.len() as u64);
+        let blob = from.open_verifiable(&id).unwrap();
+        let partial = to.partial(&id, size).unwrap();
+        for range in [0..GROUP_BYTES, GROUP_BYTES..size] {
+            let ranges = Ranges::covering(range);
+            let mut encoded = Vec::new();
+            from.encode(&blob, &ranges, &mut encoded).unwrap();
+            verified::decode(&id, size, &ranges, &encoded[..], |it| partial.add(it)).unwrap();
+            to.partial(&id, size - 1).unwrap();
+            to.partial(&id, size + 1).unwrap();
+        }
+        assert!(to.finish(&partial).unwrap());
+        assert_eq!(to.read(&id, content.len()).unwrap(), content);
+    }
+
+    #[test]
+    fn what_was_given_up_is_gone_for_all_and_can_begin_anew() {
+        let (dir, store) = store();
+        let id = BlobId::of(b"large");
+        let size = 2 * GROUP_BYTES;
+        let (one, two) = (store.partial(&id, size).unwrap(), store.partial(&id, size).unwrap());
+        one.data.write_all_at(&numbers(9_000), 0).unwrap();
+        store.give_up(&one).unwrap();
+        store.give_up(&two).unwrap();
+        assert_eq!(fs::read_dir(dir.path().join("blobs/partial")).unwrap().count(), 0);
+        let part = Proved::Hashes { offset: 0, bytes: [0; 64] };
+        assert_eq!(two.add(part).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        let anew = store.partial(&id, size).unwrap();
+        assert!(store.finish(&two).is_err());
+        assert!(!store.finish(&anew).unwrap() && store.has_partial(&id, size));
     }
 
     #[test]

@@ -238,4 +238,42 @@ mod tests {
         }
         assert!(check(&CertificateDer::from(good[..good.len() - 1].to_vec()), &[]).is_err());
     }
+
+    #[test]
+    fn a_certificate_without_its_key_is_nobody() {
+        let keypair = |seed| libp2p_identity::Keypair::ed25519_from_bytes([seed; 32]).unwrap();
+        let (honest, other) = (keypair(1), keypair(2));
+        // Somebody shows the certificate that another has shown him.
+        let (stolen, _) = certificate::generate(&honest).unwrap();
+        let (_, key) = certificate::generate(&other).unwrap();
+        let key = aws_lc_rs::sign::any_ecdsa_type(&key).unwrap();
+        let stolen = Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![stolen], key)));
+        let mut thief = client(&other).unwrap();
+        thief.client_auth_cert_resolver = Arc::clone(&stolen) as _;
+        assert!(shake_hands(thief, server(&honest).unwrap()).is_err());
+        let mut thief = server(&other).unwrap();
+        thief.cert_resolver = stolen;
+        assert!(shake_hands(client(&honest).unwrap(), thief).is_err());
+        assert!(shake_hands(client(&honest).unwrap(), server(&other).unwrap()).is_ok());
+    }
+
+    fn shake_hands(
+        client: rustls::ClientConfig,
+        server: rustls::ServerConfig,
+    ) -> Result<(), rustls::Error> {
+        let name = ServerName::try_from("p2pit").unwrap();
+        let mut client = rustls::ClientConnection::new(Arc::new(client), name).unwrap();
+        let mut server = rustls::ServerConnection::new(Arc::new(server)).unwrap();
+        while client.is_handshaking() || server.is_handshaking() {
+            let mut sent = Vec::new();
+            client.write_tls(&mut sent).unwrap();
+            server.read_tls(&mut &sent[..]).unwrap();
+            server.process_new_packets()?;
+            let mut sent = Vec::new();
+            server.write_tls(&mut sent).unwrap();
+            client.read_tls(&mut &sent[..]).unwrap();
+            client.process_new_packets()?;
+        }
+        Ok(())
+    }
 }
