@@ -24,6 +24,9 @@ const STEWARD: usize = 0;
 /// Two of its bidders.
 const BIDDERS: [usize; 2] = [1, 2];
 
+/// Calls that one bidder lets wait.
+const STANDING_MAX: usize = 64;
+
 /// The states a job that runs goes through.
 const STATES: [State; 6] = [
     State::Waiting,
@@ -53,6 +56,40 @@ fn gangs_that_overlap_in_part_do_not_block_each_other() {
         let gangs: Vec<usize> = (0..10)
             .map(|n| submit(&mut world, n % 4, requests[n % requests.len()], 2_000))
             .collect();
+        end(&mut world);
+        assert!(gangs.iter().all(|gang| succeeded(&world, *gang)), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_gang_that_finds_no_place_to_wait_does_not_keep_those_behind_it_from_theirs() {
+    for seed in 0..4 {
+        let mut world = pool(seed, &["1xgtx1070", "2xa100", "8xv100,1xrtx3090"]);
+        let endless = |world: &mut World, request| {
+            world.submit(STEWARD, Request::parse(request).unwrap(), Behaviour::endless())
+        };
+        let of_a100 = endless(&mut world, "2:[a100]");
+        let of_v100 = endless(&mut world, "8:[v100]");
+        reach(&mut world, of_a100, State::Running);
+        reach(&mut world, of_v100, State::Running);
+        // Both nodes let as many wait as they can; one gang and most small jobs have no place.
+        let gangs: Vec<usize> =
+            (0..STANDING_MAX + 1).map(|_| submit_in_order(&mut world, "2:[a100]", 100)).collect();
+        let small: Vec<usize> =
+            (0..5 * STANDING_MAX).map(|_| submit_in_order(&mut world, "[v100]", 100)).collect();
+        // So that its advert, which rouses all, is not due again soon.
+        for _ in 0..60 {
+            let short = submit(&mut world, STEWARD, "[rtx3090]", 100);
+            reach(&mut world, short, State::Done);
+            pass(&mut world, 1_000);
+        }
+        world.stop(of_v100);
+        let done = |world: &World| small.iter().all(|job| succeeded(world, *job));
+        let in_time = world.run_until(45_000, done).unwrap();
+        let late = small.iter().filter(|job| !succeeded(&world, **job)).count();
+        assert!(in_time, "seed {seed}: {late} of {} wait though GPUs are free", small.len());
+        assert!(gangs.iter().all(|gang| world.state_of(*gang) == Some(State::Waiting)));
+        world.stop(of_a100);
         end(&mut world);
         assert!(gangs.iter().all(|gang| succeeded(&world, *gang)), "seed {seed}");
     }
@@ -469,6 +506,13 @@ fn node_of_rank_0(world: &World, task: usize) -> usize {
 
 fn submit(world: &mut World, origin: usize, request: &str, run_ms_max: u64) -> usize {
     world.submit(origin, Request::parse(request).unwrap(), Behaviour::plain(run_ms_max))
+}
+
+/// Each a little later than the one before: keys in the order of submission.
+fn submit_in_order(world: &mut World, request: &str, run_ms_max: u64) -> usize {
+    let task = submit(world, STEWARD, request, run_ms_max);
+    pass(world, 2);
+    task
 }
 
 fn pass(world: &mut World, ms: u64) {
