@@ -11,16 +11,21 @@ use p2pit_netsim::{
     world::{Down, Treatment},
 };
 use p2pit_protocol::{
-    bidder::WorkId,
+    bidder::{Work, WorkId},
     job::{Outcome, State},
     message::Message,
+    peer::Slot,
     request::Request,
+    wire,
 };
 
 /// The steward of every story's job, without a GPU that anybody wants.
 const STEWARD: usize = 0;
 /// Two of its bidders.
 const BIDDERS: [usize; 2] = [1, 2];
+
+/// Calls that one bidder lets wait.
+const STANDING_MAX: usize = 64;
 
 /// The states a job that runs goes through.
 const STATES: [State; 6] = [
@@ -53,6 +58,42 @@ fn gangs_that_overlap_in_part_do_not_block_each_other() {
             .collect();
         end(&mut world);
         assert!(gangs.iter().all(|gang| succeeded(&world, *gang)), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_gang_that_finds_no_place_to_wait_does_not_keep_those_behind_it_from_theirs() {
+    for seed in 0..2 {
+        let mut world = pool(seed, &["1xgtx1070", "2xa100", "8xv100,1xrtx3090"]);
+        let endless = |world: &mut World, request| {
+            world.submit(STEWARD, Request::parse(request).unwrap(), Behaviour::endless())
+        };
+        let of_a100 = endless(&mut world, "2:[a100]");
+        let of_v100 = endless(&mut world, "8:[v100]");
+        reach(&mut world, of_a100, State::Running);
+        reach(&mut world, of_v100, State::Running);
+        // Both nodes let as many wait as they can; one gang and most small jobs have no place.
+        let gangs: Vec<usize> =
+            (0..STANDING_MAX + 1).map(|_| submit_in_order(&mut world, "2:[a100]", 100)).collect();
+        let small: Vec<usize> =
+            (0..5 * STANDING_MAX).map(|_| submit_in_order(&mut world, "[v100]", 100)).collect();
+        // So that its advert, which rouses all, is not due again soon.
+        for _ in 0..60 {
+            let short = submit(&mut world, STEWARD, "[rtx3090]", 100);
+            reach(&mut world, short, State::Done);
+            pass(&mut world, 1_000);
+        }
+        world.stop(of_v100);
+        let done = |world: &World| small.iter().all(|job| succeeded(world, *job));
+        let in_time = world.run_until(45_000, done).unwrap();
+        let late = small.iter().filter(|job| !succeeded(&world, **job)).count();
+        assert!(in_time, "seed {seed}: {late} of {} wait though GPUs are free", small.len());
+        assert!(gangs.iter().all(|gang| world.state_of(*gang) == Some(State::Waiting)));
+        for waiting in gangs {
+            world.stop(waiting);
+        }
+        world.stop(of_a100);
+        end(&mut world);
     }
 }
 
@@ -382,6 +423,40 @@ fn a_daemon_restarted_while_its_processes_run_says_that_they_run() {
 }
 
 #[test]
+fn a_journal_of_wire_version_1_is_read_by_a_daemon_of_today() {
+    for state in [State::Preparing, State::Running] {
+        let (mut world, gang) = gang_of_four(7);
+        reach(&mut world, gang, state);
+        let bidder = BIDDERS[0];
+        let has_work = |world: &World| {
+            let daemon = world.machines[bidder].daemon.as_ref();
+            daemon.is_some_and(|peer| peer.book().1.count() == 2)
+        };
+        assert!(world.run_until(1_000, has_work).unwrap());
+        let job = world.workload.tasks[gang].job.unwrap();
+        world.crash(bidder, Down::Daemon, Some(500));
+        for (key, value) in &mut world.machines[bidder].journal {
+            if let Ok(Slot::Work(..)) = wire::decode::<Slot>(key) {
+                *value = without_certificate(&wire::decode(value).unwrap());
+            }
+        }
+        end(&mut world);
+        assert!(succeeded(&world, gang), "in {state}: {:?}", outcome(&world, gang));
+        let body = &world.ledger.current(job).unwrap().body;
+        let given_up = body.history.iter().any(|change| change.reason.contains("could not start"));
+        // What runs goes on; what prepared cannot show that it may have its inputs.
+        assert_eq!(given_up, state == State::Preparing, "{:?}", body.history);
+        assert_eq!(body.attempt.0, if given_up { 2 } else { 1 });
+    }
+}
+
+/// A rank as daemons of wire version 1 journalled it.
+fn without_certificate(work: &Work) -> Vec<u8> {
+    let Work { id, steward, assignment, phase, prepared, signed_spec, .. } = work;
+    wire::encode(&(id, steward, assignment, phase, prepared, signed_spec))
+}
+
+#[test]
 fn a_job_that_never_ends_counts_as_lack_of_progress_and_so_does_what_is_left() {
     let mut world = pool(1, &["1xv100"]);
     let task = world.submit(STEWARD, Request::parse("[v100]").unwrap(), Behaviour::endless());
@@ -433,6 +508,13 @@ fn node_of_rank_0(world: &World, task: usize) -> usize {
 
 fn submit(world: &mut World, origin: usize, request: &str, run_ms_max: u64) -> usize {
     world.submit(origin, Request::parse(request).unwrap(), Behaviour::plain(run_ms_max))
+}
+
+/// Each a little later than the one before: keys in the order of submission.
+fn submit_in_order(world: &mut World, request: &str, run_ms_max: u64) -> usize {
+    let task = submit(world, STEWARD, request, run_ms_max);
+    pass(world, 2);
+    task
 }
 
 fn pass(world: &mut World, ms: u64) {

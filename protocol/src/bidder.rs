@@ -272,7 +272,8 @@ impl Bidder {
     }
 
     /// Prepare again what waits for its start; but where the attempt is buried and none
-    /// of its ranks lives here, another rank ended or was given up, and so is this one.
+    /// of its ranks lives here, another rank ended or was given up, and so is this one. So
+    /// is what an older daemon journalled without its certificate.
     fn adopt_committed(&mut self, now: Now, out: &mut Outbox) {
         for id in self.book.work.keys().copied().collect::<Vec<_>>() {
             let work = &self.book.work[&id];
@@ -282,6 +283,11 @@ impl Bidder {
             if buried && !self.work_of(id.job, id.attempt).iter().any(lives) {
                 out.events.push_back(Event::Discard { id });
                 self.end(id, RankEnd::bare(Ending::NeverStarted, now.wall_ms), now, out);
+            } else if !work.has_certificate() {
+                let reason = "its node's p2pit was updated before it started".to_owned();
+                let end = RankEnd::bare(Ending::FailedToStart { reason }, now.wall_ms);
+                out.events.push_back(Event::Discard { id });
+                self.end(id, end, now, out);
             } else {
                 out.events.push_back(self.prepare_event(id));
             }
@@ -303,7 +309,7 @@ impl Bidder {
     }
 
     pub(crate) fn restore_work(&mut self, bytes: &[u8], now: Now) -> Result<(), String> {
-        let mut work: Work = wire::decode(bytes).map_err(|e| e.to_string())?;
+        let mut work = Work::from_journal(bytes).map_err(|e| e.to_string())?;
         let spec = VerifiedSpec::verify(work.signed_spec.clone()).map_err(|e| e.to_string())?;
         let id = work.id;
         if let Phase::Committed { until_ms, .. } = &mut work.phase {

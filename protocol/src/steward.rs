@@ -37,7 +37,9 @@ use crate::{
         Attempt, Ending, Outcome, Rank, RankAssignment, RankEnd, RankRecord, RankState, State,
         StopCause, VerifiedSpec,
     },
-    message::{Bid, CallFate, Commit, Message, PinRefusal, RankReport, Report, Start, WaitView},
+    message::{
+        Bid, CallFate, Commit, Key, Message, PinRefusal, RankReport, Report, Start, WaitView,
+    },
     peer::{Event, Outbox, Random},
     record::{self, Body, Registers, StartInfo},
     request::Request,
@@ -57,6 +59,8 @@ pub const SILENT_MS: u64 = 45_000;
 pub const PINNING_MS: u64 = 3_000;
 /// Starts that may fail before the job does.
 pub const FAILED_STARTS_MAX: u32 = 3;
+/// Jobs that are roused for one place, should each give up again.
+const ROUSED_MAX: u32 = 16;
 /// Farewells to a node that does not answer, before it is left to its own clock.
 const WITHDRAWALS_MAX: u32 = 6;
 
@@ -86,11 +90,23 @@ pub(crate) struct Stewards {
     drives: BTreeMap<JobId, Drive>,
     timers: Timers<Timer>,
     ops: u64,
+    /// The job roused last: the next place is for the one behind it.
+    roused: Option<Key>,
+    /// Further jobs to rouse should those roused give up.
+    rouses_left: u32,
 }
 
 impl Stewards {
     pub(crate) fn new(me: PeerId, sabotage: Sabotage) -> Self {
-        Self { me, sabotage, drives: BTreeMap::new(), timers: Timers::default(), ops: 0 }
+        Self {
+            me,
+            sabotage,
+            drives: BTreeMap::new(),
+            timers: Timers::default(),
+            ops: 0,
+            roused: None,
+            rouses_left: 0,
+        }
     }
 
     pub(crate) fn poll_timeout(&self) -> Option<(u64, &'static str)> {
@@ -715,7 +731,7 @@ impl Stewards {
             let message = Message::Release { job, holds, call: CallFate::Forget };
             cx.out.send(self.me, node, message);
         }
-        self.rouse_next(cx.now);
+        self.place_freed(cx.now);
     }
 
     // ---- the auction ------------------------------------------------------------------
@@ -728,6 +744,7 @@ impl Stewards {
         }
         let Stage::Auction(auction) = &mut drive.stage else { return };
         let (spec, me) = (Arc::clone(&drive.spec), self.me);
+        let mut gave_up = false;
         match auction.step(&spec, cx.board, cx.random, cx.now) {
             Step::Wait => {}
             Step::Call(calls) => {
@@ -736,6 +753,7 @@ impl Stewards {
                 }
             }
             Step::GiveUp { releases } => {
+                gave_up = !auction.has_place();
                 for (node, holds, call) in releases {
                     cx.out.send(me, node, Message::Release { job, holds, call });
                 }
@@ -751,7 +769,7 @@ impl Stewards {
                 drive.stage = Stage::Pinning(pinning);
                 self.timers.cancel(&(job, TimerKind::Auction));
                 self.timers.set((job, TimerKind::Pinning), cx.now.after(PINNING_MS));
-                self.rouse_next(cx.now);
+                self.place_freed(cx.now);
                 return;
             }
         }
@@ -759,21 +777,49 @@ impl Stewards {
             Some(at_ms) => self.timers.set((job, TimerKind::Auction), at_ms),
             None => self.timers.cancel(&(job, TimerKind::Auction)),
         }
+        if gave_up {
+            self.gave_up(crate::bidder::spec_key(&spec), cx.now);
+        }
     }
 
-    /// A job needs its places at bidders no more: the highest of those that found none asks
-    /// again, so that a long queue does not wait for timers.
-    fn rouse_next(&mut self, now: Now) {
+    /// A job needs its places at bidders no more: one of those that found none asks again,
+    /// so that a long queue does not wait for timers.
+    fn place_freed(&mut self, now: Now) {
+        self.rouses_left = ROUSED_MAX;
+        if !self.rouse_next(now) {
+            // Behind the last comes the highest.
+            self.roused = None;
+            self.rouse_next(now);
+        }
+    }
+
+    /// A job gave up. Had it been roused, the place is for the next: a job that cannot
+    /// use any place now keeps none from those behind it.
+    fn gave_up(&mut self, key: Key, now: Now) {
+        if self.roused == Some(key) {
+            self.rouse_next(now);
+        }
+    }
+
+    /// Have the highest job that was left out, of those behind the one roused last, ask
+    /// again; whether there was one.
+    fn rouse_next(&mut self, now: Now) -> bool {
         let left_out = self.drives.iter_mut().filter_map(|(job, drive)| match &mut drive.stage {
             Stage::Auction(auction) if auction.is_left_out(now) => {
                 Some((crate::bidder::spec_key(&drive.spec), *job, auction))
             }
             Stage::Auction(_) | Stage::Pinning(_) | Stage::Assigned => None,
         });
-        if let Some((_, job, auction)) = left_out.min_by_key(|(key, ..)| *key) {
-            auction.wake_ms = Some(now.boot_ms);
-            self.timers.set((job, TimerKind::Auction), now.boot_ms);
-        }
+        let behind = left_out.filter(|(key, ..)| Some(*key) > self.roused);
+        let next = behind.min_by_key(|(key, ..)| *key);
+        let Some((key, job, auction)) = next.filter(|_| self.rouses_left > 0) else {
+            return false;
+        };
+        auction.wake_ms = Some(now.boot_ms);
+        self.timers.set((job, TimerKind::Auction), now.boot_ms);
+        self.rouses_left -= 1;
+        self.roused = Some(key);
+        true
     }
 
     /// Give everything back and ask again after a moment.

@@ -7,7 +7,9 @@ use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
 /// The version of everything said on the wire; peers of another are told so.
-pub const WIRE_VERSION: u16 = 1;
+///
+/// 2: a certificate comes with a request for a job's inputs.
+pub const WIRE_VERSION: u16 = 2;
 
 /// The largest message between peers, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;

@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use p2pit_protocol::wire::WIRE_VERSION;
 use p2pit_tests::{Pool, SOON, mentioning, wait_until};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -252,6 +253,7 @@ fn a_daemon_of_another_wire_version_is_refused_with_both_versions() {
         return;
     }
     let pool = Pool::of(&["none"]);
+    let speaks = format!("speaks {WIRE_VERSION}");
     for (offset, next) in
         [("-1", "update p2pit on your machine"), ("1", "update p2pit on that node")]
     {
@@ -260,8 +262,9 @@ fn a_daemon_of_another_wire_version_is_refused_with_both_versions() {
         let args = ["join", &ticket, "--detach", "--no-mdns", "--listen", "127.0.0.1:0"];
         let version = ("P2PIT_TEST_WIRE_OFFSET", offset);
         let ended = other.p2pit_with(&[version], &[&args[..], &["--user-name", "bob"]].concat());
-        let theirs = format!("wire version {}", 1 + offset.parse::<i32>().unwrap());
-        ended.refused(1, &["your p2pit speaks", &theirs, "speaks 1", next]);
+        let theirs = WIRE_VERSION.saturating_add_signed(offset.parse().unwrap());
+        let theirs = format!("wire version {theirs}");
+        ended.refused(1, &["your p2pit speaks", &theirs, &speaks, next]);
         assert!(!other.identity().exists() && mentioning(other.home()).is_empty());
     }
     assert_eq!(pool.node(1).nodes().len(), 1, "nobody was let in");

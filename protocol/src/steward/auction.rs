@@ -187,10 +187,13 @@ impl Auction {
 
     /// Whether it waits for its timer alone: no bidder had a place for its call.
     pub(super) fn is_left_out(&self, now: Now) -> bool {
+        self.resting && self.wake_ms.is_none_or(|at_ms| at_ms > now.boot_ms) && !self.has_place()
+    }
+
+    /// Whether a call of it stands at some bidder.
+    pub(super) fn has_place(&self) -> bool {
         let stands = |answer: &Answer| matches!(answer, Answer::Given { standing: true, .. });
-        self.resting
-            && self.wake_ms.is_none_or(|at_ms| at_ms > now.boot_ms)
-            && !self.answers.values().any(stands)
+        self.answers.values().any(stands)
     }
 
     /// Whether a call to `node` might help and none stands there.
