@@ -9,11 +9,14 @@ use std::{
 };
 
 use anyhow::Context as _;
-use p2pit_node::transfer::{
-    BlobStore, MaterializeOptions, Tree, TreePath,
-    materialize::{Existing, materialize},
-    tree::{Entry, Kind},
-    verified,
+use p2pit_node::{
+    api::is_disk_full,
+    transfer::{
+        BlobStore, MaterializeOptions, Tree, TreePath,
+        materialize::{Existing, materialize},
+        tree::{Entry, Kind},
+        verified,
+    },
 };
 use p2pit_protocol::BlobId;
 
@@ -109,10 +112,13 @@ async fn copy(
     begun.set(true);
     if let Err(reason) = left.fetch(&session, &tree, &stage.store, &progress).await {
         stage.leave()?;
+        let hint = if is_disk_full(&reason) {
+            "free some space on that disk, then give the same command again"
+        } else {
+            "the same command goes on where it stopped"
+        };
         let message = format!("not everything came: {reason:#}");
-        return Err(Problem::broken(message)
-            .hint("the same command goes on where it stopped")
-            .into());
+        return Err(Problem::broken(message).hint(hint).into());
     }
     progress.finish();
     tokio::task::spawn_blocking(move || {
