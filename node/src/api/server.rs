@@ -73,7 +73,6 @@ const DRAIN_BYTES_MAX: u64 = 64 << 20;
 
 /// How long a plan waits for a node that can keep the job.
 const KEEPER_WITHIN: std::time::Duration = std::time::Duration::from_secs(5);
-const KEEPER_POLL: std::time::Duration = std::time::Duration::from_millis(20);
 
 type Answered<T> = Result<Json<T>, Failure>;
 
@@ -357,12 +356,17 @@ async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answ
         .map_err(|e: p2pit_protocol::request::ParseError| Failure::request(e.into()))?;
     let user = plan.user;
     // A node that has just joined or started may not have met anybody yet.
-    let deadline = tokio::time::Instant::now() + KEEPER_WITHIN;
-    while shared.act(|peer, _| peer.propose_keeper()).await?.is_none()
-        && tokio::time::Instant::now() < deadline
-    {
-        tokio::time::sleep(KEEPER_POLL).await;
-    }
+    let keeper_is_known = async {
+        loop {
+            let heard = shared.heard.notified();
+            if shared.act(|peer, _| peer.propose_keeper()).await?.is_some() {
+                return Ok::<_, NoPeer>(());
+            }
+            heard.await;
+        }
+    };
+    // Without one, what there is says why.
+    tokio::time::timeout(KEEPER_WITHIN, keeper_is_known).await.unwrap_or(Ok(()))?;
     let (member, keeper, planned) = shared
         .act(move |peer, now| {
             let unsatisfiable = peer.feasible(&request).err().map(|why| Unsatisfiable {
