@@ -132,10 +132,15 @@ impl Client {
             exchange::send_blobs(source, asks, &mut writer, &pace, on_bytes).await
         };
         let posting = self.exchange(Method::POST, path, piped(reader));
-        match tokio::join!(sending, posting) {
-            // Where the daemon stopped reading, it says why.
-            (Ok(_) | Err(SendError::Stream(_)), posted) => posted,
-            (Err(reason), _) => Err(reason.into()),
+        let mut posting = std::pin::pin!(posting);
+        tokio::select! {
+            // An answer before the end is a refusal: the rest is not wanted.
+            posted = &mut posting => posted,
+            sent = sending => match sent {
+                // Where the daemon stopped reading, it says why.
+                Ok(_) | Err(SendError::Stream(_)) => posting.await,
+                Err(reason) => Err(reason.into()),
+            },
         }
     }
 
@@ -407,6 +412,30 @@ mod tests {
         served.await.unwrap();
         assert_eq!((answer, told), (7, content.len() as u64));
         assert_eq!(to.read(&id, content.len()).unwrap(), content);
+    }
+
+    #[tokio::test]
+    async fn what_is_refused_is_not_sent_to_its_end() {
+        let (directory, home) = new_home();
+        let from = BlobStore::open(&directory.path().join("from")).unwrap();
+        // More than pipes and sockets hold.
+        let id = from.put_bytes(&vec![7; 64 * CHUNK_BYTES_MAX]).unwrap();
+        let listener = UnixListener::bind(home.api_socket().unwrap().usable()).unwrap();
+        let served = tokio::spawn(async move {
+            let mut stream = BufReader::new(listener.accept().await.unwrap().0);
+            read_head(&mut stream).await;
+            let refusal = answer(502, r#"{"error":"no room","hint":"make some","broken":true}"#);
+            stream.write_all(refusal.as_bytes()).await.unwrap();
+            stream
+        });
+        let client = Client::connect(&home).await.unwrap().unwrap();
+        let posting = client.post_blobs::<u32>("/v1/blobs", Arc::new(from), vec![id], |_| {});
+        let error = posting.await.unwrap_err();
+        assert_eq!(
+            *error.downcast_ref::<Problem>().unwrap(),
+            Problem::broken("no room").hint("make some")
+        );
+        drop(served.await.unwrap());
     }
 
     fn new_home() -> (tempfile::TempDir, Home) {

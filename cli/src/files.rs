@@ -165,6 +165,9 @@ impl Left {
             for (node, wanted) in asked {
                 if let Err(reason) = self.fetch_from(session, node, &wanted, store, progress).await
                 {
+                    if reason.downcast_ref().is_some_and(ReceiveError::is_local) {
+                        return Err(reason);
+                    }
                     let failures = failed.get(&node).map_or(0, |(failures, _)| *failures);
                     failed.insert(node, (failures + 1, reason));
                 }
@@ -188,7 +191,12 @@ impl Left {
         let bar = progress.clone();
         let (pace, on_bytes) = (Pace::unlimited(), move |n| bar.add(n));
         let receiving = exchange::receive_blobs(store, wanted, node, &mut reader, &pace, on_bytes);
-        let (pumped, received) = tokio::join!(stream.pump(writer), receiving);
+        let mut receiving = std::pin::pin!(receiving);
+        let (pumped, received) = tokio::select! {
+            // Whatever else the node sends is of no use then.
+            received = &mut receiving => (Ok(()), received),
+            pumped = stream.pump(writer) => (pumped, receiving.await),
+        };
         // What cut the stream short says more than that it was.
         if matches!(received, Err(ReceiveError::Truncated { .. })) {
             pumped?;

@@ -99,6 +99,8 @@ pub(crate) struct Shared {
     pub(crate) locked_gpus: Vec<String>,
     /// Wakes the task that keeps connections to members.
     pub(crate) reach_changed: Notify,
+    /// Wakes who waits for something that others say, or for their coming.
+    pub(crate) heard: Notify,
     pub(crate) shutdown: Notify,
     on_demand: bool,
     inputs: mpsc::Sender<Input>,
@@ -216,6 +218,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         capacity,
         locked_gpus,
         reach_changed: Notify::new(),
+        heard: Notify::new(),
         shutdown: Notify::new(),
         on_demand,
         inputs,

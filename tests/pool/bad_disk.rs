@@ -1,9 +1,9 @@
 //! Disks without room: the user hears which, daemons survive, nothing half done stays, and
 //! with room again all goes on.
 
-use std::{fs, path::PathBuf};
+use std::{collections::BTreeSet, fs, path::PathBuf};
 
-use p2pit_tests::{Node, Pool, SOON, SmallDisk, lines_of, wait_until};
+use p2pit_tests::{Ended, Node, Pool, SOON, SmallDisk, lines_of, wait_until};
 
 const MIB: u64 = 1 << 20;
 /// A home that is in use takes a few.
@@ -104,6 +104,28 @@ fn a_disk_that_is_full_while_a_job_logs_costs_lines_and_not_the_job() {
     let note = job["ranks"][0]["note"].as_str().unwrap_or_default();
     assert!(note.contains("No space left"), "{job:#}");
     assert_eq!(node.daemon().pid(), daemon);
+}
+
+#[test]
+fn a_disk_that_is_full_while_files_of_a_job_come_is_named() {
+    let mut pool = Pool::empty();
+    let dir = data_dir(&pool);
+    let Some(disk) = SmallDisk::mount(&dir.join("small"), DISK_BYTES) else { return };
+    let node = add(&mut pool, "n1", "sim:1xv100").working_in(&dir);
+    let job = node.submit(&["Left", "[v100]", "-d", "cp data $JOB_DIR/artifacts"]);
+    node.wait_for_outcome(&job, "succeeded");
+    disk.fill(LEFT_BYTES);
+    let copy = || node.p2pit(&["cp", &job, "artifacts/data", "small"]);
+    let download = || node.p2pit(&["download", &job, "-o", "small/all.tar.gz"]);
+    for get in [&copy as &dyn Fn() -> Ended, &download] {
+        get().refused(2, &["small/.p2pit-", "No space left", "hint: ", "free some space"]);
+    }
+    disk.free();
+    copy().ended(0);
+    assert_eq!(fs::metadata(dir.join("small/data")).unwrap().len(), DATA_BYTES as u64);
+    download().ended(0);
+    let names = fs::read_dir(dir.join("small")).unwrap().map(|it| it.unwrap().file_name());
+    assert_eq!(names.collect::<BTreeSet<_>>(), ["all.tar.gz", "data"].map(Into::into).into());
 }
 
 fn add(pool: &mut Pool, name: &str, gpus: &str) -> Node {

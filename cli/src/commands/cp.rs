@@ -2,28 +2,32 @@
 
 use std::{
     cell::Cell,
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs, io,
-    os::unix::ffi::OsStrExt as _,
+    os::unix::{
+        ffi::OsStrExt as _,
+        fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
+    },
     path::{Path, PathBuf},
+    pin::pin,
 };
 
 use anyhow::Context as _;
-use p2pit_node::transfer::{
-    BlobStore, MaterializeOptions, Tree, TreePath,
-    materialize::{Existing, materialize},
-    tree::{Entry, Kind},
-    verified,
+use p2pit_node::{
+    api::is_disk_full,
+    transfer::{
+        BlobStore, MaterializeOptions, Tree, TreePath,
+        materialize::{Existing, materialize},
+        store,
+        tree::{Entry, Kind},
+        verified,
+    },
 };
-use p2pit_protocol::BlobId;
+use p2pit_protocol::{BlobId, JobId};
 
 use super::{Interrupts, ls};
 use crate::{
-    args::Globals,
-    files::{Left, parse_path},
-    output::Output,
-    problem::Problem,
-    session::Session,
+    args::Globals, files::parse_path, output::Output, problem::Problem, session::Session,
     status::Status,
 };
 
@@ -54,25 +58,38 @@ pub(crate) struct Args {
     continues: bool,
 }
 
+/// How far a copy is: it decides what an interrupt does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Looking,
+    Fetching,
+    /// Files get their names, which is short and better not done by half.
+    Writing,
+}
+
 pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
     let mut interrupts = Interrupts::new()?;
-    let begun = Cell::new(false);
+    let phase = Cell::new(Phase::Looking);
+    let mut copying = pin!(copy(globals, out, args, &phase));
     tokio::select! {
-        copied = copy(globals, out, args, &begun) => copied,
-        status = interrupts.next() => {
-            if begun.get() {
+        copied = &mut copying => return copied,
+        status = interrupts.next() => match phase.get() {
+            Phase::Looking => return Ok(status),
+            Phase::Fetching => {
                 out.note("interrupted: the same command goes on where it stopped");
+                return Ok(status);
             }
-            Ok(status)
+            Phase::Writing => {}
         }
     }
+    copying.await
 }
 
 async fn copy(
     globals: &Globals,
     out: &Output,
     args: Args,
-    begun: &Cell<bool>,
+    phase: &Cell<Phase>,
 ) -> anyhow::Result<Status> {
     let path = parse_path(Path::new(&args.path))?;
     let session = Session::open(globals, out).await?;
@@ -92,7 +109,13 @@ async fn copy(
     // As for `cp -r`, `keep/.` is what is in `keep`.
     let named = path.as_ref().filter(|_| is_single || !args.path.as_bytes().ends_with(b"/."));
     let target = Target::choose(named, is_single, &args.dest);
-    let tree = match (args.force, args.continues) {
+    let key = stage_key(left.job(), &args)?;
+    let found = Stage::find(&key, &target)?;
+    // What an earlier copy has written may make the same words mean another place.
+    let recorded = found.as_ref().map(Stage::target).transpose()?.flatten();
+    let target = recorded.unwrap_or(target);
+    let was_writing = found.as_ref().is_some_and(Stage::was_writing);
+    let tree = match (args.force, args.continues || was_writing) {
         (_, true) => {
             let (target, force) = (target.clone(), args.force);
             tokio::task::spawn_blocking(move || target.without_what_is_there(&tree, force))
@@ -104,18 +127,29 @@ async fn copy(
         }
         (true, false) => tree,
     };
-    let stage = Stage::open(&target, &left, Path::new(&args.path))?;
+    let stage = match found {
+        Some(stage) => {
+            let tree = tree.clone();
+            tokio::task::spawn_blocking(move || stage.check(&tree).map(|()| stage)).await??
+        }
+        None => Stage::make(&key, &target)?,
+    };
     let progress = out.progress("copying", tree.total_bytes());
-    begun.set(true);
+    phase.set(Phase::Fetching);
     if let Err(reason) = left.fetch(&session, &tree, &stage.store, &progress).await {
         stage.leave()?;
+        let hint = if is_disk_full(&reason) {
+            "free some space on that disk, then give the same command again"
+        } else {
+            "the same command goes on where it stopped"
+        };
         let message = format!("not everything came: {reason:#}");
-        return Err(Problem::broken(message)
-            .hint("the same command goes on where it stopped")
-            .into());
+        return Err(Problem::broken(message).hint(hint).into());
     }
     progress.finish();
+    phase.set(Phase::Writing);
     tokio::task::spawn_blocking(move || {
+        stage.begin_writing()?;
         target.write(&stage.store, &tree, args.force)?;
         stage.remove()
     })
@@ -123,9 +157,18 @@ async fn copy(
     Ok(Status::DONE)
 }
 
+/// What the same command has in common with this one, if it is given again.
+fn stage_key(job: JobId, args: &Args) -> anyhow::Result<String> {
+    let here = std::env::current_dir().context("the working directory is not there any more")?;
+    let words = [args.path.as_os_str(), args.dest.as_os_str(), here.as_os_str()];
+    let words = words.map(|word| [word.as_bytes(), b"\0"].concat()).concat();
+    Ok(BlobId::of(&[&job.0[..], &words].concat()).to_string().chars().take(16).collect())
+}
+
 /// Where content gathers before it gets its names: beside the destination, so that the
 /// disk there is the one that must have room, and under a name that the same command
-/// finds again.
+/// finds again. This user's alone, since that name is no secret.
+#[derive(Debug)]
 struct Stage {
     dir: PathBuf,
     store: BlobStore,
@@ -133,29 +176,110 @@ struct Stage {
 }
 
 impl Stage {
-    fn open(target: &Target, left: &Left, path: &Path) -> anyhow::Result<Self> {
-        let beside = target.existing_parent();
+    const TARGET: &str = "target";
+    const WRITING: &str = "writing";
+
+    fn dir_in(beside: &Path, key: &str) -> PathBuf {
+        beside.join(format!(".p2pit-cp-{key}"))
+    }
+
+    /// What an earlier copy left, at `target` or above: there it was if the target is in
+    /// what that copy has written.
+    fn find(key: &str, target: &Target) -> anyhow::Result<Option<Self>> {
         let absolute = std::path::absolute(&target.dir)?;
-        let to = target.name.as_ref().map_or_else(|| absolute.clone(), |it| absolute.join(it));
-        let copy =
-            [&left.job().0[..], path.as_os_str().as_bytes(), b"\0", to.as_os_str().as_bytes()]
-                .concat();
-        let name: String = BlobId::of(&copy).to_string().chars().take(16).collect();
-        let dir = beside.join(format!(".p2pit-cp-{name}"));
+        for beside in absolute.ancestors() {
+            let dir = Self::dir_in(beside, key);
+            if dir.symlink_metadata().is_ok() {
+                return Self::open(dir).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    fn make(key: &str, target: &Target) -> anyhow::Result<Self> {
+        let beside = target.existing_parent();
         let cannot = || format!("cannot write into {}", beside.display());
-        fs::create_dir_all(&dir).with_context(cannot)?;
+        let dir = Self::dir_in(&beside, key);
+        match fs::DirBuilder::new().mode(0o700).create(&dir) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(e).with_context(cannot);
+            }
+            // Another command may make it at the same time.
+            Ok(()) | Err(_) => {}
+        }
+        let stage = Self::open(dir)?;
+        stage.record(target).with_context(cannot)?;
+        Ok(stage)
+    }
+
+    fn open(dir: PathBuf) -> anyhow::Result<Self> {
+        let cannot = || format!("cannot write into {}", dir.display());
+        let state = fs::symlink_metadata(&dir).with_context(cannot)?;
+        if !state.is_dir() || state.uid() != rustix::process::geteuid().as_raw() {
+            let message = format!("`{}` is not a directory of yours", dir.display());
+            return Err(Problem::request(message)
+                .hint("name another destination, or have it removed")
+                .into());
+        }
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).with_context(cannot)?;
         let lock = fs::File::create(dir.join("lock")).with_context(cannot)?;
         if let Err(fs::TryLockError::WouldBlock) = lock.try_lock() {
-            let message = format!("another command is copying this to `{}`", absolute.display());
-            return Err(Problem::request(message).hint("wait for it, or end it").into());
+            return Err(Problem::request("the same command is at work already")
+                .hint("wait for it, or end it")
+                .into());
         }
         let store = BlobStore::open(&dir.join("blobs"))?;
         Ok(Self { dir, store, _lock: lock })
     }
 
-    /// Removes it if nothing came.
+    fn record(&self, Target { dir, name }: &Target) -> io::Result<()> {
+        let name = name.as_ref().map(|name| [b"\0", name.as_os_str().as_bytes()].concat());
+        let bytes = [dir.as_os_str().as_bytes(), &name.unwrap_or_default()].concat();
+        let new = self.dir.join("target.new");
+        fs::write(&new, bytes)?;
+        fs::rename(new, self.dir.join(Self::TARGET))
+    }
+
+    /// Where the copy that made this goes; `None` where it ended before it said so.
+    fn target(&self) -> anyhow::Result<Option<Target>> {
+        let path = self.dir.join(Self::TARGET);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
+        };
+        let mut parts = bytes.split(|byte| *byte == 0).map(|part| OsStr::from_bytes(part).into());
+        // Without a directory, it was lost with the power.
+        let dir = parts.next().filter(|dir: &PathBuf| !dir.as_os_str().is_empty());
+        Ok(dir.map(|dir| Target { dir, name: parts.next() }))
+    }
+
+    /// From now on, what has the job's content at the target may be this copy's.
+    fn begin_writing(&self) -> anyhow::Result<()> {
+        let path = self.dir.join(Self::WRITING);
+        fs::File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(())
+    }
+
+    fn was_writing(&self) -> bool {
+        self.dir.join(Self::WRITING).exists()
+    }
+
+    /// Removes what has gone bad, as when the power failed before it was on the disk: it
+    /// would become a file unseen.
+    fn check(&self, tree: &Tree) -> anyhow::Result<()> {
+        for blob in tree.blobs().into_keys().filter(|blob| self.store.has(blob)) {
+            match self.store.check(&blob) {
+                Ok(()) | Err(store::Error::Corrupt(_)) => {}
+                Err(reason) => return Err(reason.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes it if nothing came and nothing was written.
     fn leave(self) -> anyhow::Result<()> {
-        if self.store.is_empty()? { self.remove() } else { Ok(()) }
+        if self.store.is_empty()? && !self.was_writing() { self.remove() } else { Ok(()) }
     }
 
     fn remove(self) -> anyhow::Result<()> {
@@ -366,6 +490,77 @@ mod tests {
             assert_eq!(refuse_new_directory(is_single, &dest), Ok(()), "{}", dest.display());
         }
         assert_eq!(target(new.join("deep"), None).existing_parent(), dir);
+    }
+
+    #[test]
+    fn a_copy_cut_short_while_it_writes_goes_on_to_where_it_went() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keep, results) = (path("keep"), dir.path().join("results"));
+        let choose = || Target::choose(Some(&keep), false, &results);
+        let chosen = choose();
+        assert!(Stage::find("key", &chosen).unwrap().is_none());
+        let stage = Stage::make("key", &chosen).unwrap();
+        assert_eq!(fs::metadata(&stage.dir).unwrap().mode() & 0o777, 0o700);
+        assert!(!stage.was_writing());
+        let busy = Stage::find("key", &chosen).unwrap_err().to_string();
+        assert!(busy.contains("at work already"), "{busy}");
+        stage.begin_writing().unwrap();
+        fs::create_dir(&results).unwrap();
+        stage.leave().unwrap();
+        assert_ne!(choose(), chosen);
+        assert!(Stage::find("other", &choose()).unwrap().is_none());
+        let stage = Stage::find("key", &choose()).unwrap().unwrap();
+        assert_eq!(stage.target().unwrap(), Some(chosen));
+        assert!(stage.was_writing());
+        for recorded in [target("d", Some("n")), target(".", None)] {
+            stage.record(&recorded).unwrap();
+            assert_eq!(stage.target().unwrap(), Some(recorded));
+        }
+        fs::write(stage.dir.join(Stage::TARGET), [0; 9]).unwrap();
+        assert!(stage.target().unwrap().is_none());
+        stage.remove().unwrap();
+        assert!(Stage::find("key", &choose()).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_went_bad_before_a_copy_goes_on_is_brought_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let stage = Stage::make("key", &target(dir.path(), None)).unwrap();
+        let entry = |name: &str| {
+            let blob = stage.store.put_bytes(name.as_bytes()).unwrap();
+            let kind = Kind::File { blob, size: name.len() as u64, executable: false };
+            (blob, Entry { path: path(name), kind })
+        };
+        let ((good, a), (bad, b)) = (entry("good"), entry("bad"));
+        let tree = Tree::new(vec![a, b]).unwrap();
+        fs::write(stage.store.path_of(&bad), [0; 3]).unwrap();
+        stage.check(&tree).unwrap();
+        assert_eq!((stage.store.has(&good), stage.store.has(&bad)), (true, false));
+    }
+
+    #[test]
+    fn content_does_not_gather_in_what_is_somebody_elses() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = target(dir.path(), None);
+        let elsewhere = dir.path().join("elsewhere");
+        fs::create_dir(&elsewhere).unwrap();
+        let place = Stage::dir_in(dir.path(), "key");
+        std::os::unix::fs::symlink(&elsewhere, &place).unwrap();
+        let refused = || {
+            for result in
+                [Stage::find("key", &target).map(drop), Stage::make("key", &target).map(drop)]
+            {
+                let reason = result.unwrap_err();
+                assert!(reason.downcast_ref::<Problem>().unwrap().is_request(), "{reason:#}");
+            }
+        };
+        refused();
+        fs::remove_file(&place).unwrap();
+        fs::create_dir(&place).unwrap();
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&place, Some(12345), None).unwrap();
+            refused();
+        }
     }
 
     #[test]

@@ -67,9 +67,12 @@ const CANDIDATES_MAX: usize = 10;
 /// and who answered a second ago does not answer again.
 const LAN_LOOK: std::time::Duration = std::time::Duration::from_secs(4);
 
+/// What is still read of an upload that has been refused. A client stops long before, once
+/// it has the answer.
+const DRAIN_BYTES_MAX: u64 = 64 << 20;
+
 /// How long a plan waits for a node that can keep the job.
 const KEEPER_WITHIN: std::time::Duration = std::time::Duration::from_secs(5);
-const KEEPER_POLL: std::time::Duration = std::time::Duration::from_millis(20);
 
 type Answered<T> = Result<Json<T>, Failure>;
 
@@ -353,12 +356,17 @@ async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answ
         .map_err(|e: p2pit_protocol::request::ParseError| Failure::request(e.into()))?;
     let user = plan.user;
     // A node that has just joined or started may not have met anybody yet.
-    let deadline = tokio::time::Instant::now() + KEEPER_WITHIN;
-    while shared.act(|peer, _| peer.propose_keeper()).await?.is_none()
-        && tokio::time::Instant::now() < deadline
-    {
-        tokio::time::sleep(KEEPER_POLL).await;
-    }
+    let keeper_is_known = async {
+        loop {
+            let heard = shared.heard.notified();
+            if shared.act(|peer, _| peer.propose_keeper()).await?.is_some() {
+                return Ok::<_, NoPeer>(());
+            }
+            heard.await;
+        }
+    };
+    // Without one, what there is says why.
+    tokio::time::timeout(KEEPER_WITHIN, keeper_is_known).await.unwrap_or(Ok(()))?;
     let (member, keeper, planned) = shared
         .act(move |peer, now| {
             let unsatisfiable = peer.feasible(&request).err().map(|why| Unsatisfiable {
@@ -401,14 +409,19 @@ async fn upload(State(shared): State<Arc<Shared>>, body: Body) -> Answered<Uploa
 
 async fn take_in(store: &BlobStore, me: PeerId, body: Body) -> Result<Uploaded, Failure> {
     let mut reader = StreamReader::new(body.into_data_stream().map_err(std::io::Error::other));
-    let received = exchange::receive_any(store, me, &mut reader).await;
-    // An answer before the body's end would close the connection while the rest is being
-    // written, and the client would see that instead of the answer.
-    if received.is_err() {
-        // Where the body breaks off, nobody waits for an answer.
-        let _ = tokio::io::copy(&mut reader, &mut tokio::io::sink()).await;
-    }
-    let received = received.map_err(|e| Failure::broken(e.into()))?;
+    let received = match exchange::receive_any(store, me, &mut reader).await {
+        Ok(received) => received,
+        Err(reason) => {
+            // The answer goes out at once. A body that nobody reads would close the connection
+            // under a client that still writes, which would see that instead of the answer.
+            tokio::spawn(async move {
+                let mut rest = reader.take(DRAIN_BYTES_MAX);
+                // Where the body breaks off, nobody waits for anything.
+                let _ = tokio::io::copy(&mut rest, &mut tokio::io::sink()).await;
+            });
+            return Err(Failure::broken(reason.into()));
+        }
+    };
     match reader.read(&mut [0]).await {
         Ok(0) => Ok(Uploaded { blobs: received.blobs, bytes: received.bytes }),
         Ok(_) => Err(Failure::request(anyhow::anyhow!("there is more than the blobs"))),
@@ -882,9 +895,14 @@ mod tests {
     /// As `exchange::send_blobs` ends every stream.
     const END: &[u8] = &[0; 4];
 
-    async fn take_in_chunks(chunks: Vec<&'static [u8]>) -> (Result<Uploaded, Failure>, bool) {
+    async fn take_in_body(body: Body) -> Result<Uploaded, Failure> {
         let dir = tempfile::tempdir().unwrap();
         let store = BlobStore::open(dir.path()).unwrap();
+        let me = PeerId(KeyPair::from_seed(&[1; 32]).public());
+        take_in(&store, me, body).await
+    }
+
+    async fn take_in_chunks(chunks: Vec<&'static [u8]>) -> (Result<Uploaded, Failure>, bool) {
         let has_ended = Arc::new(AtomicBool::new(false));
         let ending = Arc::clone(&has_ended);
         let end = stream::poll_fn(move |_| {
@@ -892,8 +910,7 @@ mod tests {
             std::task::Poll::Ready(None)
         });
         let chunks = stream::iter(chunks.into_iter().map(Ok::<_, std::io::Error>));
-        let me = PeerId(KeyPair::from_seed(&[1; 32]).public());
-        let result = take_in(&store, me, Body::from_stream(chunks.chain(end))).await;
+        let result = take_in_body(Body::from_stream(chunks.chain(end))).await;
         (result, has_ended.load(Ordering::Relaxed))
     }
 
@@ -913,11 +930,25 @@ mod tests {
         let (result, has_ended) = take_in_chunks(vec![END]).await;
         assert_eq!(result.unwrap().blobs, 0);
         assert!(has_ended);
-        let no_blob = b"\0\0\0\x01\x07";
-        let (result, has_ended) = take_in_chunks(vec![no_blob, b"more", END]).await;
-        assert!(result.unwrap_err().0.broken);
-        assert!(has_ended);
         let (result, _) = take_in_chunks(vec![END, b"more"]).await;
         assert!(!result.unwrap_err().0.broken);
+    }
+
+    #[tokio::test]
+    async fn a_refused_upload_is_answered_at_once_and_read_on_only_so_far() {
+        let (chunks, body) = mpsc::channel(1);
+        let taking = tokio::spawn(take_in_body(Body::from_stream(
+            tokio_stream(body).map(Ok::<_, std::io::Error>),
+        )));
+        let no_blob = Bytes::from_static(b"\0\0\0\x01\x07");
+        chunks.send(no_blob).await.unwrap();
+        assert!(taking.await.unwrap().unwrap_err().0.broken);
+        let mut read = 0;
+        let chunk = Bytes::from(vec![0; 1 << 20]);
+        while chunks.send(chunk.clone()).await.is_ok() {
+            read += chunk.len() as u64;
+        }
+        // One more waits in the queue, one is being read.
+        assert!((DRAIN_BYTES_MAX..=DRAIN_BYTES_MAX + (2 << 20)).contains(&read), "{read}");
     }
 }

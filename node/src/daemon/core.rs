@@ -90,6 +90,7 @@ pub(super) async fn run(
                         shared.endpoint.forget(node);
                     }
                     on_network(&mut state, event, now);
+                    shared.heard.notify_waiters();
                 }
                 Input::Member(peer, first_writes, network, done) => {
                     writes.extend(first_writes);
