@@ -24,6 +24,10 @@ use p2pit_node::{
     },
 };
 use p2pit_protocol::{BlobId, JobId};
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 
 use super::{Interrupts, ls};
 use crate::{
@@ -129,8 +133,13 @@ async fn copy(
     };
     let stage = match found {
         Some(stage) => {
-            let tree = tree.clone();
-            tokio::task::spawn_blocking(move || stage.check(&tree).map(|()| stage)).await??
+            let (tree, target) = (tree.clone(), target.clone());
+            tokio::task::spawn_blocking(move || {
+                stage.check(&tree)?;
+                stage.record(&target)?;
+                anyhow::Ok(stage)
+            })
+            .await??
         }
         None => Stage::make(&key, &target)?,
     };
@@ -208,7 +217,7 @@ impl Stage {
             Ok(()) | Err(_) => {}
         }
         let stage = Self::open(dir)?;
-        stage.record(target).with_context(cannot)?;
+        stage.record(target)?;
         Ok(stage)
     }
 
@@ -223,7 +232,7 @@ impl Stage {
         }
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).with_context(cannot)?;
         let lock = fs::File::create(dir.join("lock")).with_context(cannot)?;
-        if let Err(fs::TryLockError::WouldBlock) = lock.try_lock() {
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK) {
             return Err(Problem::request("the same command is at work already")
                 .hint("wait for it, or end it")
                 .into());
@@ -232,12 +241,13 @@ impl Stage {
         Ok(Self { dir, store, _lock: lock })
     }
 
-    fn record(&self, Target { dir, name }: &Target) -> io::Result<()> {
+    fn record(&self, Target { dir, name }: &Target) -> anyhow::Result<()> {
         let name = name.as_ref().map(|name| [b"\0", name.as_os_str().as_bytes()].concat());
         let bytes = [dir.as_os_str().as_bytes(), &name.unwrap_or_default()].concat();
         let new = self.dir.join("target.new");
-        fs::write(&new, bytes)?;
-        fs::rename(new, self.dir.join(Self::TARGET))
+        let written = fs::write(&new, bytes);
+        let placed = written.and_then(|()| fs::rename(&new, self.dir.join(Self::TARGET)));
+        placed.with_context(|| format!("cannot write {}", new.display()))
     }
 
     /// Where the copy that made this goes; `None` where it ended before it said so.
