@@ -214,7 +214,7 @@ fn a_copy_is_continued_beside_what_is_there() {
 /// artifact.
 fn with_artifact(pool: &Pool, content: &[u8]) -> String {
     let dir = pool.job_dir("inputs", &[]);
-    fs::write(dir.join("big"), content).unwrap();
+    fs::write(dir.join("big"), content).expect("the input is written");
     let node = pool.node(1).working_in(&dir);
     let script = "cp big $JOB_DIR/artifacts; echo left it";
     let job = node.submit(&["Artifact", "[v100]", "-d", script]);
@@ -225,24 +225,24 @@ fn with_artifact(pool: &Pool, content: &[u8]) -> String {
 /// Starts the node's daemon, which has been ended, with this limit or none.
 fn start_with(node: &Node, setting: &str) {
     let path = node.home().join("config.yaml");
-    let config = fs::read_to_string(&path).unwrap();
+    let config = fs::read_to_string(&path).expect("a home has a configuration");
     let kept = config.lines().filter(|line| !line.starts_with("download:"));
     let lines: Vec<&str> = kept.chain([setting]).collect();
-    fs::write(&path, lines.join("\n") + "\n").unwrap();
+    fs::write(&path, lines.join("\n") + "\n").expect("it can be written");
     node.restart();
 }
 
 fn blob_of(node: &Node, content: &[u8]) -> PathBuf {
     let blobs = node.home().join("blobs");
     let found = files_below(&blobs).into_iter().find(|path| {
-        fs::metadata(path).unwrap().len() == content.len() as u64
-            && fs::read(path).unwrap() == content
+        fs::metadata(path).is_ok_and(|state| state.len() == content.len() as u64)
+            && fs::read(path).is_ok_and(|read| read == content)
     });
     found.expect("the node has the blob")
 }
 
 fn stage_in(dir: &Path) -> Option<PathBuf> {
-    let entries = fs::read_dir(dir).unwrap().filter_map(Result::ok);
+    let entries = fs::read_dir(dir).expect("it is there").filter_map(Result::ok);
     entries.map(|entry| entry.path()).find(|path| {
         path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".p2pit-cp-"))
     })

@@ -957,7 +957,7 @@ mod tests {
         let source = Arc::new(from.store.clone());
         let asks = wholes(vec![unasked.ask.id]);
         send_blobs(source, asks, &mut ours, &NO_LIMIT, |_| {}).await.unwrap();
-        let received = receive(&to, &[asked.clone()], &mut theirs).await;
+        let received = receive(&to, std::slice::from_ref(&asked), &mut theirs).await;
         assert!(
             matches!(received, Err(ReceiveError::Unexpected { id, .. }) if id == unasked.ask.id)
         );
@@ -1064,7 +1064,8 @@ mod tests {
         let asks = vec![wanted.ask.clone()];
         let source: Arc<dyn Source> = Arc::new(from.store.clone());
         send_blobs(Arc::clone(&source), asks, &mut whole, &NO_LIMIT, |_| {}).await.unwrap();
-        let received = receive(&to, &[wanted.clone()], &mut &whole[..whole.len() / 2]).await;
+        let received =
+            receive(&to, std::slice::from_ref(&wanted), &mut &whole[..whole.len() / 2]).await;
         assert!(matches!(received, Err(ReceiveError::Truncated { .. })), "{received:?}");
 
         let rest = Wanted::missing(&to.store, wanted.ask.id, size).unwrap().unwrap();
@@ -1081,7 +1082,7 @@ mod tests {
         parts.reverse();
         for part in parts {
             assert!(part.clone().still_missing(&to.store).unwrap().is_some());
-            let (sent, received) = transfer(&from, &to, &[part.clone()]).await;
+            let (sent, received) = transfer(&from, &to, std::slice::from_ref(&part)).await;
             assert_eq!(sent.unwrap().bytes, part.bytes());
             assert_eq!(received.unwrap().bytes, part.bytes());
             assert!(part.still_missing(&to.store).unwrap().is_none());
@@ -1107,7 +1108,7 @@ mod tests {
         send_blobs(source, asks, &mut stream, &NO_LIMIT, |n| told += n).await.unwrap();
         assert!(stream.len() < 2 * GROUP_BYTES as usize, "{}", stream.len());
         assert_eq!(told, content.len() as u64);
-        receive(&to, &[wanted.clone()], &mut &stream[..]).await.unwrap();
+        receive(&to, std::slice::from_ref(&wanted), &mut &stream[..]).await.unwrap();
         assert_eq!(to.store.read(&wanted.ask.id, content.len()).unwrap(), content);
         struct Zeros;
         impl Source for Zeros {
@@ -1129,12 +1130,12 @@ mod tests {
             let file = fs::File::options().write(true).open(from.store.path_of(&wanted.ask.id));
             file.unwrap().write_all(b"bad").unwrap();
         }
-        let (sent, received) = transfer(&from, &to, &[short.clone()]).await;
+        let (sent, received) = transfer(&from, &to, std::slice::from_ref(&short)).await;
         assert_eq!((sent.unwrap().absent, received.unwrap().absent), (1, vec![short.ask.id]));
-        let (sent, received) = transfer(&from, &to, &[long.clone()]).await;
+        let (sent, received) = transfer(&from, &to, std::slice::from_ref(&long)).await;
         assert!(matches!(sent, Err(SendError::Source { id, .. }) if id == long.ask.id));
         assert!(matches!(received, Err(ReceiveError::Truncated { .. })));
-        let (_, received) = transfer(&from, &to, &[long.clone()]).await;
+        let (_, received) = transfer(&from, &to, std::slice::from_ref(&long)).await;
         assert_eq!(received.unwrap().absent, [long.ask.id]);
     }
 
