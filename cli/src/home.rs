@@ -14,6 +14,13 @@ pub(crate) fn locate(globals: &Globals) -> anyhow::Result<Location> {
     surroundings.locate().map_err(advise)
 }
 
+/// Where commands look for the key that are not told of one.
+pub(crate) fn usual_identity(globals: &Globals) -> anyhow::Result<PathBuf> {
+    let surroundings =
+        Surroundings { identity: None, ..Surroundings::of_process(globals.home.clone(), None) };
+    Ok(surroundings.locate().map_err(advise)?.identity)
+}
+
 /// The home as a place to run a daemon in; made where there is none.
 pub(crate) fn open_or_create(location: &Location) -> anyhow::Result<Home> {
     Home::open_or_create(&absolute(&location.home)?).map_err(advise)

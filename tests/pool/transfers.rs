@@ -244,7 +244,7 @@ fn blob_of(node: &Node, content: &[u8]) -> PathBuf {
 fn stage_in(dir: &Path) -> Option<PathBuf> {
     let entries = fs::read_dir(dir).expect("it is there").filter_map(Result::ok);
     entries.map(|entry| entry.path()).find(|path| {
-        path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".p2pit-cp-"))
+        path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".p2pit-stage-"))
     })
 }
 

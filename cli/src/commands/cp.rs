@@ -18,6 +18,7 @@ use p2pit_node::{
     transfer::{
         BlobStore, MaterializeOptions, Tree, TreePath,
         materialize::{Existing, materialize},
+        snapshot::STAGE_PREFIX,
         store,
         tree::{Entry, Kind},
         verified,
@@ -101,7 +102,7 @@ async fn copy(
     let is_single = path.as_ref().is_some_and(|path| left.tree.get(path).is_some_and(is_leaf));
     let tree = left.at(path.as_ref())?;
     if args.dest == Path::new("-") {
-        let stage = tempfile::Builder::new().prefix("p2pit-cp-").tempdir()?;
+        let stage = tempfile::Builder::new().prefix(STAGE_PREFIX).tempdir()?;
         let store = BlobStore::open(&stage.path().join("blobs"))?;
         let progress = out.progress("copying", tree.total_bytes());
         left.fetch(&session, &tree, &store, &progress).await?;
@@ -189,7 +190,7 @@ impl Stage {
     const WRITING: &str = "writing";
 
     fn dir_in(beside: &Path, key: &str) -> PathBuf {
-        beside.join(format!(".p2pit-cp-{key}"))
+        beside.join(format!("{STAGE_PREFIX}{key}"))
     }
 
     /// What an earlier copy left, at `target` or above: there it was if the target is in
@@ -368,7 +369,7 @@ impl Target {
             let path = self.path_of(entry);
             match is_there(&path, &entry.kind)? {
                 Some(true) => {}
-                Some(false) if !force => return Err(exists(&path)),
+                Some(false) if !force => return Err(differs(&path)),
                 Some(false) | None => left.push(entry.clone()),
             }
         }
@@ -424,6 +425,13 @@ fn is_there(path: &Path, kind: &Kind) -> anyhow::Result<Option<bool>> {
     }))
 }
 
+/// With `--continue`, where what is there is not what the job has.
+fn differs(path: &Path) -> anyhow::Error {
+    Problem::request(format!("`{}` is there already and is not what the job has", path.display()))
+        .hint("`--force` overwrites such files; another name leaves them")
+        .into()
+}
+
 fn exists(path: &Path) -> anyhow::Error {
     Problem::request(format!("`{}` is there already", path.display()))
         .hint(
@@ -465,7 +473,9 @@ pub(super) fn copy_to_stdout(out: &Output, mut file: fs::File) -> anyhow::Result
 /// Whether `path` may be written anew.
 pub(super) fn refuse_existing_file(path: &Path, force: bool) -> anyhow::Result<()> {
     match fs::symlink_metadata(path) {
-        Ok(_) if !force => Err(exists(path)),
+        Ok(_) if !force => Err(Problem::request(format!("`{}` is there already", path.display()))
+            .hint("`--force` overwrites it; another name leaves it")
+            .into()),
         Ok(_) | Err(_) => Ok(()),
     }
 }

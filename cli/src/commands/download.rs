@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use flate2::{Compression, write::GzEncoder};
 use p2pit_node::{
     api::types::{Log, path},
-    transfer::{BlobStore, Tree, tree::Kind},
+    transfer::{BlobStore, Tree, snapshot::STAGE_PREFIX, tree::Kind},
 };
 use p2pit_protocol::message::Command;
 use tar::{Builder, EntryType, Header};
@@ -52,7 +52,7 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     let parent = parent.map_or_else(|| PathBuf::from("."), Path::to_owned);
     let parent = if to_stdout { std::env::temp_dir() } else { parent };
     let stage = tempfile::Builder::new()
-        .prefix(".p2pit-download-")
+        .prefix(STAGE_PREFIX)
         .tempdir_in(&parent)
         .with_context(|| format!("cannot write into {}", parent.display()))?;
     let store = BlobStore::open(&stage.path().join("blobs"))?;

@@ -1,6 +1,13 @@
 //! `p2pit join`: this machine as a node of a pool.
 
-use std::{net::SocketAddr, path::Path, pin::pin};
+use std::{
+    fs::File,
+    io::Write as _,
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    pin::pin,
+};
 
 use anyhow::Context as _;
 use p2pit_node::{
@@ -67,25 +74,38 @@ pub(crate) struct Args {
     flags: NodeFlags,
 }
 
-/// A home that is named alone finds the key it was joined with: a link in the place where
-/// its own would be.
-fn remember_key(home: &Home, path: &Path, identity: &Identity, out: &Output) {
-    let own = home.path().join("identity");
-    if own.symlink_metadata().is_ok() {
-        if Identity::load(&own).is_ok_and(|other| other.user() != identity.user()) {
-            let (own, path) = (own.display(), path.display());
+/// Commands that are not told of a key find the one that this home was joined with: a copy
+/// where they look, if there is nothing yet. The file named may be removed afterwards.
+fn remember_key(usual: &Path, path: &Path, identity: &Identity, out: &Output) {
+    if usual.symlink_metadata().is_ok() {
+        if Identity::load(usual).is_ok_and(|other| other.user() != identity.user()) {
+            let (usual, path) = (usual.display(), path.display());
             out.warn(&format!(
-                "{own} is another key than {path}: name yours with `--identity {path}` in every \
-                 command for this home, or remove {own} and join again"
+                "{usual} is another key than {path}: name yours with `--identity {path}` in every \
+                 command for this home, or remove {usual} and join again"
             ));
         }
         return;
     }
-    let identity = path;
-    let linked = identity.canonicalize().and_then(|path| std::os::unix::fs::symlink(path, &own));
-    if let Err(reason) = linked {
-        out.note(&format!("{} is not linked to your key: {reason}", own.display()));
+    match copy_key(path, usual) {
+        Ok(()) => out.note(&format!("copied your key to {}, where commands look", usual.display())),
+        Err(reason) => out.warn(&format!(
+            "your key cannot be copied to {}: {reason}; name it with `--identity {}` in every \
+             command for this home",
+            usual.display(),
+            path.display()
+        )),
     }
+}
+
+fn copy_key(from: &Path, to: &Path) -> std::io::Result<()> {
+    if let Some(parent) = to.parent() {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+    }
+    let key = std::fs::read(from)?;
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(to)?;
+    file.write_all(&key)?;
+    file.sync_all()
 }
 
 pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
@@ -103,7 +123,8 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
         let path = location.identity.display();
         out.note(&format!("made your key in {path}: keep it, it is who you are"));
     }
-    let made = Made { identity: &location.identity, is_new };
+    let usual = home::usual_identity(globals)?;
+    let made = Made { identity: &location.identity, usual, is_new };
     let joined = run_with_key(out, args, ticket, &home, &identity, &made, &settings).await;
     if let Err(error) = &joined {
         made.undo(error, out);
@@ -128,8 +149,11 @@ fn member_key(home: &Home, path: &Path) -> anyhow::Result<Identity> {
 }
 
 /// The key, as far as this command made it.
+#[derive(Debug)]
 struct Made<'a> {
     identity: &'a Path,
+    /// Where commands look for it that are not told where it is.
+    usual: PathBuf,
     is_new: bool,
 }
 
@@ -158,8 +182,7 @@ async fn run_with_key(
     made: &Made<'_>,
     settings: &Settings,
 ) -> anyhow::Result<Status> {
-    let newcomer =
-        Newcomer { out, home, identity, key: made.identity, settings, flags: &args.flags };
+    let newcomer = Newcomer { out, home, identity, made, settings, flags: &args.flags };
     let wish = newcomer.wish(&args, ticket);
     if let Some(client) = end_on_demand(home, out).await? {
         return newcomer.meet_running(&client, &wish, args.detach).await;
@@ -209,7 +232,7 @@ struct Newcomer<'a> {
     home: &'a Home,
     identity: &'a Identity,
     /// Where that is kept.
-    key: &'a Path,
+    made: &'a Made<'a>,
     settings: &'a Settings,
     flags: &'a NodeFlags,
 }
@@ -323,7 +346,7 @@ impl Newcomer<'_> {
             (Some(_), Some(_) | None) => {}
         }
         // Only now: what was said for a join that failed may have been its mistake.
-        remember_key(self.home, self.key, self.identity, self.out);
+        remember_key(&self.made.usual, self.made.identity, self.identity, self.out);
         if self.flags.remember(self.home)? {
             let path = self.home.config_file();
             self.out.note(&format!("wrote what you said of this machine to {}", path.display()));

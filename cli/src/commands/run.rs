@@ -146,9 +146,16 @@ fn wish(args: Args, dir: &Path) -> anyhow::Result<Wish> {
         None => (read_request_file(dir)?, Some(dir.join(REQUEST_FILE))),
     };
     let milliseconds = |period: Period| u64::try_from(period.0.as_millis()).unwrap_or(u64::MAX);
+    let request = parse_request(&text, from.as_deref());
+    if request.is_err() && from.is_none() && Request::parse(&title).is_ok() {
+        let message = format!("`{title}` is where the title belongs, and `{text}` is no request");
+        return Err(Problem::request(message)
+            .hint("the title comes first: `p2pit run \"My task\" '2:[v100]'`")
+            .into());
+    }
     Ok(Wish {
         title,
-        request: parse_request(&text, from.as_deref())?,
+        request: request?,
         command: direct.map_or(Command::Script, Command::Direct),
         continues,
         artifacts: artifact,
@@ -360,5 +367,13 @@ mod tests {
         let args = args(&["--artifact", "out", "My task", "[v100]"]);
         assert_eq!((args.title.as_str(), args.request.as_deref()), ("My task", Some("[v100]")));
         assert_eq!(args.artifact, ["out"]);
+    }
+
+    #[test]
+    fn a_title_and_a_request_in_each_others_place_are_told_apart() {
+        let swapped = wish(args(&["2:[v100]", "my title"]), Path::new("/nonexistent"));
+        let (_, explanation) = explain(&swapped.unwrap_err());
+        assert!(explanation.unwrap().hint.unwrap().starts_with("the title comes first"));
+        assert!(wish(args(&["2:[v100]", "[v100]"]), Path::new("/nonexistent")).is_ok());
     }
 }

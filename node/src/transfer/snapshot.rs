@@ -16,7 +16,7 @@ mod git;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs::File,
     io::{self, Read},
     os::{fd::AsFd, unix::fs::OpenOptionsExt},
@@ -47,6 +47,8 @@ use super::{
 use cache::{Clock, HashCache};
 pub use git::GitInfo;
 
+/// How directories and files are called in which a copy from the pool gathers.
+pub const STAGE_PREFIX: &str = ".p2pit-stage-";
 /// Patterns for p2pit alone, in the syntax of `.gitignore`.
 const IGNORE_FILE: &str = ".pitignore";
 
@@ -323,6 +325,11 @@ impl Stamp {
     }
 }
 
+/// Never taken, whatever the patterns say: git's own, and what `p2pit cp` is bringing.
+fn is_passed_over(name: &OsStr) -> bool {
+    name == ".git" || name.as_encoded_bytes().starts_with(STAGE_PREFIX.as_bytes())
+}
+
 /// The first pass: what there is to take.
 struct Walk<'a> {
     dir: &'a Path,
@@ -352,7 +359,7 @@ impl<'a> Walk<'a> {
             .parents(checkout)
             .add_custom_ignore_filename(IGNORE_FILE)
             .follow_links(false)
-            .filter_entry(|entry| entry.file_name() != ".git");
+            .filter_entry(|entry| !is_passed_over(entry.file_name()));
         for file in excludes.into_iter().flatten().filter(|file| file.is_file()) {
             if let Some(error) = walk.add_ignore(file) {
                 self.notes.push(error.to_string());
@@ -714,6 +721,7 @@ mod tests {
             (".pitignore", "*.mp4\n"),
             (".ignore", "main.c\n"),
             ("main.c", "int main;"),
+            (".p2pit-stage-x/blobs/part", "on its way"),
             ("main.o", "object"),
             ("movie.mp4", "large"),
             ("build/x", "x"),
