@@ -537,7 +537,7 @@ fn partial_path(root: &Path, id: &BlobId, size: u64) -> PathBuf {
 }
 
 fn given_up(path: &Path) -> Error {
-    Error::io("write", path)(io::ErrorKind::StorageFull.into())
+    Error::io("write", path)(Errno::NOSPC.into())
 }
 
 fn is_in_use(slot: &PartialSlot) -> bool {
@@ -586,7 +586,7 @@ impl Partial {
     /// Adds what has been proved to be of this blob.
     pub fn add(&self, proved: Proved) -> io::Result<()> {
         if matches!(self.state().end, Some(End::GivenUp)) {
-            return Err(io::ErrorKind::StorageFull.into());
+            return Err(Errno::NOSPC.into());
         }
         match proved {
             Proved::Hashes { offset, bytes } => self.outboard.write_all_at(&bytes, offset),
