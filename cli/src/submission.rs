@@ -15,7 +15,7 @@ use p2pit_node::{
 use p2pit_protocol::{
     BlobId, JobId, PeerId,
     identity::{Domain, SignedBytes},
-    job::{self, Command, Continued, Grace, JobSpec, VerifiedSpec},
+    job::{self, Command, Continued, Grace, JobSpec, LOST_AFTER_MS, Policy, VerifiedSpec},
     request::Request,
 };
 
@@ -126,6 +126,9 @@ pub(crate) async fn submit(
         private: wish.private,
         time_limit_ms: wish.time_limit_ms,
         grace: wish.grace,
+        retries: 0,
+        policy: Policy::Continue,
+        lost_after_ms: LOST_AFTER_MS,
         nonce: random()?,
         submitted_at_ms: wall_ms(),
         keepers: vec![(planned.keeper, planned.keeper_store)],

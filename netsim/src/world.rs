@@ -20,11 +20,10 @@ use std::{
 use p2pit_protocol::{
     JobId, Now, Peer, PeerId,
     bidder::{Hold, WorkId},
-    identity::SignedBytes,
     job::{Ending, State},
     message::{Message, Soft},
     peer::{Event, Slot, Transmit, Write},
-    record::{Certificate, Value},
+    record::{Replica, Value},
     wire,
 };
 
@@ -492,6 +491,7 @@ impl World {
         match event {
             Event::Prepare { id, .. } => self.prepare(at, id),
             Event::Execute { id, assignment, .. } => self.execute(at, id, assignment.grant.gpus),
+            Event::Lease { .. } => {}
             Event::StopProcess { id, .. } => self.end_process(at, id, Ending::Stopped),
             Event::Discard { id } => self.discard(at, id),
             Event::EndRecorded { id } => self.end_recorded(at, id),
@@ -627,8 +627,8 @@ impl Entry {
     fn read(key: &[u8], value: &[u8]) -> Option<Self> {
         match wire::decode(key).ok()? {
             Slot::Record(_) => {
-                let (_, certificate): (SignedBytes, Certificate) = wire::decode(value).ok()?;
-                certificate.value().ok().map(Self::Record)
+                let replica: Replica = wire::decode(value).ok()?;
+                wire::decode(&replica.value_bytes).ok().map(Self::Record)
             }
             Slot::Hold(_) => wire::decode(value).ok().map(Self::Hold),
             _ => None,
@@ -640,7 +640,7 @@ impl Entry {
 #[must_use]
 pub fn job_of(message: &Message) -> Option<JobId> {
     match message {
-        Message::Init { spec } => Some(JobId::of(&spec.bytes)),
+        Message::Init { spec, .. } => Some(JobId::of(&spec.bytes)),
         Message::Commit(commit) => Some(JobId::of(&commit.spec.bytes)),
         Message::Call(call) => Some(call.key.job),
         Message::Bid(bid) => Some(bid.job),
@@ -658,8 +658,25 @@ pub fn job_of(message: &Message) -> Option<JobId> {
         | Message::Withdraw { job, .. }
         | Message::Stop { job, .. }
         | Message::Ask { job, .. }
-        | Message::EndRecorded { job, .. } => Some(*job),
-        Message::Soft(_)
+        | Message::EndRecorded { job, .. }
+        | Message::Prepare { job, .. }
+        | Message::Accepted { job, .. }
+        | Message::Nack { job, .. }
+        | Message::NotInit { job, .. }
+        | Message::Moved { job, .. }
+        | Message::Installed { job, .. }
+        | Message::Look { job, .. }
+        | Message::Seen { job, .. }
+        | Message::Adopted { job, .. } => Some(*job),
+        Message::Promise(promise) => Some(promise.job),
+        Message::Accept(accept) => Some(accept.job),
+        Message::Adopt(adopt) => Some(adopt.job),
+        Message::Install(install) => Some(JobId::of(&install.spec.bytes)),
+        Message::Renew { .. }
+        | Message::Renewed { .. }
+        | Message::AskLease { .. }
+        | Message::Lease { .. }
+        | Message::Soft(_)
         | Message::Reconcile { .. }
         | Message::Reconciled { .. }
         | Message::Want { .. } => None,

@@ -46,6 +46,12 @@ pub const PIN_MS: u64 = 10_000;
 pub const COMMITTED_MS: u64 = 120_000;
 /// The longest a commitment waits for its start, renewed or not.
 pub const PREPARE_MS_MAX: u64 = 3_600_000;
+/// How long a process lease lasts from when it was asked for.
+pub const LEASE_MS: u64 = 180_000;
+/// How often a process lease is renewed.
+pub const LEASE_RENEW_MS: u64 = 45_000;
+/// From the end of a lease to when nothing of the process is left.
+pub const LEASE_GRACE_MS: u64 = 10_000;
 /// Most trees a node remembers to have whole.
 pub const TREES_MAX: usize = 65_536;
 /// How often an unacknowledged ending is repeated.
@@ -907,7 +913,7 @@ impl Bidder {
     ) -> Result<Vec<RankAssignment>, String> {
         let (job, attempt) = (spec.job, commit.attempt);
         let value = if self.sabotage.holds(Rule::CommitNeedsCertificate) {
-            commit.certificate.verify(spec).map_err(|e| e.to_string())?
+            commit.certificate.verify(spec, |_| false).map_err(|e| e.to_string())?
         } else {
             commit.certificate.value().map_err(|e| e.to_string())?
         };
@@ -963,7 +969,7 @@ impl Bidder {
         {
             return false;
         }
-        let Ok(value) = commit.certificate.verify(spec) else { return false };
+        let Ok(value) = commit.certificate.verify(spec, |_| false) else { return false };
         value.body.steward == from
             && value.body.attempt == commit.attempt
             && value.body.assigned_to(self.me).count() > known.len()
@@ -1048,7 +1054,15 @@ impl Bidder {
         self.bury(steward, id.job, id.attempt, now, out);
         let (nodes, hosts, port) = start
             .map_or((Vec::new(), Vec::new(), 0), |s| (s.nodes.clone(), s.hosts.clone(), s.port));
-        out.events.push_back(Event::Execute { id, spec, assignment, nodes, hosts, port });
+        out.events.push_back(Event::Execute {
+            id,
+            spec,
+            assignment,
+            nodes,
+            hosts,
+            port,
+            until_ms: None,
+        });
     }
 
     /// Stop what runs of an attempt; what has not started never will.

@@ -5,8 +5,8 @@ mod state;
 
 pub use spec::{
     ARTIFACTS_MAX, Command, Continued, DIRECT_BYTES_MAX, ENV_ENTRIES_MAX, GRACE_MS_MAX, Grace,
-    JobSpec, KEEPERS_MAX, SPEC_BYTES_MAX, Source, SpecError, TEXT_BYTES_MAX, TITLE_CHARS_MAX,
-    VerifiedSpec,
+    JobSpec, KEEPERS_MAX, LOST_AFTER_MS, LOST_AFTER_MS_MAX, LOST_AFTER_MS_MIN, Policy, RETRIES_MAX,
+    SPEC_BYTES_MAX, Source, SpecError, TEXT_BYTES_MAX, TITLE_CHARS_MAX, VerifiedSpec,
 };
 pub use state::{
     Attempt, Change, Ending, Outcome, Rank, RankAssignment, RankEnd, RankRecord, RankState, State,

@@ -1,6 +1,7 @@
 //! What peers say to each other: direct messages, soft state, and what users ask.
 
 mod auction;
+mod record;
 mod soft;
 mod user;
 
@@ -10,6 +11,7 @@ pub use auction::{
     Bid, Call, CallFate, Commit, Decline, Key, Offer, PinRefusal, REST_MS_MAX, RankReport, Report,
     Start, Wanted, blinded,
 };
+pub use record::{Accept, Adopt, ClockReading, Install, LeaseGrant, Promise, Renewal, Watch};
 pub use soft::{Advert, GpuState, Head, Soft};
 pub use user::{
     AttemptView, Command, GpuView, HoldView, JobFilter, JobView, NodeView, RankView, Reply,
@@ -20,16 +22,19 @@ use crate::{
     HoldId, JobId,
     identity::SignedBytes,
     job::{Attempt, Rank},
+    record::{Ballot, Link},
 };
 
 /// One direct message. Each is idempotent: the network may repeat or lose it, and
 /// whoever needs an answer asks again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
-    /// Submitter → keeper: keep this job.
+    /// Submitter or keeper → keeper: keep this job.
     Init {
         /// The job as its owner signed it.
         spec: SignedBytes,
+        /// Of other keepers that keep it already: with one it may be older than a submission.
+        receipts: Vec<SignedBytes>,
     },
     /// Keeper → submitter: it is kept; the receipt is for the birth value.
     Inited {
@@ -46,6 +51,101 @@ pub enum Message {
         reason: String,
         /// Asking again can succeed.
         retry: bool,
+    },
+
+    /// Keeper → keeper: accept nothing below this ballot, and say what you accepted.
+    Prepare {
+        /// The job.
+        job: JobId,
+        /// The configuration.
+        epoch: u32,
+        /// The proposal.
+        ballot: Ballot,
+    },
+    /// The answer to [`Message::Prepare`].
+    Promise(Box<Promise>),
+    /// Keeper → keeper: accept this value.
+    Accept(Box<Accept>),
+    /// The answer to [`Message::Accept`].
+    Accepted {
+        /// The job.
+        job: JobId,
+        /// The configuration.
+        epoch: u32,
+        /// The proposal.
+        ballot: Ballot,
+        /// Signed in [`crate::identity::Domain::Receipt`].
+        receipt: SignedBytes,
+    },
+    /// A higher ballot was promised.
+    Nack {
+        /// The job.
+        job: JobId,
+        /// The configuration.
+        epoch: u32,
+        /// The proposal that came too late.
+        ballot: Ballot,
+        /// What was promised.
+        promised: Ballot,
+    },
+    /// This node keeps no record of this job in this epoch: it counts for nothing.
+    NotInit {
+        /// The job.
+        job: JobId,
+        /// The configuration asked for.
+        epoch: u32,
+    },
+    /// The epoch asked for is over.
+    Moved {
+        /// The job.
+        job: JobId,
+        /// To the keepers of now.
+        links: Vec<Link>,
+    },
+    /// Keeper → new or former keeper: the keepers changed.
+    Install(Box<Install>),
+    /// New keeper → who installed it: done. The receipt is for the epoch's first value.
+    Installed {
+        /// The job.
+        job: JobId,
+        /// The new configuration.
+        epoch: u32,
+        /// Signed in [`crate::identity::Domain::Receipt`].
+        receipt: SignedBytes,
+    },
+    /// Steward → keeper: I am here, for all these jobs.
+    Renew {
+        /// The steward's clock as it sent this; the answer repeats it.
+        clock: ClockReading,
+        /// At most [`RENEWALS_MAX`].
+        entries: Vec<Renewal>,
+    },
+    /// The answer to [`Message::Renew`].
+    Renewed {
+        /// The steward's clock as it asked.
+        asked: ClockReading,
+        /// The keeper's clock.
+        clock: ClockReading,
+        /// Those it heard for.
+        kept: Vec<JobId>,
+        /// Those where another proposes, or that it does not keep in that epoch.
+        refused: Vec<JobId>,
+    },
+    /// Keeper → keeper: how long have you not heard of this job's steward?
+    Look {
+        /// The job.
+        job: JobId,
+        /// The configuration.
+        epoch: u32,
+    },
+    /// The answer to [`Message::Look`].
+    Seen {
+        /// The job.
+        job: JobId,
+        /// The configuration.
+        epoch: u32,
+        /// To be compared with what was seen before.
+        watch: Watch,
     },
 
     /// Steward → bidder: offer processes for this job.
@@ -144,6 +244,34 @@ pub enum Message {
         rank: Rank,
     },
 
+    /// New steward → bidder: the job's ranks are mine to drive now.
+    Adopt(Box<Adopt>),
+    /// Bidder → steward: they are; reports follow.
+    Adopted {
+        /// The job.
+        job: JobId,
+        /// The attempt.
+        attempt: Attempt,
+        /// The term accepted.
+        term: u64,
+    },
+    /// Bidder → steward: let my processes of these attempts run on.
+    AskLease {
+        /// The bidder's clock as it sent this: what it gets counts from here.
+        clock: ClockReading,
+        /// Attempts with processes here; at most [`RENEWALS_MAX`].
+        entries: Vec<(JobId, Attempt)>,
+    },
+    /// Steward → bidder: they may. What is not named here is not granted.
+    Lease {
+        /// The bidder's clock as it asked.
+        asked: ClockReading,
+        /// The steward's clock.
+        clock: ClockReading,
+        /// What is granted.
+        entries: Vec<LeaseGrant>,
+    },
+
     /// Soft state handed over directly.
     Soft(Soft),
     /// A turn of range-based set reconciliation over soft state and statements.
@@ -163,6 +291,9 @@ pub enum Message {
     },
 }
 
+/// Most records in one [`Message::Renew`] or [`Message::AskLease`].
+pub const RENEWALS_MAX: usize = 4_096;
+
 /// Most items asked for in one [`Message::Want`].
 pub const WANT_MAX: usize = 256;
 
@@ -174,6 +305,23 @@ impl Message {
             Self::Init { .. } => "init",
             Self::Inited { .. } => "inited",
             Self::InitRefused { .. } => "init-refused",
+            Self::Prepare { .. } => "prepare",
+            Self::Promise(_) => "promise",
+            Self::Accept(_) => "accept",
+            Self::Accepted { .. } => "accepted",
+            Self::Nack { .. } => "nack",
+            Self::NotInit { .. } => "not-init",
+            Self::Moved { .. } => "moved",
+            Self::Install(_) => "install",
+            Self::Installed { .. } => "installed",
+            Self::Renew { .. } => "renew",
+            Self::Renewed { .. } => "renewed",
+            Self::Look { .. } => "look",
+            Self::Seen { .. } => "seen",
+            Self::Adopt(_) => "adopt",
+            Self::Adopted { .. } => "adopted",
+            Self::AskLease { .. } => "ask-lease",
+            Self::Lease { .. } => "lease",
             Self::Call(_) => "call",
             Self::Bid(_) => "bid",
             Self::Pin { .. } => "pin",

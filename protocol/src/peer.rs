@@ -116,6 +116,18 @@ pub enum Event {
         hosts: Vec<String>,
         /// A port of the job's own on rank 0's node.
         port: u16,
+        /// When its supervisor ends it, on the boot clock, unless [`Event::Lease`] says
+        /// otherwise before; `None`: it does not.
+        until_ms: Option<u64>,
+    },
+    /// Another deadline for the process of a rank, for its supervisor to keep even when this
+    /// daemon is gone. It ends the whole tree then: SIGTERM at the deadline, SIGKILL
+    /// [`crate::bidder::LEASE_GRACE_MS`] later at the latest.
+    Lease {
+        /// The rank.
+        id: WorkId,
+        /// On the boot clock; `None`: none any more.
+        until_ms: Option<u64>,
     },
     /// Stop the process of a rank: SIGTERM, the job's grace, SIGKILL.
     StopProcess {
@@ -668,7 +680,7 @@ impl Peer {
 
     fn dispatch(&mut self, from: PeerId, message: Message, now: Now) {
         match message {
-            Message::Init { spec } => self.handle_init(from, spec, now),
+            Message::Init { spec, .. } => self.handle_init(from, spec, now),
             Message::Inited { job, receipt } => self.handle_inited(from, job, &receipt),
             Message::InitRefused { job, reason, retry } => {
                 self.handle_init_refused(from, job, reason, retry);
@@ -714,6 +726,23 @@ impl Peer {
             Message::Report(report) => {
                 self.with_stewards(now, |s, cx| s.handle_report(from, *report, cx));
             }
+            Message::Prepare { .. }
+            | Message::Promise(_)
+            | Message::Accept(_)
+            | Message::Accepted { .. }
+            | Message::Nack { .. }
+            | Message::NotInit { .. }
+            | Message::Moved { .. }
+            | Message::Install(_)
+            | Message::Installed { .. }
+            | Message::Renew { .. }
+            | Message::Renewed { .. }
+            | Message::Look { .. }
+            | Message::Seen { .. }
+            | Message::Adopt(_)
+            | Message::Adopted { .. }
+            | Message::AskLease { .. }
+            | Message::Lease { .. } => debug!(%from, "not handled on this branch yet"),
             Message::Soft(item) => {
                 self.handle_soft(item, now);
             }
@@ -783,7 +812,7 @@ impl Peer {
         }
         let keeper = submission.spec.spec.keepers[0].0;
         let spec = submission.spec.signed.clone();
-        self.out.send(self.me, keeper, Message::Init { spec });
+        self.out.send(self.me, keeper, Message::Init { spec, receipts: Vec::new() });
         self.timers.set(Timer::Submit(job), now.after(SUBMIT_RESEND_MS));
     }
 

@@ -9,7 +9,9 @@
 //! [`Registers::init`], [`Registers::compare_and_set`], and later an [`Event`] that
 //! says whether the value was chosen. They never read what is not yet chosen.
 
+mod ballot;
 mod certificate;
+mod replica;
 mod value;
 
 use std::{
@@ -17,7 +19,12 @@ use std::{
     sync::Arc,
 };
 
-pub use certificate::{Certificate, CertificateError, ReceiptBody};
+pub use ballot::{Ballot, Keeper};
+pub use certificate::{
+    Certificate, CertificateError, EPOCHS_MAX, ForceRecover, Link, LinkProof, ReceiptBody,
+    check_force_recover, check_receipt, follow, keepers_hash, quorum_of, sign_receipt,
+};
+pub use replica::Replica;
 pub use value::{Body, HISTORY_MAX, REASON_BYTES_MAX, StartInfo, Value};
 
 use crate::{
@@ -95,9 +102,16 @@ impl Registers {
     /// The journal's bytes are not a record of ours.
     pub fn restore(&mut self, bytes: &[u8]) -> Result<JobId, String> {
         // Ours, and so not bound by what a message may have.
-        let (spec, certificate): (SignedBytes, Certificate) =
+        let replica: Replica =
             wire::decode_limited::<_, RESTORED_BYTES_MAX>(bytes).map_err(|e| e.to_string())?;
-        let spec = Arc::new(VerifiedSpec::verify(spec).map_err(|e| e.to_string())?);
+        let spec = Arc::new(VerifiedSpec::verify(replica.spec).map_err(|e| e.to_string())?);
+        let value: Value = wire::decode(&replica.value_bytes).map_err(|e| e.to_string())?;
+        let receipt = sign_receipt(&self.key, self.store, replica.accepted, &value);
+        let certificate = Certificate {
+            links: replica.links,
+            value_bytes: replica.value_bytes,
+            receipts: vec![receipt],
+        };
         let value = certificate.value().map_err(|e| e.to_string())?;
         let job = spec.job;
         self.kept.insert(job, Kept { spec, value, certificate });
@@ -123,7 +137,8 @@ impl Registers {
     pub fn init(&mut self, spec: Arc<VerifiedSpec>) -> Result<SignedBytes, Full> {
         let job = spec.job;
         if let Some(kept) = self.kept.get(&job) {
-            return Ok(kept.certificate.birth_receipt(&self.key, self.store, &kept.spec));
+            let birth = Value::birth(&kept.spec);
+            return Ok(sign_receipt(&self.key, self.store, Ballot::ZERO, &birth));
         }
         if self.kept.len() >= RECORDS_MAX {
             return Err(Full);
@@ -167,12 +182,27 @@ impl Registers {
     }
 
     fn accept(&mut self, spec: Arc<VerifiedSpec>, value: Value) -> SignedBytes {
-        let certificate = Certificate::sign(&self.key, self.store, &value);
-        let receipt = certificate.receipts[0].clone();
         let job = spec.job;
+        let ballot = match value.seq {
+            1 => Ballot::ZERO,
+            seq => Ballot { counter: seq, store: self.store },
+        };
+        let receipt = sign_receipt(&self.key, self.store, ballot, &value);
+        let certificate = Certificate {
+            links: Vec::new(),
+            value_bytes: wire::encode(&value),
+            receipts: vec![receipt.clone()],
+        };
+        let replica = Replica {
+            spec: spec.signed.clone(),
+            links: Vec::new(),
+            promised: ballot,
+            accepted: ballot,
+            value_bytes: certificate.value_bytes.clone(),
+        };
         self.writes.push_back(Write {
             key: Slot::Record(job).to_bytes(),
-            value: Some(wire::encode(&(&spec.signed, &certificate))),
+            value: Some(wire::encode(&replica)),
         });
         self.kept.insert(job, Kept { spec, value, certificate });
         receipt

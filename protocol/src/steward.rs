@@ -847,8 +847,11 @@ impl Stewards {
         let Some(kept) = cx.registers.get(job) else { return };
         let mut value = kept.value.successor(body.clone());
         value.seq = seq + 1;
-        let certificate =
-            record::Certificate { value_bytes: crate::wire::encode(&value), receipts: Vec::new() };
+        let certificate = record::Certificate {
+            links: Vec::new(),
+            value_bytes: crate::wire::encode(&value),
+            receipts: Vec::new(),
+        };
         for node in body.nodes() {
             let commit = Commit {
                 spec: kept.spec.signed.clone(),

@@ -8,8 +8,9 @@ use thiserror::Error;
 
 /// The version of everything said on the wire; peers of another are told so.
 ///
-/// 2: a certificate comes with a request for a job's inputs.
-pub const WIRE_VERSION: u16 = 2;
+/// 2: a certificate comes with a request for a job's inputs. 3: records have several keepers,
+/// and processes have leases.
+pub const WIRE_VERSION: u16 = 3;
 
 /// The largest message between peers, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;

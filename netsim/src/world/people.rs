@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use p2pit_protocol::{
     BlobId, JobId, Peer, UserId,
     identity::{Domain, SignedBytes},
-    job::{Command, Grace, JobSpec, Source, State, VerifiedSpec},
+    job::{Command, Grace, JobSpec, LOST_AFTER_MS, Policy, Source, State, VerifiedSpec},
     message::{Command as UserCommand, Reply},
     peer::SubmitError,
     request::Request,
@@ -80,6 +80,9 @@ impl World {
             private: false,
             time_limit_ms: wanted.behaviour.limit_ms,
             grace: Grace(wanted.behaviour.grace_ms),
+            retries: 0,
+            policy: Policy::Continue,
+            lost_after_ms: LOST_AFTER_MS,
             nonce,
             submitted_at_ms: now.wall_ms,
             keepers: vec![keeper],

@@ -224,7 +224,7 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
         Event::Prepare { id, spec, assignment, certificate } => {
             shared.work.prepare(shared, id, spec, assignment, certificate);
         }
-        Event::Execute { id, spec, assignment, nodes, hosts, port } => {
+        Event::Execute { id, spec, assignment, nodes, hosts, port, until_ms: _ } => {
             shared.work.execute(
                 shared,
                 id,
@@ -233,6 +233,7 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
                 super::work::Start { nodes, hosts, port },
             );
         }
+        Event::Lease { .. } => {}
         Event::StopProcess { id, reason } => shared.work.stop(shared, id, reason),
         Event::Discard { id } => shared.work.discard(shared, id),
         Event::EndRecorded { id } => shared.work.forget(shared, id),

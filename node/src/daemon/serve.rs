@@ -515,7 +515,7 @@ async fn allow_inputs(
     if is_over {
         bail!("job {} is over", short(job));
     }
-    if !certificate.verify(&spec)?.body.nodes().contains(&from) {
+    if !certificate.verify(&spec, |_| false)?.body.nodes().contains(&from) {
         bail!("the record of job {} does not name {from}", short(job));
     }
     let ids: Vec<BlobId> = asks.iter().map(|ask| ask.id).collect();

@@ -9,7 +9,7 @@ use p2pit_protocol::{
     HoldId, JobId, PoolId, StoreId,
     identity::{Domain, KeyPair, SignedBytes},
     inventory::GpuUuid,
-    job::{Attempt, Command, Continued, Grace, JobSpec, Rank, Source},
+    job::{Attempt, Command, Continued, Grace, JobSpec, LOST_AFTER_MS, Policy, Rank, Source},
     request::Grant,
 };
 
@@ -480,6 +480,9 @@ impl Node {
             private: false,
             time_limit_ms: None,
             grace: Grace::default(),
+            retries: 0,
+            policy: Policy::Continue,
+            lost_after_ms: LOST_AFTER_MS,
             nonce: [3; 16],
             submitted_at_ms: 0,
             keepers: vec![(peer(1), StoreId([0; 16]))],

@@ -155,7 +155,11 @@ impl From<WorkV1> for Work {
             phase: old.phase,
             prepared: old.prepared,
             signed_spec: old.signed_spec,
-            certificate: Certificate { value_bytes: Vec::new(), receipts: Vec::new() },
+            certificate: Certificate {
+                links: Vec::new(),
+                value_bytes: Vec::new(),
+                receipts: Vec::new(),
+            },
             spec: None,
         }
     }

@@ -24,6 +24,8 @@ pub enum Domain {
     Receipt,
     /// A keeper's announcement of a job's latest record value.
     Head,
+    /// An owner's or admin's word that a record's keepers are lost.
+    ForceRecover,
 }
 
 impl Domain {
@@ -37,6 +39,7 @@ impl Domain {
             Self::UserRequest => b"p2pit/user-request/1",
             Self::Receipt => b"p2pit/receipt/1",
             Self::Head => b"p2pit/head/1",
+            Self::ForceRecover => b"p2pit/force-recover/1",
         }
     }
 

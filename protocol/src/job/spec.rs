@@ -28,6 +28,15 @@ pub const SPEC_BYTES_MAX: usize = 256 << 10;
 pub const GRACE_MS_MAX: u64 = 3_600_000;
 /// Most keepers a job may name.
 pub const KEEPERS_MAX: usize = 5;
+/// Most further attempts a job may ask for.
+pub const RETRIES_MAX: u32 = 100;
+/// How long a rank's node may be silent before the rank counts as lost, where the job does
+/// not say: 24 hours.
+pub const LOST_AFTER_MS: u64 = 24 * 3_600_000;
+/// The least [`JobSpec::lost_after_ms`]: ten minutes, longer than any lease.
+pub const LOST_AFTER_MS_MIN: u64 = 600_000;
+/// The most [`JobSpec::lost_after_ms`]: thirty days.
+pub const LOST_AFTER_MS_MAX: u64 = 30 * 24 * 3_600_000;
 
 /// How long a process has between SIGTERM and SIGKILL, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +46,32 @@ impl Default for Grace {
     /// 30 seconds: enough for a framework to write a checkpoint.
     fn default() -> Self {
         Self(30_000)
+    }
+}
+
+/// What becomes of a running process that its steward cannot see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Policy {
+    /// Its supervisor ends it when its lease runs out, so that it may run elsewhere.
+    Restart,
+    /// It runs on. It is never run again without word from its node.
+    Continue,
+}
+
+impl Policy {
+    /// What a job that does not say gets: one that may be run again is.
+    #[must_use]
+    pub const fn for_retries(retries: u32) -> Self {
+        if retries > 0 { Self::Restart } else { Self::Continue }
+    }
+}
+
+impl core::fmt::Display for Policy {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(match self {
+            Self::Restart => "restart",
+            Self::Continue => "continue",
+        })
     }
 }
 
@@ -102,6 +137,12 @@ pub struct JobSpec {
     pub time_limit_ms: Option<u64>,
     /// Between SIGTERM and SIGKILL.
     pub grace: Grace,
+    /// Attempts after the first, should one fail; at most [`RETRIES_MAX`].
+    pub retries: u32,
+    /// What becomes of a process whose node is cut off.
+    pub policy: Policy,
+    /// How long a rank's node may be silent before the rank counts as lost, in milliseconds.
+    pub lost_after_ms: u64,
     /// Makes equal submissions different jobs.
     pub nonce: [u8; 16],
     /// Milliseconds since the Unix epoch, by the submitter's clock.
@@ -132,6 +173,16 @@ pub enum SpecError {
     /// More time than any process gets.
     #[error("a job's grace is at most {} s", GRACE_MS_MAX / 1000)]
     Grace,
+    /// More attempts than a job gets.
+    #[error("a job may be retried at most {RETRIES_MAX} times")]
+    Retries,
+    /// A silence that is too short to mean anything, or too long.
+    #[error(
+        "a rank may count as lost after {} s to {} s of silence",
+        LOST_AFTER_MS_MIN / 1000,
+        LOST_AFTER_MS_MAX / 1000
+    )]
+    LostAfter,
     /// No keeper, or more than a job may have.
     #[error("a job names 1 to {KEEPERS_MAX} keepers")]
     Keepers,
@@ -202,6 +253,12 @@ impl JobSpec {
         }
         if self.grace.0 > GRACE_MS_MAX {
             return Err(SpecError::Grace);
+        }
+        if self.retries > RETRIES_MAX {
+            return Err(SpecError::Retries);
+        }
+        if !(LOST_AFTER_MS_MIN..=LOST_AFTER_MS_MAX).contains(&self.lost_after_ms) {
+            return Err(SpecError::LostAfter);
         }
         if self.keepers.is_empty() || self.keepers.len() > KEEPERS_MAX {
             return Err(SpecError::Keepers);

@@ -196,6 +196,8 @@ pub enum Ending {
     },
     /// Its attempt was given up before it started, and it never will.
     NeverStarted,
+    /// Ended by its supervisor, because its lease ran out.
+    LeaseEnded,
 }
 
 impl Ending {
@@ -209,7 +211,7 @@ impl Ending {
             Self::Stopped => 143,
             Self::TimedOut => 124,
             Self::FailedToStart { .. } => 126,
-            Self::Lost { .. } | Self::NeverStarted => 125,
+            Self::Lost { .. } | Self::NeverStarted | Self::LeaseEnded => 125,
         }
     }
 
@@ -230,6 +232,7 @@ impl fmt::Display for Ending {
             Self::FailedToStart { reason } => write!(f, "could not start: {reason}"),
             Self::Lost { reason } => write!(f, "lost: {reason}"),
             Self::NeverStarted => f.write_str("never started"),
+            Self::LeaseEnded => f.write_str("ended by its lease: its node was cut off"),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::Keeper;
 use crate::{
     JobId, PeerId,
     job::{
@@ -30,6 +31,9 @@ pub struct Value {
     pub prev: [u8; 32],
     /// The content.
     pub body: Body,
+    /// The next keepers, where this value ends its epoch: nothing is chosen after it, and the
+    /// next epoch begins with exactly its body.
+    pub sealed: Option<Vec<Keeper>>,
 }
 
 /// What processes need to find each other.
@@ -60,6 +64,10 @@ pub struct Body {
     pub stop: Option<StopCause>,
     /// Attempts that were assigned and could not be started.
     pub failed_starts: u32,
+    /// Attempts that ran, failed and were followed by another.
+    pub retried: u32,
+    /// The majority of its keepers was lost, and somebody said so: it may have missed changes.
+    pub recovered: bool,
     /// How it ended.
     pub outcome: Option<Outcome>,
 }
@@ -88,15 +96,38 @@ impl Value {
                 start: None,
                 stop: None,
                 failed_starts: 0,
+                retried: 0,
+                recovered: false,
                 outcome: None,
             },
+            sealed: None,
         }
     }
 
     /// The next value, with `body`.
     #[must_use]
     pub fn successor(&self, body: Body) -> Self {
-        Self { job: self.job, epoch: self.epoch, seq: self.seq + 1, prev: self.hash(), body }
+        Self {
+            job: self.job,
+            epoch: self.epoch,
+            seq: self.seq + 1,
+            prev: self.hash(),
+            body,
+            sealed: None,
+        }
+    }
+
+    /// The value that ends this one's epoch, with the same body.
+    #[must_use]
+    pub fn seal(&self, next: Vec<Keeper>) -> Self {
+        Self { sealed: Some(next), ..self.successor(self.body.clone()) }
+    }
+
+    /// The first value of the epoch after the one that this value ends: a pure function of
+    /// it, so that every new keeper makes the same.
+    #[must_use]
+    pub fn first_of_next_epoch(&self) -> Self {
+        Self { epoch: self.epoch + 1, ..self.successor(self.body.clone()) }
     }
 
     /// The BLAKE3 hash of this value's bytes, as its receipts name it.

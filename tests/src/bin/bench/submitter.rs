@@ -20,7 +20,10 @@ use p2pit_node::{
 use p2pit_protocol::{
     JobId, PeerId, UserId,
     identity::{Domain, KeyPair, SignedBytes},
-    job::{Command as JobCommand, Grace, JobSpec, Outcome, Source, State, VerifiedSpec},
+    job::{
+        Command as JobCommand, Grace, JobSpec, LOST_AFTER_MS, Outcome, Policy, Source, State,
+        VerifiedSpec,
+    },
     message::{Command, JobFilter, JobView},
     roster::{REQUEST_AHEAD_MS_MAX, UserRequest},
     wire,
@@ -113,6 +116,9 @@ impl Submitter {
             private: false,
             time_limit_ms: None,
             grace: Grace::default(),
+            retries: 0,
+            policy: Policy::Continue,
+            lost_after_ms: LOST_AFTER_MS,
             nonce: self.nonce()?,
             submitted_at_ms: wall_ms()?,
             keepers: vec![(self.planned.keeper, self.planned.keeper_store)],
