@@ -20,6 +20,7 @@ use std::{
 use p2pit_protocol::{
     JobId, Now, Peer, PeerId,
     bidder::{Hold, WorkId},
+    identity::simulate_signatures,
     job::{Ending, State},
     message::{Message, Soft},
     peer::{Event, Slot, Transmit, Write},
@@ -174,6 +175,8 @@ impl World {
     /// # Errors
     /// The pool cannot be founded: a mistake here.
     pub fn new(options: Options, keep_lines: bool) -> anyhow::Result<Self> {
+        // Curves would take most of a run's time, and nothing is searched for in them.
+        simulate_signatures();
         let pool = Pool::found(&options)?;
         let mut clocks = Random::of(options.seed, "clocks");
         let mut machines = Vec::new();
