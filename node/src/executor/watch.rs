@@ -8,7 +8,7 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
     process::Child,
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 
 use super::{
@@ -16,7 +16,7 @@ use super::{
     clock::{boot_ms, wall_ms},
     control::{Event, LINE_BYTES_MAX, Order, encode, next_line},
     run_dir::{CONTROL_SOCKET, RunDir},
-    spec::{Ended, Ending, LogState, Usage},
+    spec::{Deadline, Ended, Ending, LogState, Usage},
     sys,
 };
 
@@ -37,6 +37,11 @@ pub(super) struct Watch {
     pub(super) boot_id: String,
     pub(super) events: mpsc::Sender<ProcessEvent>,
     pub(super) orders: mpsc::Receiver<Order>,
+    /// The deadline that the supervisor was last asked to keep, if any, to be said again
+    /// whenever it is reached anew.
+    pub(super) asked: watch::Receiver<Option<Deadline>>,
+    /// The one it has, once it said so.
+    pub(super) held: watch::Sender<Option<Deadline>>,
     /// To be reaped, where this daemon started it.
     pub(super) child: Option<Child>,
 }
@@ -89,6 +94,10 @@ impl Watch {
         use std::ops::ControlFlow::{Break, Continue};
         let mut incoming = Vec::new();
         let mut orders_open = true;
+        let mut asked_open = true;
+        if self.asked.borrow().is_some() {
+            self.asked.mark_changed();
+        }
         loop {
             tokio::select! {
                 biased;
@@ -97,6 +106,9 @@ impl Watch {
                         return Continue(());
                     }
                     while let Some(event) = next_line(&mut incoming) {
+                        if let Some(Event::Deadline { boot_ms }) = event {
+                            self.held.send_replace(Some(boot_ms));
+                        }
                         let Some(event) = event.and_then(|event| seen.translate(event)) else {
                             continue;
                         };
@@ -122,6 +134,17 @@ impl Watch {
                         let _ = stream.write_all(&encode(&order)).await;
                     }
                     None => orders_open = false,
+                },
+                changed = self.asked.changed(), if asked_open => match changed {
+                    Ok(()) => {
+                        let asked = *self.asked.borrow_and_update();
+                        if let Some(boot_ms) = asked {
+                            // See above; whoever asked sees that nothing is confirmed.
+                            let order = Order::SetDeadline { boot_ms };
+                            let _ = stream.write_all(&encode(&order)).await;
+                        }
+                    }
+                    Err(_) => asked_open = false,
                 },
                 () = self.events.closed() => return Break(()),
             }
@@ -171,7 +194,7 @@ impl Seen {
                 let new = !std::mem::replace(&mut self.ended, true);
                 new.then_some(ProcessEvent::Ended(*ended))
             }
-            Event::Pong => None,
+            Event::Deadline { .. } | Event::Pong => None,
         }
     }
 }
