@@ -478,18 +478,16 @@ async fn a_daemon_that_is_stopped_does_not_stop_the_clock_of_a_lease() {
     let (id, spec_path) = (host.new_id(), host.dir.path().join("spec.json"));
     spec.log_path = host.log_path();
     fs::write(&spec_path, serde_json::to_vec(&spec).unwrap()).unwrap();
-    let mut daemon = std::process::Command::new("/proc/self/exe")
+    let daemon = std::process::Command::new("/proc/self/exe")
         .args([host.executor.run_root.as_os_str(), id.to_string().as_ref(), spec_path.as_ref()])
         .env(IS_DAEMON, "1")
         .spawn()
         .unwrap();
+    let daemon = KilledAtLast(daemon);
     host.log_has("up").await;
-    let pid = Pid::from_child(&daemon);
-    kill_process(pid, Signal::STOP).unwrap();
+    kill_process(Pid::from_child(&daemon.0), Signal::STOP).unwrap();
     let ending = host.ending_told_to_the_next_daemon().await;
-    let stopped = fs::read_to_string(format!("/proc/{}/stat", daemon.id())).unwrap();
-    daemon.kill().unwrap();
-    daemon.wait().unwrap();
+    let stopped = fs::read_to_string(format!("/proc/{}/stat", daemon.0.id())).unwrap();
     let status = Some(ExitStatus::Signal(libc::SIGKILL));
     assert_eq!(ending, Ending::LeaseEnded { status });
     assert!(stopped.rsplit_once(") ").unwrap().1.starts_with('T'), "{stopped}");
@@ -686,6 +684,15 @@ async fn the_supervisor_told_to_end_stops_its_process_in_order() {
     assert!(host.log().contains("bye"));
 }
 
+/// Stopped or not: whoever waits for the end of its output would wait for ever.
+struct KilledAtLast(std::process::Child);
+
+impl Drop for KilledAtLast {
+    fn drop(&mut self) {
+        self.0.kill().and_then(|()| self.0.wait()).unwrap();
+    }
+}
+
 /// A daemon's directories and its executor.
 struct Host {
     dir: tempfile::TempDir,
@@ -697,9 +704,9 @@ struct Host {
 impl Host {
     /// As isolated as this machine allows.
     async fn new() -> Self {
-        let host = Self::bare();
-        let isolation = host.executor.probe().await;
-        Self { isolation, ..host }
+        let mut host = Self::bare();
+        host.isolation = host.executor.probe().await;
+        host
     }
 
     /// `None`, with the reason printed, where it cannot be had and need not.
@@ -875,6 +882,24 @@ impl Host {
 /// So many milliseconds from now.
 fn in_ms(ms: u64) -> Deadline {
     Deadline(Some(clock::boot_ms() + ms))
+}
+
+/// A test that failed leaves nothing running.
+impl Drop for Host {
+    fn drop(&mut self) {
+        for attempt in 1..=self.next.get() {
+            let id = ProcessId { attempt, ..self.last_id() };
+            let tree = self.executor.run_dir(&id).read_tree();
+            let Ok(Some(guard)) = tree.map(|tree| tree.and_then(|tree| tree.guard.open().ok()))
+            else {
+                continue;
+            };
+            if let Some(guard) = guard {
+                // It may just have ended, which is as good.
+                let _ = rustix::process::pidfd_send_signal(&guard, Signal::KILL);
+            }
+        }
+    }
 }
 
 async fn next_event(running: &mut Running) -> Option<ProcessEvent> {

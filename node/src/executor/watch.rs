@@ -258,3 +258,46 @@ pub(super) async fn connect(run_dir: &Path) -> std::io::Result<UnixStream> {
     let dir = std::fs::File::open(run_dir)?;
     UnixStream::connect(format!("/proc/self/fd/{}/{CONTROL_SOCKET}", dir.as_raw_fd())).await
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncBufReadExt as _, BufReader},
+        net::UnixListener,
+    };
+
+    use super::*;
+
+    /// For what happens within milliseconds unless it never does.
+    const SOON: Duration = Duration::from_secs(20);
+
+    #[tokio::test]
+    async fn a_deadline_is_asked_for_again_after_a_lost_connection() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::at(dir.path());
+        // As long as a supervisor lives.
+        let _lock = run_dir.try_lock().unwrap().unwrap();
+        let listener = UnixListener::bind(dir.path().join(CONTROL_SOCKET)).unwrap();
+        let (events, mut received) = mpsc::channel(64);
+        let (_orders, orders) = mpsc::channel(1);
+        let (asking, asked) = watch::channel(None);
+        let (held, mut known) = watch::channel(None);
+        let boot_id = String::new();
+        let watching = Watch { run_dir, boot_id, events, orders, asked, held, child: None };
+        let watching = tokio::spawn(watching.run(None));
+        let deadline = Deadline(Some(7));
+        asking.send_replace(Some(deadline));
+        for _ in 0..2 {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut lines = BufReader::new(stream).lines();
+            let line = tokio::time::timeout(SOON, lines.next_line()).await.expect("not asked");
+            let line = line.unwrap().unwrap();
+            assert_eq!(line, r#"{"set_deadline":{"boot_ms":7}}"#);
+        }
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(&encode(&Event::Deadline { boot_ms: deadline })).await.unwrap();
+        known.wait_for(|known| *known == Some(deadline)).await.unwrap();
+        received.close();
+        watching.await.unwrap();
+    }
+}
