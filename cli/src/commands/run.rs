@@ -89,8 +89,8 @@ pub(crate) struct Args {
     /// with --retries, else continue]
     #[arg(long, value_name = "POLICY", value_enum)]
     on_partition: Option<OnPartition>,
-    /// Take a process for lost once its node was silent for so long, 10min to 30d: the less, the
-    /// sooner a dead machine is given up, and the more work of one that was only cut off
+    /// Take a process for lost once its node has been silent for this long, 10min to 30d: the
+    /// shorter, the sooner a dead machine is given up, and one that is only cut off as well
     /// [default: 24h]
     #[arg(long, value_name = "DURATION", value_parser = parse_lost_after)]
     lost_after: Option<Period>,
@@ -104,8 +104,8 @@ pub(crate) struct Args {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum OnPartition {
-    /// It is ended, so that it can run elsewhere: costs what it computed since it last wrote
-    /// to `keep/`, although its machine may be well
+    /// It is ended, so that it can run elsewhere: costs what it computed so far, although its
+    /// machine may be well
     Restart,
     /// It runs on and keeps its GPUs, and its result counts when it is seen again: if its
     /// machine died, the job waits for that until `--lost-after`
