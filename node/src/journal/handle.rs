@@ -2,7 +2,10 @@
 
 use std::{io, thread};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{
+    mpsc::{self, error::TryRecvError},
+    oneshot,
+};
 
 use super::{Journal, Poisoned, Write, frame};
 
@@ -68,7 +71,23 @@ const WAITING_COMMITS_MAX: usize = 1024;
 const GROUP_BYTES_MAX: usize = 4 << 20;
 
 fn run(mut journal: Journal, mut commits: mpsc::Receiver<Commit>) {
-    while let Some(first) = commits.blocking_recv() {
+    loop {
+        let first = if journal.is_snapshot_due() {
+            match commits.try_recv() {
+                Ok(first) => first,
+                Err(TryRecvError::Empty) => {
+                    journal.advance_snapshot(0);
+                    continue;
+                }
+                // An unfinished snapshot is begun anew by the next opening.
+                Err(TryRecvError::Disconnected) => return,
+            }
+        } else {
+            match commits.blocking_recv() {
+                Some(first) => first,
+                None => return,
+            }
+        };
         let mut group = vec![first];
         let mut bytes = group[0].bytes();
         while bytes < GROUP_BYTES_MAX
@@ -117,6 +136,7 @@ fn copy_of(error: &io::Error) -> io::Error {
 mod tests {
     use super::*;
     use crate::journal::{
+        Limits,
         faulty::{Fault, FaultyDisk},
         is_poisoned,
     };
@@ -128,7 +148,7 @@ mod tests {
     #[tokio::test]
     async fn commits_that_wait_together_share_an_fsync_and_all_last() {
         let disk = FaultyDisk::new(1);
-        let (journal, _) = Journal::open_on(disk.boxed()).unwrap();
+        let (journal, _) = Journal::open_on(disk.boxed(), Limits::default()).unwrap();
         let (handle, thread) = JournalHandle::spawn(journal).unwrap();
         let before = (disk.syncs(), disk.operations());
         disk.stall(true);
@@ -152,14 +172,14 @@ mod tests {
         assert_eq!(disk.syncs() - before.0, 2);
         drop(handle);
         thread.closed().await;
-        let (_, recovered) = Journal::open_on(disk.crashed(2)).unwrap();
+        let (_, recovered) = Journal::open_on(disk.crashed(2), Limits::default()).unwrap();
         assert_eq!(recovered.entries.len(), 50);
     }
 
     #[tokio::test]
     async fn a_failed_fsync_fails_every_commit_from_then_on() {
         let disk = FaultyDisk::new(1);
-        let (journal, _) = Journal::open_on(disk.boxed()).unwrap();
+        let (journal, _) = Journal::open_on(disk.boxed(), Limits::default()).unwrap();
         let (handle, _thread) = JournalHandle::spawn(journal).unwrap();
         handle.commit(vec![write("kept")]).await.unwrap();
         disk.fail_next(Fault::Sync);
@@ -171,7 +191,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_oversized_commit_fails_alone() {
-        let (journal, _) = Journal::open_on(FaultyDisk::new(1).boxed()).unwrap();
+        let (journal, _) = Journal::open_on(FaultyDisk::new(1).boxed(), Limits::default()).unwrap();
         let (handle, _thread) = JournalHandle::spawn(journal).unwrap();
         let value = Some(vec![0; frame::PAYLOAD_BYTES_MAX]);
         let error = handle.commit(vec![Write { key: vec![1], value }]).await.unwrap_err();
