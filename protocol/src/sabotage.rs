@@ -19,11 +19,33 @@ pub enum Rule {
     GangStartsWhole,
     /// Nothing depends on anything but inputs and seed. (W3)
     OnlySeededRandomness,
+    /// An acceptor accepts nothing below what it promised. (R1, R2)
+    AcceptNeedsPromise,
+    /// A promise never falls. (R5)
+    PromiseIsKept,
+    /// Nothing is chosen in an epoch after its seal. (R3)
+    SealEndsEpoch,
+    /// A new epoch begins with exactly the sealed body. (R4)
+    EpochStartsFromSeal,
+    /// A keeper takes over only after the steward's lease has surely run out. (S1)
+    TakeoverWaits,
+    /// A steward acts only while its lease lasts. (S1)
+    StewardFences,
+    /// A take-over begins a new term. (S2)
+    TermCounts,
+    /// A process ends when its lease does. (X6)
+    LeaseBinds,
+    /// A rank is run again only when the last run has surely ended. (X1)
+    RerunWaitsForLease,
+    /// A result is taken only from the node and attempt that the record names. (X5)
+    ResultNamesAttempt,
+    /// A job counts as submitted once its inputs are on two nodes. (D1)
+    InputsOnTwoNodes,
 }
 
 impl Rule {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 18] = [
         Self::TakenIsNotFree,
         Self::CommitNeedsCertificate,
         Self::HoldsExpire,
@@ -31,6 +53,17 @@ impl Rule {
         Self::StartOnlyWhenTold,
         Self::GangStartsWhole,
         Self::OnlySeededRandomness,
+        Self::AcceptNeedsPromise,
+        Self::PromiseIsKept,
+        Self::SealEndsEpoch,
+        Self::EpochStartsFromSeal,
+        Self::TakeoverWaits,
+        Self::StewardFences,
+        Self::TermCounts,
+        Self::LeaseBinds,
+        Self::RerunWaitsForLease,
+        Self::ResultNamesAttempt,
+        Self::InputsOnTwoNodes,
     ];
 }
 
