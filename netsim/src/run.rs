@@ -1,6 +1,6 @@
 //! One run: faults and safety, then healing and progress.
 
-use core::fmt;
+use core::{fmt, time::Duration};
 
 use crate::{
     check::Violation,
@@ -27,6 +27,10 @@ pub struct Report {
     pub counts: Counts,
     /// True time at its end.
     pub at_ms: u64,
+    /// What that is for all nodes that offer GPUs together, in hours.
+    pub node_hours: f64,
+    /// CPU time that it took, where the system tells.
+    pub cpu: Option<Duration>,
     /// The world as it stood.
     pub world: World,
 }
@@ -47,6 +51,8 @@ pub enum Ending {
 /// # Errors
 /// The world cannot be made: a mistake of the simulator.
 pub fn run(options: Options, keep_lines: bool) -> anyhow::Result<Report> {
+    let cpu_before = cpu_time();
+    let nodes = u32::try_from(options.nodes).unwrap_or(u32::MAX);
     let mut world = World::new(options, keep_lines)?;
     let ending = match phases(&mut world) {
         Ok(stuck) if stuck.is_empty() => Ending::Fine,
@@ -58,8 +64,17 @@ pub fn run(options: Options, keep_lines: bool) -> anyhow::Result<Report> {
         hash: world.trace.hash(),
         counts: world.counts.clone(),
         at_ms: world.now_ms(),
+        node_hours: f64::from(nodes) * Duration::from_millis(world.now_ms()).as_secs_f64()
+            / 3_600.0,
+        cpu: cpu_time().zip(cpu_before).map(|(after, before)| after.saturating_sub(before)),
         world,
     })
+}
+
+/// CPU time of this thread so far, as Linux tells it.
+fn cpu_time() -> Option<Duration> {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    text.split_whitespace().next()?.parse().ok().map(Duration::from_nanos)
 }
 
 /// What did not come to its end, in words.
@@ -107,6 +122,13 @@ fn unfinished(world: &World) -> Vec<String> {
 }
 
 impl Report {
+    /// Simulated node-hours for each minute of CPU time.
+    #[must_use]
+    pub fn node_hours_per_cpu_minute(&self) -> Option<f64> {
+        let cpu = self.cpu.filter(|cpu| !cpu.is_zero())?;
+        Some(self.node_hours * 60.0 / cpu.as_secs_f64())
+    }
+
     /// The exit code of a process that ran only this.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
@@ -153,7 +175,18 @@ impl fmt::Display for Counts {
             unassigns,
             crashes,
             write_crashes,
+            takeovers,
+            seals,
+            silences,
+            lease_ends,
             reboots,
+            wipes,
+            refused_stores,
+            full_disks,
+            pauses,
+            suspends,
+            cuts,
+            wall_steps,
             restarts,
             processes,
             jobs,
@@ -161,8 +194,11 @@ impl fmt::Display for Counts {
         write!(
             f,
             "{jobs} jobs, {processes} processes, {assigns} assignments, {unassigns} withdrawn, \
-             {wounds} wounds, {crashes} crashes ({write_crashes} while writing), {reboots} \
-             reboots, {restarts} restarts, {messages} messages, {lost} lost, {duplicates} \
+             {wounds} wounds, {takeovers} takeovers, {seals} seals, {silences} stewards silenced \
+             and {lease_ends} processes ended by their lease, {crashes} crashes ({write_crashes} \
+             while writing), {reboots} reboots ({wipes} with an empty disk), {refused_stores} stores refused, {full_disks} full \
+             disks, {pauses} pauses, {suspends} suspends, {cuts} cuts, {wall_steps} steps of wall \
+             clocks, {restarts} restarts, {messages} messages, {lost} lost, {duplicates} \
              duplicated, {events} events"
         )
     }
@@ -180,7 +216,18 @@ impl Counts {
         self.unassigns += other.unassigns;
         self.crashes += other.crashes;
         self.write_crashes += other.write_crashes;
+        self.takeovers += other.takeovers;
+        self.seals += other.seals;
+        self.silences += other.silences;
+        self.lease_ends += other.lease_ends;
         self.reboots += other.reboots;
+        self.wipes += other.wipes;
+        self.refused_stores += other.refused_stores;
+        self.full_disks += other.full_disks;
+        self.pauses += other.pauses;
+        self.suspends += other.suspends;
+        self.cuts += other.cuts;
+        self.wall_steps += other.wall_steps;
         self.restarts += other.restarts;
         self.processes += other.processes;
         self.jobs += other.jobs;
