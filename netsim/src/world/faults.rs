@@ -255,10 +255,12 @@ impl World {
             let left = keepers.iter().filter(|keeper| !lost(keeper)).count();
             left >= p2pit_protocol::record::quorum_of(keepers.len())
         };
-        let open = self.ledger.open.iter().filter_map(|job| self.ledger.registers.get(job));
+        // Of jobs that are over, too: somebody may not have heard of it yet.
+        let records = self.ledger.registers.values();
         let asked = self.workload.tasks.iter().filter(|task| task.job.is_none());
         let asked = asked.filter_map(|task| self.keepers_named(task.spec.as_ref()?));
-        open.map(|register| register.keepers().to_vec())
+        records
+            .map(|register| register.keepers().to_vec())
             .chain(asked)
             .all(|keepers| survives(&keepers))
     }
