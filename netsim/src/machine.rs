@@ -4,12 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use p2pit_protocol::{
-    BlobId, BootId, JobId, Now, Peer, PeerId,
+    BlobId, BootId, JobId, Peer, PeerId,
     bidder::WorkId,
     inventory::{Capacity, GpuUuid},
-    job::{Ending, State},
+    job::Ending,
     peer::Config,
-    record::Kept,
     roster,
     sabotage::Sabotage,
 };
@@ -209,7 +208,7 @@ impl Machine {
     #[must_use]
     pub fn acting_at(&self, true_ms: u64) -> Vec<(JobId, u64)> {
         let now = self.clock.now(true_ms);
-        self.daemon.as_ref().map(|peer| acting(peer, now)).unwrap_or_default()
+        self.daemon.as_ref().map(|peer| peer.acting(now)).unwrap_or_default()
     }
 
     /// Whether its daemon runs and does not stand still.
@@ -246,12 +245,4 @@ impl Executor {
         self.processes.clear();
         ran
     }
-}
-
-fn acting(peer: &Peer, _now: Now) -> Vec<(JobId, u64)> {
-    let ours = |kept: &&Kept| {
-        kept.value.body.steward == peer.id() && kept.value.body.state() != State::Done
-    };
-    let kept = peer.records().map(|(_, kept)| kept).filter(ours);
-    kept.map(|kept| (kept.spec.job, kept.value.body.term)).collect()
 }

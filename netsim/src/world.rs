@@ -126,6 +126,8 @@ pub struct Counts {
     pub reboots: u64,
     /// Of those, with everything on their disk.
     pub wipes: u64,
+    /// Stores that daemons gave up, since others knew of another life of them.
+    pub stores_refused: u64,
     /// Daemons that stopped because nothing could be written.
     pub full_disks: u64,
     /// Daemons that stood still.
@@ -591,7 +593,7 @@ impl World {
         }
         self.arm(at);
         self.note_acting(at);
-        true
+        self.is_up(at)
     }
 
     fn make_durable(&mut self, at: usize, write: Write) {
@@ -673,6 +675,7 @@ impl World {
                 self.trace.say(now_ms, Some(job), || format!("{name} gave its hold to {by:?}"));
                 self.happenings.push(Happening::Wounded { job, by, pinned });
             }
+            Event::StoreRefused { reason } => self.refuse_store(at, &reason),
             Event::RecordChanged { .. } | Event::RosterChanged | Event::BoardChanged { .. } => {}
         }
     }
@@ -834,10 +837,11 @@ pub fn job_of(message: &Message) -> Option<JobId> {
         | Message::Installed { job, .. }
         | Message::Look { job, .. }
         | Message::Seen { job, .. }
+        | Message::Elsewhere { job, .. }
         | Message::Adopted { job, .. } => Some(*job),
         Message::Promise(promise) => Some(promise.job),
         Message::Accept(accept) => Some(accept.job),
-        Message::Adopt(adopt) => Some(adopt.job),
+        Message::Adopt(adopt) => Some(JobId::of(&adopt.spec.bytes)),
         Message::Install(install) => Some(JobId::of(&install.spec.bytes)),
         Message::Renew { .. }
         | Message::Renewed { .. }
