@@ -42,6 +42,8 @@ pub struct Task {
 pub struct Behaviour {
     /// Never ends by itself.
     pub hangs: bool,
+    /// How long a process runs at least.
+    pub run_ms_min: u64,
     /// How long a process runs at most.
     pub run_ms_max: u64,
     /// Of a thousand processes, how many fail.
@@ -66,6 +68,7 @@ impl Behaviour {
     pub fn plain(run_ms_max: u64) -> Self {
         Self {
             hangs: false,
+            run_ms_min: 1,
             run_ms_max,
             failure_permille: 0,
             deaf_percent: 0,
@@ -149,6 +152,7 @@ fn draw_task(options: &Options, capacities: &[Capacity], random: &mut Random) ->
         code: BlobId::of(&code),
         behaviour: Behaviour {
             hangs,
+            run_ms_min: 1,
             run_ms_max: random.between(200, options.run_ms_max.max(200)),
             failure_permille: options.exit_failure_permille,
             deaf_percent: options.deaf_percent,

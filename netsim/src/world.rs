@@ -78,6 +78,21 @@ pub struct World {
     touched: BTreeSet<usize>,
     checkers: Vec<Box<dyn Checker>>,
     interceptor: Option<Interceptor>,
+    /// The message that the last event brought to a daemon, if it was one.
+    pub delivered: Option<Delivery>,
+}
+
+/// A direct message that reached a daemon.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Delivery {
+    /// The sending machine.
+    pub from: usize,
+    /// The receiving machine.
+    pub to: usize,
+    /// As [`Message::name`] calls it.
+    pub name: &'static str,
+    /// The job it is about, if it is about one.
+    pub job: Option<JobId>,
 }
 
 /// How often what happened in a run: a search in which nothing happened proves nothing.
@@ -217,6 +232,7 @@ impl World {
             happenings: Vec::new(),
             touched: BTreeSet::new(),
             interceptor: None,
+            delivered: None,
         };
         for at in 0..world.machines.len() {
             world.at(at as u64, Occurrence::Start { at });
@@ -254,6 +270,7 @@ impl World {
         assert!(self.events_at_once < EVENTS_AT_ONCE_MAX, "time stands still at {at_ms} ms");
         self.now_ms = at_ms;
         self.counts.events += 1;
+        self.delivered = None;
         self.carry_out(occurrence);
         self.check()?;
         Ok(true)
@@ -399,6 +416,7 @@ impl World {
         let (at_ms, job) = (self.now_ms, job_of(&message));
         let names = (self.machines[from].name(), self.machines[to].name());
         self.trace.say(at_ms, job, || format!("{} → {}: {}", names.0, names.1, describe(&message)));
+        self.delivered = Some(Delivery { from, to, name: message.name(), job });
         let sender = self.machines[from].peer;
         self.with_daemon(to, |peer, now| peer.handle_message(sender, message, now));
     }
