@@ -1,6 +1,7 @@
 //! One run: faults and safety, then healing and progress.
 
 use core::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::{
     check::Violation,
@@ -40,6 +41,8 @@ pub enum Ending {
     Violation(Violation),
     /// Faults ended, and still something did not come to its end.
     Stuck(Vec<String>),
+    /// A daemon or the simulator panicked, with these words.
+    Crashed(String),
 }
 
 /// Carry out the run of `options`.
@@ -48,17 +51,21 @@ pub enum Ending {
 /// The world cannot be made: a mistake of the simulator.
 pub fn run(options: Options, keep_lines: bool) -> anyhow::Result<Report> {
     let mut world = World::new(options, keep_lines)?;
-    let ending = match phases(&mut world) {
+    let ending = caught(|| match phases(&mut world) {
         Ok(stuck) if stuck.is_empty() => Ending::Fine,
         Ok(stuck) => Ending::Stuck(stuck),
         Err(violation) => Ending::Violation(violation),
-    };
-    Ok(Report {
-        ending,
-        hash: world.trace.hash(),
-        counts: world.counts.clone(),
-        at_ms: world.now_ms(),
-        world,
+    });
+    Ok(Report::of(ending, world))
+}
+
+/// How `act` ends; a panic of it is an ending, too, so that what the world saw until then
+/// can still be shown.
+pub(crate) fn caught(act: impl FnOnce() -> Ending) -> Ending {
+    catch_unwind(AssertUnwindSafe(act)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        Ending::Crashed(text.unwrap_or("without a word").to_owned())
     })
 }
 
@@ -107,6 +114,23 @@ fn unfinished(world: &World) -> Vec<String> {
 }
 
 impl Report {
+    /// What came of `world`.
+    pub(crate) fn of(ending: Ending, world: World) -> Self {
+        Self {
+            ending,
+            hash: world.trace.hash(),
+            counts: world.counts.clone(),
+            at_ms: world.now_ms(),
+            world,
+        }
+    }
+
+    /// How much was simulated: the time of all machines together, in milliseconds.
+    #[must_use]
+    pub fn node_ms(&self) -> u64 {
+        self.at_ms.saturating_mul(self.world.machines.len() as u64)
+    }
+
     /// The exit code of a process that ran only this.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
@@ -114,6 +138,7 @@ impl Report {
             Ending::Fine => 0,
             Ending::Violation(_) => 3,
             Ending::Stuck(_) => 4,
+            Ending::Crashed(_) => 101,
         }
     }
 
@@ -123,7 +148,7 @@ impl Report {
         match &self.ending {
             Ending::Violation(violation) => violation.job,
             Ending::Stuck(_) => self.world.ledger.unfinished().first().copied(),
-            Ending::Fine => None,
+            Ending::Fine | Ending::Crashed(_) => None,
         }
     }
 }
@@ -133,6 +158,7 @@ impl fmt::Display for Ending {
         match self {
             Self::Fine => f.write_str("every job came to its end"),
             Self::Violation(violation) => violation.fmt(f),
+            Self::Crashed(text) => write!(f, "crashed: {text}"),
             Self::Stuck(what) => {
                 write!(f, "no progress:")?;
                 what.iter().take(20).try_for_each(|what| write!(f, "\n  {what}"))
