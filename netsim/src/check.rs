@@ -4,16 +4,28 @@
 //! It looks only at what the event touched, so that looking costs little.
 
 mod answers;
-mod chain;
+mod d1;
 mod g1;
 mod g3;
 mod g4;
 mod journal;
+mod partition;
 mod q2;
+mod r1;
+mod r2;
+mod r3;
+mod r4;
+mod r5;
+mod s1;
+mod s2;
+mod s3;
+mod w2;
 mod x1;
 mod x2;
 mod x3;
 mod x4;
+mod x5;
+mod x6;
 
 use core::fmt;
 use std::collections::BTreeSet;
@@ -23,6 +35,10 @@ use p2pit_protocol::{JobId, Peer};
 use crate::{
     ledger::{Happening, Ledger},
     machine::Machine,
+    network::Network,
+    options::Options,
+    workload::Workload,
+    world::Troubles,
 };
 
 /// What a checker may look at.
@@ -32,6 +48,16 @@ pub struct Scene<'a> {
     pub now_ms: u64,
     /// When faults ended, if they have.
     pub healed_ms: Option<u64>,
+    /// Whether to look at what no event touched, too: every few seconds.
+    pub surveys: bool,
+    /// What the run is made of.
+    pub options: &'a Options,
+    /// The links.
+    pub network: &'a Network,
+    /// What people want.
+    pub workload: &'a Workload,
+    /// What went wrong lately.
+    pub(crate) troubles: &'a Troubles,
     /// What truly happened so far.
     pub ledger: &'a Ledger,
     /// Every machine.
@@ -79,7 +105,14 @@ pub trait Checker: fmt::Debug + Send {
 pub fn all() -> Vec<Box<dyn Checker>> {
     vec![
         Box::new(journal::Readable),
-        Box::new(chain::OneChain),
+        Box::new(r1::OneValuePerBallot),
+        Box::new(r3::SealsEnd),
+        Box::new(r4::EpochsFollow),
+        Box::new(r5::PromisesStay),
+        Box::new(r2::OneChain),
+        Box::new(s1::OneSteward),
+        Box::new(s2::TermsDiffer),
+        Box::new(s3::JobsHaveStewards::default()),
         Box::new(g1::OneJobPerGpu),
         Box::new(g3::CommitsAreChosen),
         Box::new(g4::HoldsEnd),
@@ -88,6 +121,11 @@ pub fn all() -> Vec<Box<dyn Checker>> {
         Box::new(x2::ProcessesAreChosen),
         Box::new(x3::OneStartPerAttempt),
         Box::new(x4::WholeOrNothing::default()),
+        Box::new(x5::OneResult),
+        Box::new(x6::LeasesEnd),
+        Box::new(d1::SubmittedIsSafe),
+        Box::new(partition::PartitionsKillNothing),
+        Box::new(w2::BoundsHold),
         Box::new(answers::AnswersHold),
     ]
 }
@@ -117,6 +155,16 @@ impl Scene<'_> {
         })
     }
 
+    /// Every daemon that runs, with its machine.
+    fn daemons(&self) -> impl Iterator<Item = (&Machine, &Peer)> {
+        self.machines.iter().filter_map(|machine| Some((machine, machine.daemon.as_ref()?)))
+    }
+
+    /// When a machine last went on after it slept.
+    fn woke_ms(&self, at: usize) -> Option<u64> {
+        self.machines.get(at).and_then(|machine| machine.woke_ms)
+    }
+
     /// Jobs whose record changed in this event.
     fn chosen(&self) -> impl Iterator<Item = JobId> {
         self.happenings.iter().filter_map(|happening| match happening {
@@ -139,5 +187,32 @@ impl fmt::Display for Violation {
             write!(f, ", job {job}")?;
         }
         write!(f, ": {}", self.text)
+    }
+}
+
+#[cfg(test)]
+mod testing {
+    use super::*;
+
+    /// What a checker says about `happenings` in a world without machines.
+    pub(super) fn look(
+        checker: &mut dyn Checker,
+        ledger: &Ledger,
+        happenings: &[Happening],
+    ) -> Result<(), Broken> {
+        let options = Options::draw(0);
+        checker.look(&Scene {
+            now_ms: 20,
+            healed_ms: None,
+            surveys: false,
+            options: &options,
+            network: &Network::new(&options, 0),
+            workload: &Workload::default(),
+            troubles: &Troubles::default(),
+            ledger,
+            machines: &[],
+            touched: &BTreeSet::new(),
+            happenings,
+        })
     }
 }

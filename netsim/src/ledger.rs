@@ -1,20 +1,35 @@
 //! What truly happened, as no single machine knows it: the ground the checkers stand on.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod register;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use p2pit_protocol::{
-    HoldId, JobId,
+    HoldId, JobId, StoreId,
     bidder::WorkId,
-    job::{Attempt, Rank, State},
-    record::Value,
+    job::{Attempt, Ending, Rank, State},
+    record::{Ballot, Replica, Value},
 };
+
+pub use register::{Change, Epoch, Place, Quorum, Register, ValueHash, Vote, Votes};
 
 /// Everything that was chosen, and everything that ran.
 #[derive(Debug, Default)]
 pub struct Ledger {
-    /// Record values in the order they became durable at their keeper: with one keeper
-    /// that is what being chosen means.
-    pub chosen: BTreeMap<JobId, Vec<Value>>,
+    /// Record values in the order of their chain, as far as a quorum made them durable.
+    pub chosen: BTreeMap<JobId, Vec<Arc<Value>>>,
+    /// The votes behind that.
+    pub registers: BTreeMap<JobId, Register>,
+    /// Jobs that exist and have not come to their end.
+    pub open: BTreeSet<JobId>,
+    /// Machines that acted for a job when they last did something.
+    pub acting: BTreeMap<JobId, BTreeSet<usize>>,
+    /// Until when the processes of an attempt may run on a machine by what stewards told it,
+    /// in true time.
+    pub grants: BTreeMap<(JobId, Attempt, usize), u64>,
     /// Executions by job and rank, in the order they began.
     pub executions: BTreeMap<(JobId, Rank), Vec<Execution>>,
     /// When each hold ends in true time, by machine, as last written to its journal.
@@ -40,6 +55,8 @@ pub struct Execution {
     pub from_ms: u64,
     /// When it was gone.
     pub to_ms: Option<u64>,
+    /// How it ended, where its supervisor lived to see it.
+    pub ending: Option<Ending>,
 }
 
 /// What one event did, beside changing machines.
@@ -47,6 +64,65 @@ pub struct Execution {
 pub enum Happening {
     /// A record has a new value.
     Chosen(JobId),
+    /// A store's promise changed.
+    Promised {
+        /// The job.
+        job: JobId,
+        /// The store.
+        store: StoreId,
+        /// Epoch and ballot before.
+        before: (u32, Ballot),
+        /// Epoch and ballot now.
+        after: (u32, Ballot),
+    },
+    /// A store voted for a value.
+    Voted {
+        /// The job.
+        job: JobId,
+        /// What for.
+        vote: Vote,
+    },
+    /// A quorum voted for a value.
+    Quorum {
+        /// The job.
+        job: JobId,
+        /// What for.
+        quorum: Quorum,
+    },
+    /// A value was shown to somebody as chosen.
+    Shown {
+        /// The job.
+        job: JobId,
+        /// The value.
+        value: ValueHash,
+    },
+    /// A keeper said that it promised something.
+    SaidPromise {
+        /// The job.
+        job: JobId,
+        /// The keeper's store.
+        store: StoreId,
+        /// Epoch and ballot.
+        promise: (u32, Ballot),
+    },
+    /// A keeper said that it accepted something.
+    SaidVote {
+        /// The job.
+        job: JobId,
+        /// The keeper's store.
+        store: StoreId,
+        /// What.
+        vote: Vote,
+    },
+    /// A machine began to act for a job.
+    Acts {
+        /// The job.
+        job: JobId,
+        /// The machine.
+        at: usize,
+    },
+    /// A keeper's entry cannot be read.
+    Garbled(JobId),
     /// A hold was taken by a higher job.
     Wounded {
         /// Whose.
@@ -74,7 +150,7 @@ impl Ledger {
     /// The value chosen last.
     #[must_use]
     pub fn current(&self, job: JobId) -> Option<&Value> {
-        self.chosen.get(&job)?.last()
+        self.chosen.get(&job)?.last().map(AsRef::as_ref)
     }
 
     /// Whether the job came to its end.
@@ -86,7 +162,7 @@ impl Ledger {
     /// Jobs that exist and have not come to their end.
     #[must_use]
     pub fn unfinished(&self) -> Vec<JobId> {
-        self.chosen.keys().filter(|job| !self.is_done(**job)).copied().collect()
+        self.open.iter().copied().collect()
     }
 
     /// Processes of `job` that exist now.
@@ -103,16 +179,63 @@ impl Ledger {
             .is_some_and(|runs| runs.iter().any(|run| run.id == id))
     }
 
+    /// Take in what a store now has of a job; what was chosen by it.
+    pub(crate) fn take(
+        &mut self,
+        job: JobId,
+        store: StoreId,
+        replica: &Replica,
+        happenings: &mut Vec<Happening>,
+    ) -> Vec<Arc<Value>> {
+        let register = self.registers.entry(job).or_default();
+        let Some(change) = register.take(store, replica) else {
+            happenings.push(Happening::Garbled(job));
+            return Vec::new();
+        };
+        if let Some((before, after)) = change.promised {
+            happenings.push(Happening::Promised { job, store, before, after });
+        }
+        if let Some(vote) = change.voted {
+            happenings.push(Happening::Voted { job, vote });
+        }
+        let Some(quorum) = change.quorum else { return Vec::new() };
+        let added = match &quorum.place {
+            Place::End(added) => added.clone(),
+            Place::Known | Place::Nowhere => Vec::new(),
+        };
+        happenings.push(Happening::Quorum { job, quorum });
+        if let Some(last) = added.last() {
+            self.chosen.entry(job).or_default().extend(added.iter().cloned());
+            if last.body.state() == State::Done {
+                self.open.remove(&job);
+            } else {
+                self.open.insert(job);
+            }
+            happenings.push(Happening::Chosen(job));
+        }
+        added
+    }
+
+    pub(crate) fn remove_acting(&mut self, job: JobId, at: usize) {
+        if let Some(machines) = self.acting.get_mut(&job) {
+            machines.remove(&at);
+            if machines.is_empty() {
+                self.acting.remove(&job);
+            }
+        }
+    }
+
     pub(crate) fn begin(&mut self, id: WorkId, machine: usize, at_ms: u64) {
-        let run = Execution { id, machine, from_ms: at_ms, to_ms: None };
+        let run = Execution { id, machine, from_ms: at_ms, to_ms: None, ending: None };
         self.executions.entry((id.job, id.rank)).or_default().push(run);
     }
 
-    pub(crate) fn end(&mut self, id: WorkId, machine: usize, at_ms: u64) {
+    pub(crate) fn end(&mut self, id: WorkId, machine: usize, at_ms: u64, ending: Option<Ending>) {
         let runs = self.executions.entry((id.job, id.rank)).or_default();
         let run = runs.iter_mut().rev().find(|run| run.id == id && run.machine == machine);
         if let Some(run) = run {
             run.to_ms.get_or_insert(at_ms);
+            run.ending = ending;
         }
     }
 }

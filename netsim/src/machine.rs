@@ -4,11 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use p2pit_protocol::{
-    BlobId, BootId, Peer, PeerId,
+    BlobId, BootId, JobId, Now, Peer, PeerId,
     bidder::WorkId,
     inventory::{Capacity, GpuUuid},
-    job::Ending,
+    job::{Ending, State},
     peer::Config,
+    record::Kept,
     roster,
     sabotage::Sabotage,
 };
@@ -38,6 +39,22 @@ pub struct Machine {
     pub daemon: Option<Peer>,
     /// How often the daemon was started.
     pub starts: u64,
+    /// How often that was written to its disk.
+    pub boots: u64,
+    /// How its disk was emptied, counted.
+    pub wipes: u64,
+    /// Nothing can be written to its disk.
+    pub disk_full: bool,
+    /// It, or its daemon, stands still.
+    pub still: Option<Still>,
+    /// When it last went on after it slept.
+    pub woke_ms: Option<u64>,
+    /// When its daemon last went on after it stood still, for whichever reason.
+    pub went_on_ms: Option<u64>,
+    /// Tombstones in its journal.
+    pub tombstones: usize,
+    /// Jobs its daemon acted for when it last did something, with their terms.
+    pub acting: Vec<(JobId, u64)>,
     /// What it prepares and runs.
     pub executor: Executor,
     /// Machines the daemon believes to be connected to.
@@ -50,12 +67,31 @@ pub struct Machine {
     pub timer: Option<(u64, u64)>,
 }
 
-/// Where in its writing a daemon dies.
+/// What stands still, without being gone: the boot clock runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Still {
+    /// The daemon, as by SIGSTOP: what is said to it waits, supervisors and processes go on.
+    Daemon,
+    /// The machine sleeps: what is said to it is lost, and nothing goes on.
+    Machine,
+}
+
+/// Everything on a machine's disk that a daemon starts from.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    pub(crate) member: Member,
+    pub(crate) journal: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub(crate) trees: BTreeSet<BlobId>,
+    pub(crate) boots: u64,
+}
+
+/// Where in its writing a daemon dies. What it writes at once is one frame: all of it is on
+/// the disk afterwards, or nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CrashAt {
-    /// The entry, counted from the machine's first.
+    /// An entry of the frame, counted from the machine's first.
     pub entry: u64,
-    /// Just after it is durable, rather than just before.
+    /// Just after the frame is durable, rather than just before.
     pub after: bool,
     /// How long the daemon is away.
     pub down_ms: u64,
@@ -83,6 +119,10 @@ pub struct Process {
     pub plan: Plan,
     /// Someone asked it to end.
     pub stopping: bool,
+    /// When its lease ends, on the boot clock; never where `None`.
+    pub until_ms: Option<u64>,
+    /// Counts the changes of that.
+    pub lease_plan: u64,
 }
 
 /// How far a process is.
@@ -126,6 +166,14 @@ impl Machine {
             foreign: BTreeSet::new(),
             daemon: None,
             starts: 0,
+            boots: 0,
+            wipes: 0,
+            disk_full: false,
+            still: None,
+            woke_ms: None,
+            went_on_ms: None,
+            tombstones: 0,
+            acting: Vec::new(),
             executor: Executor::default(),
             connected: BTreeSet::new(),
             writes: 0,
@@ -149,12 +197,25 @@ impl Machine {
             key: self.member.key.clone(),
             store: self.member.store,
             boot: BootId(random.bytes()),
-            boot_count: self.starts,
+            boot_count: self.boots,
             genesis: genesis.to_vec(),
             client: self.member.client,
             seed: random.bytes(),
             sabotage: options.removed_rule.map_or_else(Sabotage::default, Sabotage::remove),
         })
+    }
+
+    /// The jobs its daemon would act for if it did something now, with their terms.
+    #[must_use]
+    pub fn acting_at(&self, true_ms: u64) -> Vec<(JobId, u64)> {
+        let now = self.clock.now(true_ms);
+        self.daemon.as_ref().map(|peer| acting(peer, now)).unwrap_or_default()
+    }
+
+    /// Whether its daemon runs and does not stand still.
+    #[must_use]
+    pub fn is_awake(&self) -> bool {
+        self.daemon.is_some() && self.still.is_none()
     }
 
     /// A short name: `n3` offers GPUs, `c11` is a client.
@@ -185,4 +246,12 @@ impl Executor {
         self.processes.clear();
         ran
     }
+}
+
+fn acting(peer: &Peer, _now: Now) -> Vec<(JobId, u64)> {
+    let ours = |kept: &&Kept| {
+        kept.value.body.steward == peer.id() && kept.value.body.state() != State::Done
+    };
+    let kept = peer.records().map(|(_, kept)| kept).filter(ours);
+    kept.map(|kept| (kept.spec.job, kept.value.body.term)).collect()
 }

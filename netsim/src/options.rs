@@ -69,6 +69,24 @@ options! {
     down_ms_max: u64,
     /// How often someone else computes on a GPU.
     foreign_uses: u64,
+    /// How often a machine dies and comes back with an empty disk.
+    wipes: u64,
+    /// How often a daemon stands still, as by SIGSTOP.
+    pauses: u64,
+    /// How often a machine sleeps.
+    suspends: u64,
+    /// How long either lasts at most.
+    still_ms_max: u64,
+    /// How often a disk is full for a while.
+    full_disks: u64,
+    /// How often a wall clock jumps.
+    wall_steps: u64,
+    /// How far it jumps at most.
+    wall_step_ms_max: u64,
+    /// How often links are slow for a while.
+    slow_links: u64,
+    /// How much longer they take then at most.
+    slow_ms_max: u64,
     /// How far a wall clock is off at most.
     skew_ms_max: u64,
     /// How much a boot clock is fast or slow at most, in parts per million.
@@ -92,10 +110,49 @@ options! {
     deaf_percent: u64,
     /// Of a hundred jobs, how many are stopped by their owner.
     stop_percent: u64,
+    /// Of a hundred jobs, how many are run again elsewhere when they fail or are cut off.
+    retry_percent: u64,
     /// How long code and data take at most.
     prepare_ms_max: u64,
     /// Of a thousand preparations, how many fail.
     prepare_failure_permille: u64,
+}
+
+/// What two boot clocks that keep the promised bound of 0.1 % may each be off.
+pub const DRIFT_PPM_MAX: u64 = 500;
+
+/// What came later than the rest: drawn from a stream of its own.
+struct MoreFaults {
+    wipes: u64,
+    pauses: u64,
+    suspends: u64,
+    still_ms_max: u64,
+    full_disks: u64,
+    wall_steps: u64,
+    wall_step_ms_max: u64,
+    slow_links: u64,
+    slow_ms_max: u64,
+    retry_percent: u64,
+}
+
+impl MoreFaults {
+    fn draw(seed: u64) -> Self {
+        let mut random = Random::of(seed, "more options");
+        // Each kind is absent from some runs, so that none hides what another does.
+        let mut some = |most: u64| if random.percent(60) { random.between(1, most) } else { 0 };
+        Self {
+            wipes: some(3),
+            pauses: some(8),
+            suspends: some(6),
+            full_disks: some(4),
+            wall_steps: some(6),
+            slow_links: some(6),
+            still_ms_max: random.between(1_000, 240_000),
+            wall_step_ms_max: random.between(1_000, 100_000),
+            slow_ms_max: random.between(100, 6_000),
+            retry_percent: random.between(0, 100),
+        }
+    }
 }
 
 impl Options {
@@ -104,6 +161,7 @@ impl Options {
     pub fn draw(seed: u64) -> Self {
         let mut random = Random::of(seed, "options");
         let r = &mut random;
+        let more = MoreFaults::draw(seed);
         Self {
             seed,
             removed_rule: None,
@@ -126,8 +184,17 @@ impl Options {
             write_crash_per_100k: r.between(0, 150),
             down_ms_max: r.between(500, 120_000),
             foreign_uses: r.between(0, 10),
+            wipes: more.wipes,
+            pauses: more.pauses,
+            suspends: more.suspends,
+            still_ms_max: more.still_ms_max,
+            full_disks: more.full_disks,
+            wall_steps: more.wall_steps,
+            wall_step_ms_max: more.wall_step_ms_max,
+            slow_links: more.slow_links,
+            slow_ms_max: more.slow_ms_max,
             skew_ms_max: r.between(0, 20_000),
-            drift_ppm_max: r.between(0, 1_000),
+            drift_ppm_max: r.between(0, DRIFT_PPM_MAX),
             jobs: 300,
             span_ms: r.between(300_000, 1_200_000),
             gang_percent: r.between(20, 60),
@@ -137,6 +204,7 @@ impl Options {
             hang_percent: r.between(0, 5),
             deaf_percent: r.between(0, 30),
             stop_percent: r.between(0, 15),
+            retry_percent: more.retry_percent,
             prepare_ms_max: r.between(100, 20_000),
             prepare_failure_permille: r.between(0, 40),
         }
@@ -177,6 +245,28 @@ impl Options {
         }
     }
 
+    /// A long run of few jobs, of 20 node-hours or more: a pool of fifty for half an hour, one
+    /// of twenty for an hour, or one of eight for three. Faults are drawn as in
+    /// [`Options::draw`], or as rarely for each hour.
+    #[must_use]
+    pub fn long(seed: u64) -> Self {
+        let mut random = Random::of(seed, "long");
+        let r = &mut random;
+        let (nodes, span_ms) = match r.below(3) {
+            0 => (50, 30 * 60_000),
+            1 => (20, 3_600_000),
+            _ => (8, 3 * 3_600_000),
+        };
+        Self {
+            nodes,
+            clients: 2,
+            jobs: usize::try_from(r.between(25, 40)).unwrap_or(25),
+            span_ms,
+            run_ms_max: r.between(10_000, 900_000),
+            ..Self::draw(seed)
+        }
+    }
+
     /// A small pool in which nothing goes wrong by itself and nobody submits anything:
     /// for stories that say themselves what happens.
     #[must_use]
@@ -208,6 +298,12 @@ impl Options {
             daemon_crashes: 0,
             reboots: 0,
             write_crash_per_100k: 0,
+            wipes: 0,
+            pauses: 0,
+            suspends: 0,
+            full_disks: 0,
+            wall_steps: 0,
+            slow_links: 0,
             foreign_uses: 0,
             exit_failure_permille: 0,
             hang_percent: 0,
@@ -216,6 +312,17 @@ impl Options {
             prepare_failure_permille: 0,
             ..self
         }
+    }
+
+    /// Whether nothing is drawn that keeps machines from hearing each other.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        let Self { loss_permille, cuts, daemon_crashes, reboots, write_crash_per_100k, .. } = self;
+        let Self { wipes, pauses, suspends, full_disks, slow_links, .. } = self;
+        [loss_permille, cuts, daemon_crashes, reboots, write_crash_per_100k]
+            .into_iter()
+            .chain([wipes, pauses, suspends, full_disks, slow_links])
+            .all(|count| *count == 0)
     }
 
     /// How many people there are: each came in with a machine.

@@ -125,10 +125,10 @@ impl Report {
         }
     }
 
-    /// How much was simulated: the time of all machines together, in milliseconds.
+    /// How much was simulated: the time of all nodes that offer GPUs together, in milliseconds.
     #[must_use]
     pub fn node_ms(&self) -> u64 {
-        self.at_ms.saturating_mul(self.world.machines.len() as u64)
+        self.at_ms.saturating_mul(self.world.options.nodes as u64)
     }
 
     /// The exit code of a process that ran only this.
@@ -179,7 +179,17 @@ impl fmt::Display for Counts {
             unassigns,
             crashes,
             write_crashes,
+            takeovers,
+            seals,
+            silences,
+            lease_ends,
             reboots,
+            wipes,
+            full_disks,
+            pauses,
+            suspends,
+            cuts,
+            wall_steps,
             restarts,
             processes,
             jobs,
@@ -187,8 +197,11 @@ impl fmt::Display for Counts {
         write!(
             f,
             "{jobs} jobs, {processes} processes, {assigns} assignments, {unassigns} withdrawn, \
-             {wounds} wounds, {crashes} crashes ({write_crashes} while writing), {reboots} \
-             reboots, {restarts} restarts, {messages} messages, {lost} lost, {duplicates} \
+             {wounds} wounds, {takeovers} takeovers, {seals} seals, {silences} stewards silenced \
+             and {lease_ends} processes ended by their lease, {crashes} crashes ({write_crashes} \
+             while writing), {reboots} reboots ({wipes} with an empty disk), {full_disks} full \
+             disks, {pauses} pauses, {suspends} suspends, {cuts} cuts, {wall_steps} steps of wall \
+             clocks, {restarts} restarts, {messages} messages, {lost} lost, {duplicates} \
              duplicated, {events} events"
         )
     }
@@ -206,7 +219,17 @@ impl Counts {
         self.unassigns += other.unassigns;
         self.crashes += other.crashes;
         self.write_crashes += other.write_crashes;
+        self.takeovers += other.takeovers;
+        self.seals += other.seals;
+        self.silences += other.silences;
+        self.lease_ends += other.lease_ends;
         self.reboots += other.reboots;
+        self.wipes += other.wipes;
+        self.full_disks += other.full_disks;
+        self.pauses += other.pauses;
+        self.suspends += other.suspends;
+        self.cuts += other.cuts;
+        self.wall_steps += other.wall_steps;
         self.restarts += other.restarts;
         self.processes += other.processes;
         self.jobs += other.jobs;

@@ -38,6 +38,12 @@ impl Trace {
         }
     }
 
+    /// Whether lines are kept.
+    #[must_use]
+    pub fn keeps_lines(&self) -> bool {
+        self.lines.is_some()
+    }
+
     /// Keep a line, if lines are kept.
     pub fn say(&mut self, at_ms: u64, job: Option<JobId>, text: impl FnOnce() -> String) {
         if let Some(lines) = &mut self.lines {

@@ -6,6 +6,7 @@ use p2pit_protocol::{
     BlobId, JobId,
     identity::SignedBytes,
     inventory::{Capacity, gpu::parse_simulated},
+    job::Policy,
     request::{Request, satisfiable},
 };
 
@@ -60,6 +61,10 @@ pub struct Behaviour {
     pub grace_ms: u64,
     /// Stopped by its owner this long after it was submitted.
     pub stop_after_ms: Option<u64>,
+    /// Attempts after the first, should one fail.
+    pub retries: u32,
+    /// What becomes of a process whose node is cut off.
+    pub policy: Policy,
 }
 
 impl Behaviour {
@@ -77,7 +82,15 @@ impl Behaviour {
             limit_ms: None,
             grace_ms: 5_000,
             stop_after_ms: None,
+            retries: 0,
+            policy: Policy::Continue,
         }
+    }
+
+    /// The same, run again elsewhere where a process is lost or fails.
+    #[must_use]
+    pub fn retried(self, retries: u32) -> Self {
+        Self { retries, policy: Policy::Restart, ..self }
     }
 
     /// Runs until it is stopped.
@@ -103,6 +116,13 @@ impl Workload {
         let mut random = Random::of(options.seed, "workload");
         let mut tasks: Vec<Task> =
             (0..options.jobs).map(|_| draw_task(options, capacities, &mut random)).collect();
+        let mut random = Random::of(options.seed, "retries");
+        for task in &mut tasks {
+            if random.percent(options.retry_percent) {
+                let retries = u32::try_from(random.between(1, 3)).unwrap_or(1);
+                task.behaviour = task.behaviour.clone().retried(retries);
+            }
+        }
         tasks.sort_by_key(|task| task.at_ms);
         Self { tasks, by_job: BTreeMap::new() }
     }
@@ -161,6 +181,8 @@ fn draw_task(options: &Options, capacities: &[Capacity], random: &mut Random) ->
             limit_ms: limited.then(|| random.between(1_000, 60_000)),
             grace_ms: random.between(500, 30_000),
             stop_after_ms: stopped.then(|| random.between(0, 90_000)),
+            retries: 0,
+            policy: Policy::Continue,
         },
         spec: None,
         job: None,

@@ -8,18 +8,20 @@
 //! every event the checkers look at what it touched.
 
 mod faults;
+mod notes;
 mod people;
 mod processes;
 
 use core::fmt;
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
 use p2pit_protocol::{
-    JobId, Now, Peer, PeerId,
+    JobId, Now, Peer, PeerId, StoreId,
     bidder::{Hold, WorkId},
+    identity::simulate_signatures,
     job::{Ending, State},
     message::{Message, Soft},
     peer::{Event, Slot, Transmit, Write},
@@ -28,12 +30,13 @@ use p2pit_protocol::{
 };
 
 pub use faults::Down;
+pub(crate) use faults::Troubles;
 
 use crate::{
     check::{self, Checker, Scene, Violation},
     clock::{Clock, WALL_START_MS},
     ledger::{Happening, Ledger},
-    machine::Machine,
+    machine::{Machine, Still},
     network::Network,
     options::Options,
     pool::Pool,
@@ -45,6 +48,9 @@ use crate::{
 /// Events at one moment before the world is called stuck: a daemon wants to be woken
 /// again and again without time passing.
 const EVENTS_AT_ONCE_MAX: u64 = 200_000;
+
+/// How often checkers look at what no event touched.
+const SURVEY_MS: u64 = 5_000;
 
 /// Machines, links, people and what watches them.
 #[derive(Debug)]
@@ -80,6 +86,13 @@ pub struct World {
     interceptor: Option<Interceptor>,
     /// The message that the last event brought to a daemon, if it was one.
     pub delivered: Option<Delivery>,
+    /// What waits for a machine that stands still.
+    waiting: BTreeMap<usize, VecDeque<Occurrence>>,
+    survey_ms: u64,
+    /// Machines that stand in for another with the same identity.
+    clones: BTreeMap<usize, usize>,
+    /// What was done to the machines, for checkers that ask what might explain a loss.
+    pub(crate) troubles: Troubles,
 }
 
 /// A direct message that reached a daemon.
@@ -116,8 +129,28 @@ pub struct Counts {
     pub crashes: u64,
     /// Of those, while they wrote.
     pub write_crashes: u64,
+    /// Jobs that another keeper took up, by a new term.
+    pub takeovers: u64,
+    /// Configurations of a record that ended.
+    pub seals: u64,
+    /// Stewards that fell silent because nobody confirmed them in time.
+    pub silences: u64,
+    /// Processes that their lease ended.
+    pub lease_ends: u64,
     /// Machines that died.
     pub reboots: u64,
+    /// Of those, with everything on their disk.
+    pub wipes: u64,
+    /// Daemons that stopped because nothing could be written.
+    pub full_disks: u64,
+    /// Daemons that stood still.
+    pub pauses: u64,
+    /// Machines that slept.
+    pub suspends: u64,
+    /// Links and parts that were cut.
+    pub cuts: u64,
+    /// Wall clocks that jumped.
+    pub wall_steps: u64,
     /// Daemons started again.
     pub restarts: u64,
     /// Processes started.
@@ -162,7 +195,7 @@ impl fmt::Debug for Interceptor {
 /// What is to happen at some moment.
 #[derive(Debug)]
 enum Occurrence {
-    Deliver { from: usize, to: usize, message: Box<Message> },
+    Deliver { from: usize, to: usize, message: Arc<Message> },
     Gossip { to: usize, item: Arc<Soft> },
     Unreachable { at: usize, peer: usize },
     Link { at: usize, peer: usize },
@@ -171,9 +204,20 @@ enum Occurrence {
     Spawned { at: usize, start: u64, id: WorkId },
     Exits { at: usize, id: WorkId, ending: Ending },
     Limit { at: usize, id: WorkId },
+    LeaseEnds { at: usize, id: WorkId, plan: u64 },
+    Started { at: usize, start: u64, id: WorkId },
+    Gather { at: usize, start: u64, id: WorkId },
     Gathered { at: usize, start: u64, id: WorkId },
     Crash { at: usize, down: Down, down_ms: u64 },
     Start { at: usize },
+    Wipe { at: usize, down_ms: u64 },
+    Still { at: usize, still: Still, for_ms: u64 },
+    Wake { at: usize },
+    Fill { at: usize, for_ms: u64 },
+    Room { at: usize },
+    StepWall { at: usize, by_ms: i64 },
+    Slow { directions: Vec<(usize, usize)>, by_ms: u64, for_ms: u64 },
+    Quick { directions: Vec<(usize, usize)> },
     Cut { directions: Vec<(usize, usize)>, for_ms: u64 },
     Mend { directions: Vec<(usize, usize)> },
     Foreign { at: usize, gpu: usize, for_ms: u64 },
@@ -183,12 +227,62 @@ enum Occurrence {
     StopJob { task: usize },
 }
 
+/// Who carries something out, and so what must not stand still for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Whose {
+    /// The daemon, by itself.
+    Daemon,
+    /// The daemon, and it came over the network.
+    Network,
+    /// Supervisors, processes, and whatever else is on the machine.
+    Machine,
+}
+
+impl Occurrence {
+    /// The machine that it needs, and what of it.
+    fn place(&self) -> Option<(usize, Whose)> {
+        match self {
+            Self::Deliver { to, .. } | Self::Gossip { to, .. } => Some((*to, Whose::Network)),
+            Self::Unreachable { at, .. }
+            | Self::Link { at, .. }
+            | Self::Timer { at, .. }
+            | Self::Prepared { at, .. }
+            | Self::Started { at, .. }
+            | Self::Gather { at, .. }
+            | Self::Gathered { at, .. }
+            | Self::Foreign { at, .. }
+            | Self::ForeignEnds { at, .. } => Some((*at, Whose::Daemon)),
+            Self::Spawned { at, .. }
+            | Self::Exits { at, .. }
+            | Self::Limit { at, .. }
+            | Self::LeaseEnds { at, .. }
+            | Self::Start { at } => Some((*at, Whose::Machine)),
+            Self::Crash { .. }
+            | Self::Wipe { .. }
+            | Self::Still { .. }
+            | Self::Wake { .. }
+            | Self::Fill { .. }
+            | Self::Room { .. }
+            | Self::StepWall { .. }
+            | Self::Slow { .. }
+            | Self::Quick { .. }
+            | Self::Cut { .. }
+            | Self::Mend { .. }
+            | Self::Submit { .. }
+            | Self::Uploaded { .. }
+            | Self::StopJob { .. } => None,
+        }
+    }
+}
+
 impl World {
     /// The world of `options`, at its first moment: every daemon is about to start.
     ///
     /// # Errors
     /// The pool cannot be founded: a mistake here.
     pub fn new(options: Options, keep_lines: bool) -> anyhow::Result<Self> {
+        // Curves would take most of a run's time, and nothing is searched for in them.
+        simulate_signatures();
         let pool = Pool::found(&options)?;
         let mut clocks = Random::of(options.seed, "clocks");
         let mut machines = Vec::new();
@@ -233,6 +327,10 @@ impl World {
             touched: BTreeSet::new(),
             interceptor: None,
             delivered: None,
+            waiting: BTreeMap::new(),
+            survey_ms: 0,
+            clones: BTreeMap::new(),
+            troubles: Troubles::default(),
         };
         for at in 0..world.machines.len() {
             world.at(at as u64, Occurrence::Start { at });
@@ -372,8 +470,9 @@ impl World {
     }
 
     fn carry_out(&mut self, occurrence: Occurrence) {
+        let Some(occurrence) = self.unless_still(occurrence) else { return };
         match occurrence {
-            Occurrence::Deliver { from, to, message } => self.deliver(from, to, *message),
+            Occurrence::Deliver { from, to, message } => self.deliver(from, to, message),
             Occurrence::Gossip { to, item } => {
                 self.mix("gossip", to, &[]);
                 self.with_daemon(to, |peer, now| peer.handle_gossip((*item).clone(), now));
@@ -396,6 +495,23 @@ impl World {
             Occurrence::Limit { at, id } => self.end_process(at, id, Ending::TimedOut),
             Occurrence::Gathered { at, start, id } => self.gathered(at, start, id),
             Occurrence::Crash { at, down, down_ms } => self.crash(at, down, Some(down_ms)),
+            Occurrence::LeaseEnds { at, id, plan } => self.lease_ends(at, id, plan),
+            Occurrence::Started { at, start, id } => self.tell_started(at, start, id),
+            Occurrence::Gather { at, start, id } => {
+                if self.machines[at].starts == start {
+                    self.gather(at, id);
+                }
+            }
+            Occurrence::Wipe { at, down_ms } => self.wipe(at, down_ms),
+            Occurrence::Still { at, still, for_ms } => self.stand_still(at, still, for_ms),
+            Occurrence::Wake { at } => self.awake(at),
+            Occurrence::Fill { at, for_ms } => self.fill_disk(at, for_ms),
+            Occurrence::Room { at } => self.make_room(at),
+            Occurrence::StepWall { at, by_ms } => self.step_wall_clock(at, by_ms),
+            Occurrence::Slow { directions, by_ms, for_ms } => self.slow(directions, by_ms, for_ms),
+            Occurrence::Quick { directions } => {
+                directions.iter().for_each(|(from, to)| self.network.slow(*from, *to, 0));
+            }
             Occurrence::Start { at } => self.start(at),
             Occurrence::Cut { directions, for_ms } => self.cut(directions, for_ms),
             Occurrence::Mend { directions } => self.mend(&directions),
@@ -407,24 +523,52 @@ impl World {
         }
     }
 
-    fn deliver(&mut self, from: usize, to: usize, message: Message) {
+    /// What is to happen now; nothing where it has to wait for a machine that stands still.
+    fn unless_still(&mut self, occurrence: Occurrence) -> Option<Occurrence> {
+        let Some((at, whose)) = occurrence.place() else { return Some(occurrence) };
+        match (self.machines[at].still, whose) {
+            (None, _) | (Some(Still::Daemon), Whose::Machine) => Some(occurrence),
+            (Some(Still::Machine), Whose::Network) => {
+                // Nobody listens; what the sender makes of that it is told elsewhere.
+                self.counts.lost += 1;
+                None
+            }
+            (Some(Still::Daemon), Whose::Daemon | Whose::Network)
+            | (Some(Still::Machine), Whose::Daemon | Whose::Machine) => {
+                self.waiting.entry(at).or_default().push_back(occurrence);
+                None
+            }
+        }
+    }
+
+    fn deliver(&mut self, from: usize, to: usize, message: Arc<Message>) {
         if !self.is_up(to) {
             self.counts.lost += 1;
             return;
         }
         self.mix("deliver", to, &[&(from as u64).to_le_bytes(), message.name().as_bytes()]);
-        let (at_ms, job) = (self.now_ms, job_of(&message));
-        let names = (self.machines[from].name(), self.machines[to].name());
-        self.trace.say(at_ms, job, || format!("{} → {}: {}", names.0, names.1, describe(&message)));
+        let job = job_of(&message);
+        if self.trace.keeps_lines() {
+            let names = (self.machines[from].name(), self.machines[to].name());
+            self.trace.say(self.now_ms, job, || {
+                format!("{} → {}: {}", names.0, names.1, describe(&message))
+            });
+        }
+        self.note_grant(to, &message);
         self.delivered = Some(Delivery { from, to, name: message.name(), job });
         let sender = self.machines[from].peer;
+        // Mostly there is only this copy.
+        let message = Arc::unwrap_or_clone(message);
         self.with_daemon(to, |peer, now| peer.handle_message(sender, message, now));
     }
 
     /// Hand something to a daemon and carry out what follows. `None` where it does not
-    /// run, or died over it.
+    /// run, stands still, or died over it.
     fn with_daemon<T>(&mut self, at: usize, act: impl FnOnce(&mut Peer, Now) -> T) -> Option<T> {
         let machine = &mut self.machines[at];
+        if machine.still.is_some() {
+            return None;
+        }
         let now = machine.clock.now(self.now_ms);
         let answer = act(machine.daemon.as_mut()?, now);
         self.settle(at).then_some(answer)
@@ -438,26 +582,34 @@ impl World {
         let writes: Vec<Write> = core::iter::from_fn(|| peer.poll_write()).collect();
         let transmits: Vec<Transmit> = core::iter::from_fn(|| peer.poll_transmit()).collect();
         let events: Vec<Event> = core::iter::from_fn(|| peer.poll_event()).collect();
-        let cut_off = self.cut_off(at, writes.len());
-        let durable = cut_off.as_ref().map_or(writes.len(), |(durable, _)| *durable);
-        for write in writes.into_iter().take(durable) {
-            self.make_durable(at, write);
-        }
-        if let Some((_, down_ms)) = cut_off {
-            self.counts.write_crashes += 1;
-            self.crash(at, Down::Daemon, Some(down_ms));
+        if self.machines[at].disk_full && !writes.is_empty() {
+            self.counts.full_disks += 1;
+            self.crash(at, Down::Daemon, None);
             return false;
         }
-        for transmit in transmits {
+        let cut_off = self.cut_off(at, writes.len());
+        if cut_off.as_ref().is_none_or(|cut_off| cut_off.durable) {
+            for write in writes {
+                self.make_durable(at, write);
+            }
+        }
+        let leaving = cut_off.as_ref().map_or(transmits.len(), |cut_off| cut_off.leaving);
+        for transmit in transmits.into_iter().take(leaving) {
             match transmit {
                 Transmit::Direct { to, message } => self.send(at, to, message),
                 Transmit::Gossip(item) => self.spread(at, item),
             }
         }
+        if let Some(cut_off) = cut_off {
+            self.counts.write_crashes += 1;
+            self.crash(at, Down::Daemon, Some(cut_off.down_ms));
+            return false;
+        }
         for event in events {
             self.obey(at, event);
         }
         self.arm(at);
+        self.note_acting(at);
         true
     }
 
@@ -466,50 +618,70 @@ impl World {
         self.mix("write", at, &[&write.key, write.value.as_deref().unwrap_or(empty)]);
         let machine = &mut self.machines[at];
         machine.writes += 1;
+        let slot = wire::decode(&write.key);
+        let is_tombstone = usize::from(matches!(slot, Ok(Slot::Tombstone(..))));
         let Some(value) = write.value else {
-            machine.journal.remove(&write.key);
+            let removed = usize::from(machine.journal.remove(&write.key).is_some());
+            machine.tombstones -= is_tombstone * removed;
             return;
         };
-        let entry = Entry::read(&write.key, &value);
-        machine.journal.insert(write.key, value);
-        match entry {
-            Some(Entry::Record(value)) => self.take_chosen(at, value),
-            Some(Entry::Hold(hold)) => {
-                let end_ms = machine.clock.true_at(hold.expiry_ms);
-                self.ledger.hold_ends.insert((at, hold.id), end_ms);
+        machine.tombstones += is_tombstone * usize::from(!machine.journal.contains_key(&write.key));
+        match slot {
+            Ok(Slot::Record(job)) => {
+                let store = machine.member.store;
+                match wire::decode::<Replica>(&value) {
+                    Ok(replica) => self.take_votes(at, job, store, &replica),
+                    Err(_) => self.happenings.push(Happening::Garbled(job)),
+                }
             }
-            None => {}
+            Ok(Slot::Hold(_)) => {
+                if let Ok(hold) = wire::decode::<Hold>(&value) {
+                    let end_ms = machine.clock.true_at(hold.expiry_ms);
+                    self.ledger.hold_ends.insert((at, hold.id), end_ms);
+                }
+            }
+            _ => {}
+        }
+        self.machines[at].journal.insert(write.key, value);
+    }
+
+    fn take_votes(&mut self, at: usize, job: JobId, store: StoreId, replica: &Replica) {
+        let mut before = self.ledger.current(job).cloned();
+        for value in self.ledger.take(job, store, replica, &mut self.happenings) {
+            self.take_chosen(at, job, before.as_ref(), &value);
+            before = Some(Value::clone(&value));
         }
     }
 
-    /// With one keeper, what is durable at it is chosen.
-    fn take_chosen(&mut self, at: usize, value: Value) {
-        let job = value.job;
-        let (state, attempt, ranks) =
-            (value.body.state(), value.body.attempt, value.body.ranks.len());
-        let (now_ms, name) = (self.now_ms, self.machines[at].name());
-        self.trace.say(now_ms, Some(job), || {
-            let reason = value.body.history.last().map_or("", |change| &change.reason);
-            let seq = value.seq;
-            format!("{name} chose {seq}: {state}, attempt {attempt}, {ranks} ranks ({reason})")
-        });
-        let before = self.ledger.current(job).map_or(0, |before| before.body.ranks.len());
-        if before == 0 && ranks > 0 {
-            self.counts.assigns += 1;
+    fn take_chosen(&mut self, at: usize, job: JobId, before: Option<&Value>, value: &Value) {
+        let body = &value.body;
+        if self.trace.keeps_lines() {
+            let name = self.machines[at].name();
+            self.trace.say(self.now_ms, Some(job), || {
+                let reason = body.history.last().map_or("", |change| &change.reason);
+                let (seq, epoch, term) = (value.seq, value.epoch, body.term);
+                let (state, attempt, ranks) = (body.state(), body.attempt, body.ranks.len());
+                format!(
+                    "{seq} is chosen at {name}: {state}, epoch {epoch}, term {term}, attempt \
+                     {attempt}, {ranks} ranks ({reason})"
+                )
+            });
         }
-        if before > 0 && ranks == 0 {
-            self.counts.unassigns += 1;
-        }
-        self.ledger.chosen.entry(job).or_default().push(value);
-        self.happenings.push(Happening::Chosen(job));
+        let ranks_before = before.map_or(0, |before| before.body.ranks.len());
+        self.counts.assigns += u64::from(ranks_before == 0 && !body.ranks.is_empty());
+        self.counts.unassigns += u64::from(ranks_before > 0 && body.ranks.is_empty());
+        self.counts.seals += u64::from(value.sealed.is_some());
+        self.counts.takeovers += u64::from(before.is_some_and(|b| b.body.term < body.term));
         self.moved_ms = self.now_ms;
     }
 
     fn obey(&mut self, at: usize, event: Event) {
         match event {
             Event::Prepare { id, .. } => self.prepare(at, id),
-            Event::Execute { id, assignment, .. } => self.execute(at, id, assignment.grant.gpus),
-            Event::Lease { .. } => {}
+            Event::Execute { id, assignment, until_ms, .. } => {
+                self.execute(at, id, assignment.grant.gpus, until_ms);
+            }
+            Event::Lease { id, until_ms } => self.lease(at, id, until_ms),
             Event::StopProcess { id, .. } => self.end_process(at, id, Ending::Stopped),
             Event::Discard { id } => self.discard(at, id),
             Event::EndRecorded { id } => self.end_recorded(at, id),
@@ -545,14 +717,15 @@ impl World {
 
     fn send(&mut self, from: usize, to: PeerId, message: Message) {
         let Some(&to) = self.by_peer.get(&to) else { return };
+        let to = self.clone_of(to);
         self.counts.messages += 1;
-        let bytes = wire::encode(&message);
-        self.mix("send", from, &[&(to as u64).to_le_bytes(), &bytes]);
+        self.mix("send", from, &[&(to as u64).to_le_bytes(), &wire::encode(&message)]);
+        self.note_said(from, &message);
         let letter = Letter { from, to, message: &message, at_ms: self.now_ms };
         let hand = self.interceptor.as_mut();
         let treatment = hand.map_or(Treatment::AsDrawn, |hand| (hand.0)(&letter));
         let mut fate = self.network.fate(&self.options, from, to);
-        let away = !self.is_up(to) || self.network.is_cut(from, to);
+        let away = !self.is_up(to) || self.is_asleep(to) || self.network.is_cut(from, to);
         if away || treatment == Treatment::Lose {
             fate.copies_ms.clear();
         }
@@ -565,18 +738,19 @@ impl World {
         }
         if fate.copies_ms.is_empty() {
             self.counts.lost += 1;
-            let (at_ms, names) =
-                (self.now_ms, (self.machines[from].name(), self.machines[to].name()));
-            self.trace.say(at_ms, job_of(&message), || {
-                format!("{} → {}: {} is lost", names.0, names.1, describe(&message))
-            });
+            if self.trace.keeps_lines() {
+                let names = (self.machines[from].name(), self.machines[to].name());
+                self.trace.say(self.now_ms, job_of(&message), || {
+                    format!("{} → {}: {} is lost", names.0, names.1, describe(&message))
+                });
+            }
         }
         if fate.copies_ms.len() > 1 {
             self.counts.duplicates += 1;
         }
+        let message = Arc::new(message);
         for ms in fate.copies_ms {
-            let message = Box::new(message.clone());
-            self.after(ms, Occurrence::Deliver { from, to, message });
+            self.after(ms, Occurrence::Deliver { from, to, message: Arc::clone(&message) });
         }
     }
 
@@ -596,7 +770,7 @@ impl World {
     /// Whether a connection between two machines can stand.
     fn is_linked(&self, a: usize, b: usize) -> bool {
         let open = !self.network.is_cut(a, b) && !self.network.is_cut(b, a);
-        self.is_up(a) && self.is_up(b) && open
+        self.machines[a].is_awake() && self.machines[b].is_awake() && open
     }
 
     fn tend_link(&mut self, at: usize, peer: usize) {
@@ -615,6 +789,11 @@ impl World {
         let mut checkers = core::mem::take(&mut self.checkers);
         let scene = Scene {
             now_ms: self.now_ms,
+            surveys: self.surveys(),
+            options: &self.options,
+            network: &self.network,
+            troubles: &self.troubles,
+            workload: &self.workload,
             healed_ms: self.healed_ms,
             ledger: &self.ledger,
             machines: &self.machines,
@@ -625,32 +804,21 @@ impl World {
         self.checkers = checkers;
         self.touched.clear();
         self.happenings.clear();
+        if self.now_ms >= self.survey_ms {
+            self.survey_ms = self.now_ms + SURVEY_MS;
+        }
         found
+    }
+
+    /// Whether checkers shall look at what no event touched.
+    fn surveys(&self) -> bool {
+        self.now_ms >= self.survey_ms
     }
 
     fn mix(&mut self, tag: &str, at: usize, parts: &[&[u8]]) {
         let head = [self.now_ms.to_le_bytes(), (at as u64).to_le_bytes()].concat();
         self.trace.mix(tag, &[&head]);
         self.trace.mix("", parts);
-    }
-}
-
-/// A journal entry that the ledger wants to know of.
-enum Entry {
-    Record(Value),
-    Hold(Hold),
-}
-
-impl Entry {
-    fn read(key: &[u8], value: &[u8]) -> Option<Self> {
-        match wire::decode(key).ok()? {
-            Slot::Record(_) => {
-                let replica: Replica = wire::decode(value).ok()?;
-                wire::decode(&replica.value_bytes).ok().map(Self::Record)
-            }
-            Slot::Hold(_) => wire::decode(value).ok().map(Self::Hold),
-            _ => None,
-        }
     }
 }
 

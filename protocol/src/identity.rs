@@ -12,5 +12,7 @@ mod text;
 pub use id::{
     BlobId, BootId, HoldId, JobId, ParseIdError, PeerId, PoolId, StatementId, StoreId, UserId,
 };
+#[cfg(feature = "sabotage")]
+pub use key::simulated::simulate_signatures;
 pub use key::{KeyPair, PublicKey, Signature};
 pub use signed::{Domain, SignatureError, SignedBytes};

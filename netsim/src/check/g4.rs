@@ -2,6 +2,7 @@
 //! boot clock that the expiry is written in starts anew.
 
 use super::{Broken, Checker, Scene};
+use crate::machine::Machine;
 
 /// What clocks of one machine may differ by over the time of one hold (0.1 %).
 const DRIFT_MS: u64 = 20;
@@ -15,7 +16,9 @@ impl Checker for HoldsEnd {
     }
 
     fn look(&mut self, scene: &Scene<'_>) -> Result<(), Broken> {
-        for (machine, peer) in scene.touched() {
+        // Who stood still finds what was said to it first, and its timer among it.
+        let late = |machine: &Machine| machine.went_on_ms == Some(scene.now_ms);
+        for (machine, peer) in scene.touched().filter(|(machine, _)| !late(machine)) {
             for hold in peer.book().0 {
                 let (name, id) = (machine.name(), hold.id);
                 let Some(end_ms) = scene.ledger.hold_ends.get(&(machine.index, id)) else {

@@ -26,15 +26,13 @@ impl Checker for OneExecutionAtATime {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use p2pit_protocol::{
         JobId,
         bidder::WorkId,
         job::{Attempt, Rank},
     };
 
-    use super::*;
+    use super::{super::testing, *};
     use crate::ledger::Ledger;
 
     #[test]
@@ -43,19 +41,11 @@ mod tests {
             |attempt| WorkId { job: JobId::of(b"j"), attempt: Attempt(attempt), rank: Rank(0) };
         let mut ledger = Ledger::default();
         ledger.begin(id(1), 0, 10);
-        ledger.end(id(1), 0, 20);
+        ledger.end(id(1), 0, 20, None);
         ledger.begin(id(2), 1, 20);
         let look = |ledger: &Ledger, attempt| {
             let happenings = [Happening::Spawned(id(attempt))];
-            let scene = Scene {
-                now_ms: 20,
-                healed_ms: None,
-                ledger,
-                machines: &[],
-                touched: &BTreeSet::new(),
-                happenings: &happenings,
-            };
-            OneExecutionAtATime.look(&scene).is_ok()
+            testing::look(&mut OneExecutionAtATime, ledger, &happenings).is_ok()
         };
         assert!(look(&ledger, 2));
         ledger.begin(id(3), 2, 25);

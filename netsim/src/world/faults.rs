@@ -1,13 +1,63 @@
 //! What goes wrong: crashes, cuts, other people's processes. And the end of it.
 
-use p2pit_protocol::Peer;
+use std::collections::VecDeque;
+
+use p2pit_protocol::{Peer, StoreId};
 
 use super::{Occurrence, World};
 use crate::{
     ledger::Happening,
-    machine::{CrashAt, ProcessState},
+    machine::{CrashAt, Disk, ProcessState, Still},
+    random::Random,
     workload::WARM_UP_MS,
 };
+
+/// How long a daemon may stand still before others take it for gone.
+const STILL_NOTICED_MS: u64 = 20_000;
+
+/// What was done to machines and links lately: what may explain that a lease ran out.
+#[derive(Debug, Default)]
+pub(crate) struct Troubles {
+    list: VecDeque<Trouble>,
+}
+
+/// Something that kept machines from hearing each other.
+#[derive(Debug, Clone)]
+pub(crate) struct Trouble {
+    /// Bit n: machine n is part of it.
+    machines: Vec<bool>,
+    pub(crate) from_ms: u64,
+    pub(crate) to_ms: u64,
+    /// It lay on links only: every machine went on.
+    pub(crate) is_cut: bool,
+}
+
+impl Troubles {
+    /// Troubles are forgotten once they ended this long ago.
+    const KEPT_MS: u64 = 600_000;
+
+    fn add(&mut self, machines: Vec<bool>, from_ms: u64, to_ms: u64, is_cut: bool) {
+        while self.list.front().is_some_and(|t| t.to_ms + Self::KEPT_MS < from_ms) {
+            self.list.pop_front();
+        }
+        self.list.push_back(Trouble { machines, from_ms, to_ms, is_cut });
+    }
+
+    /// Those of `machines` that reach beyond `since_ms`.
+    pub(crate) fn of(&self, machines: &[usize], since_ms: u64) -> impl Iterator<Item = &Trouble> {
+        self.list.iter().filter(move |trouble| {
+            let named = |at: &usize| trouble.machines.get(*at).copied().unwrap_or(false);
+            trouble.to_ms >= since_ms && machines.iter().any(named)
+        })
+    }
+}
+
+/// Where in a frame of writes, and in what would leave after it, a daemon dies.
+pub(super) struct CutOff {
+    pub(super) durable: bool,
+    pub(super) leaving: usize,
+    pub(super) down_ms: u64,
+}
 
 /// How a machine goes away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +88,7 @@ impl World {
                 self.at(at_ms, Occurrence::Crash { at, down, down_ms });
             }
         }
+        self.plan_more_faults(heal_ms);
         for _ in 0..self.options.foreign_uses {
             let at_ms = self.faults.between(WARM_UP_MS, heal_ms);
             let at = self.faults.index(self.options.nodes);
@@ -47,12 +98,60 @@ impl World {
         }
     }
 
+    /// The same, of what came later: in a stream of its own, so that it shifts nothing.
+    fn plan_more_faults(&mut self, heal_ms: u64) {
+        let mut random = Random::of(self.options.seed, "more faults");
+        let machines = self.machines.len();
+        let options = self.options.clone();
+        let when = |random: &mut Random, count: u64| -> Vec<(u64, usize, u64)> {
+            let one = |_| {
+                let at_ms = random.between(WARM_UP_MS, heal_ms);
+                (at_ms, random.index(machines), random.between(0, 1_000))
+            };
+            (0..count).map(one).collect()
+        };
+        for (at_ms, at, share) in when(&mut random, options.wipes) {
+            let down_ms = 1_000 + options.down_ms_max * share / 1_000;
+            self.at(at_ms, Occurrence::Wipe { at, down_ms });
+        }
+        let stills = [(Still::Daemon, options.pauses), (Still::Machine, options.suspends)];
+        for (still, count) in stills {
+            for (at_ms, at, share) in when(&mut random, count) {
+                let for_ms = 100 + options.still_ms_max * share / 1_000;
+                self.at(at_ms, Occurrence::Still { at, still, for_ms });
+            }
+        }
+        for (at_ms, at, share) in when(&mut random, options.full_disks) {
+            let for_ms = 1_000 + options.down_ms_max * share / 1_000;
+            self.at(at_ms, Occurrence::Fill { at, for_ms });
+        }
+        for (at_ms, at, share) in when(&mut random, options.wall_steps) {
+            let most = i64::try_from(options.wall_step_ms_max).unwrap_or(0);
+            let by_ms = most * (i64::try_from(share).unwrap_or(0) - 500) / 500;
+            self.at(at_ms, Occurrence::StepWall { at, by_ms });
+        }
+        for (at_ms, one, share) in when(&mut random, options.slow_links) {
+            let other = random.index(machines);
+            let directions = match random.below(3) {
+                0 => vec![(one, other)],
+                1 => vec![(one, other), (other, one)],
+                _ => (0..machines).flat_map(|n| [(one, n), (n, one)]).collect(),
+            };
+            let by_ms = 50 + options.slow_ms_max * share / 1_000;
+            let for_ms = random.between(1_000, options.cut_ms_max.max(1_000));
+            self.at(at_ms, Occurrence::Slow { directions, by_ms, for_ms });
+        }
+    }
+
     /// End every fault: all machines run, every link carries everything.
     pub fn heal(&mut self) {
         self.healed_ms = Some(self.now_ms);
         self.network.heal();
         for at in 0..self.machines.len() {
             self.machines[at].crash_at_write = None;
+            self.machines[at].disk_full = false;
+            self.machines[at].clock.set_wall_right();
+            self.awake(at);
             if self.machines[at].foreign.is_empty() {
                 continue;
             }
@@ -75,10 +174,19 @@ impl World {
         if self.healed_ms.is_some() {
             return;
         }
+        if self.is_asleep(at) && down == Down::Daemon {
+            // Nothing goes on there, not even dying.
+            return;
+        }
+        if let Some(down_ms) = down_ms {
+            self.trouble(&[at], down_ms, false);
+        }
+        self.forget_still(at);
         let machine = &mut self.machines[at];
         let was_up = machine.daemon.take().is_some();
         machine.timer = None;
         machine.connected.clear();
+        let acted = core::mem::take(&mut machine.acting);
         let ended = match down {
             Down::Daemon => {
                 machine.executor.lose_daemon();
@@ -99,8 +207,11 @@ impl World {
         self.trace.say(self.now_ms, None, || format!("{name} dies ({down:?})"));
         self.mix("crash", at, &[]);
         for id in ended {
-            self.ledger.end(id, at, self.now_ms);
+            self.ledger.end(id, at, self.now_ms, None);
             self.happenings.push(Happening::Gone(id));
+        }
+        for (job, _) in acted {
+            self.ledger.remove_acting(job, at);
         }
         if was_up {
             self.tell_links(at, 50, 8_000);
@@ -111,14 +222,222 @@ impl World {
         }
     }
 
+    /// A machine dies and comes back with an empty disk, as another store; unless a record
+    /// would lose the majority of its keepers for good.
+    pub(super) fn wipe(&mut self, at: usize, down_ms: u64) {
+        if self.healed_ms.is_none() && self.may_lose_disk(at) {
+            self.crash_and_wipe(at, down_ms);
+        }
+    }
+
+    /// A machine dies and comes back after `down_ms` with an empty disk, as another store.
+    pub fn crash_and_wipe(&mut self, at: usize, down_ms: u64) {
+        self.crash(at, Down::Machine, Some(down_ms));
+        let machine = &mut self.machines[at];
+        machine.wipes += 1;
+        let stream = format!("store {at} {}", machine.wipes);
+        machine.member.store = StoreId(Random::of(self.options.seed, &stream).bytes());
+        machine.journal = self.pool.journal.iter().cloned().collect();
+        machine.trees.clear();
+        machine.tombstones = 0;
+        machine.boots = 0;
+        self.counts.wipes += 1;
+    }
+
+    /// Whether every job, and every submission that may become one, would keep a majority
+    /// of its keepers' disks without this one, and its inputs.
+    fn may_lose_disk(&self, at: usize) -> bool {
+        let lost = |(peer, store): &p2pit_protocol::record::Keeper| {
+            let machine = self.machine_of(*peer).map(|index| &self.machines[index]);
+            machine.is_none_or(|m| m.index == at || m.member.store != *store)
+        };
+        let survives = |keepers: &[p2pit_protocol::record::Keeper]| {
+            let left = keepers.iter().filter(|keeper| !lost(keeper)).count();
+            left >= p2pit_protocol::record::quorum_of(keepers.len())
+        };
+        let open = self.ledger.open.iter().filter_map(|job| self.ledger.registers.get(job));
+        let asked = self.workload.tasks.iter().filter(|task| task.job.is_none());
+        let asked = asked.filter_map(|task| self.keepers_named(task.spec.as_ref()?));
+        open.map(|register| register.keepers().to_vec())
+            .chain(asked)
+            .all(|keepers| survives(&keepers))
+    }
+
+    /// What is on a machine's disk now.
+    #[must_use]
+    pub fn disk(&self, at: usize) -> Disk {
+        let machine = &self.machines[at];
+        Disk {
+            member: machine.member.clone(),
+            journal: machine.journal.clone(),
+            trees: machine.trees.clone(),
+            boots: machine.boots,
+        }
+    }
+
+    /// A machine dies and comes back after `down_ms` with `disk`: an old copy of its own, or
+    /// that of another machine, which then has a double.
+    pub fn crash_and_restore(&mut self, at: usize, disk: Disk, down_ms: u64) {
+        self.crash(at, Down::Machine, Some(down_ms));
+        let machine = &mut self.machines[at];
+        let peer = p2pit_protocol::PeerId(disk.member.key.public());
+        if peer != machine.peer
+            && let Some(original) = self.by_peer.get(&peer)
+        {
+            self.clones.insert(*original, at);
+        }
+        machine.peer = peer;
+        machine.member = disk.member;
+        machine.journal = disk.journal;
+        machine.trees = disk.trees;
+        machine.boots = disk.boots;
+    }
+
+    /// Where a message to a machine goes: to it or to its double.
+    pub(super) fn clone_of(&mut self, at: usize) -> usize {
+        match self.clones.get(&at) {
+            Some(double) if self.is_up(*double) && (!self.is_up(at) || self.faults.percent(50)) => {
+                *double
+            }
+            _ => at,
+        }
+    }
+
+    /// A machine's boot clock runs fast by `drift_ppm` parts per million from now on.
+    pub fn set_boot_drift(&mut self, at: usize, drift_ppm: i64) {
+        self.machines[at].clock.set_drift(self.now_ms, drift_ppm);
+        self.rearm(at);
+    }
+
+    /// A machine's boot clock jumps.
+    pub fn step_boot_clock(&mut self, at: usize, by_ms: i64) {
+        self.machines[at].clock.step_boot(self.now_ms, by_ms);
+        self.rearm(at);
+    }
+
+    /// A machine's wall clock jumps.
+    pub fn step_wall_clock(&mut self, at: usize, by_ms: i64) {
+        if self.healed_ms.is_some() {
+            return;
+        }
+        self.counts.wall_steps += 1;
+        self.machines[at].clock.step_wall(by_ms);
+        let name = self.machines[at].name();
+        self.trace.say(self.now_ms, None, || format!("{name}: wall clock jumps {by_ms} ms"));
+    }
+
+    /// Timers and leases of a machine whose boot clock changed.
+    fn rearm(&mut self, at: usize) {
+        self.machines[at].timer = None;
+        self.arm(at);
+        let leased = self.machines[at].executor.processes.iter();
+        let leased: Vec<_> = leased.map(|(id, process)| (*id, process.until_ms)).collect();
+        for (id, until_ms) in leased {
+            self.lease(at, id, until_ms);
+        }
+    }
+
+    /// A machine or its daemon stands still for some time.
+    pub fn stand_still(&mut self, at: usize, still: Still, for_ms: u64) {
+        if self.healed_ms.is_some() || self.machines[at].still.is_some() {
+            return;
+        }
+        if still == Still::Daemon && !self.is_up(at) {
+            return;
+        }
+        match still {
+            Still::Daemon => self.counts.pauses += 1,
+            Still::Machine => self.counts.suspends += 1,
+        }
+        let name = self.machines[at].name();
+        self.trace
+            .say(self.now_ms, None, || format!("{name} stands still ({still:?}), {for_ms} ms"));
+        self.machines[at].still = Some(still);
+        self.trouble(&[at], for_ms, false);
+        if for_ms > STILL_NOTICED_MS {
+            self.tell_links(at, STILL_NOTICED_MS / 2, STILL_NOTICED_MS);
+        }
+        self.after(for_ms, Occurrence::Wake { at });
+    }
+
+    /// A machine that stood still goes on; what waited for it happens now.
+    pub fn awake(&mut self, at: usize) {
+        let Some(still) = self.machines[at].still.take() else { return };
+        self.machines[at].went_on_ms = Some(self.now_ms);
+        if still == Still::Machine {
+            self.machines[at].woke_ms = Some(self.now_ms);
+        }
+        let name = self.machines[at].name();
+        self.trace.say(self.now_ms, None, || format!("{name} goes on"));
+        for occurrence in self.waiting.remove(&at).unwrap_or_default() {
+            self.after(0, occurrence);
+        }
+        if self.is_up(at) {
+            self.tell_links(at, 20, 1_500);
+        }
+    }
+
+    /// A machine that stood still is gone: what waited for its daemon never happens.
+    fn forget_still(&mut self, at: usize) {
+        if self.machines[at].still.take().is_none() {
+            return;
+        }
+        for occurrence in self.waiting.remove(&at).unwrap_or_default() {
+            if matches!(occurrence, Occurrence::Start { .. } | Occurrence::ForeignEnds { .. }) {
+                self.after(0, occurrence);
+            }
+        }
+    }
+
+    pub(super) fn is_asleep(&self, at: usize) -> bool {
+        self.machines[at].still == Some(Still::Machine)
+    }
+
+    /// Nothing can be written to a machine's disk for some time.
+    pub fn fill_disk(&mut self, at: usize, for_ms: u64) {
+        if self.healed_ms.is_some() {
+            return;
+        }
+        self.machines[at].disk_full = true;
+        self.trouble(&[at], for_ms, false);
+        let name = self.machines[at].name();
+        self.trace.say(self.now_ms, None, || format!("{name}: disk full for {for_ms} ms"));
+        self.after(for_ms, Occurrence::Room { at });
+    }
+
+    pub(super) fn make_room(&mut self, at: usize) {
+        self.machines[at].disk_full = false;
+        self.after(0, Occurrence::Start { at });
+    }
+
+    pub(super) fn slow(&mut self, directions: Vec<(usize, usize)>, by_ms: u64, for_ms: u64) {
+        if self.healed_ms.is_some() {
+            return;
+        }
+        for (from, to) in &directions {
+            self.network.slow(*from, *to, by_ms);
+        }
+        self.after(for_ms, Occurrence::Quick { directions });
+    }
+
+    fn trouble(&mut self, machines: &[usize], for_ms: u64, is_cut: bool) {
+        let mut named = vec![false; self.machines.len()];
+        for at in machines {
+            named[*at] = true;
+        }
+        self.troubles.add(named, self.now_ms, self.now_ms + for_ms, is_cut);
+    }
+
     /// Start the daemon of a machine from its journal.
     pub fn start(&mut self, at: usize) {
-        if self.is_up(at) {
+        // A daemon writes that it starts: without room it does not.
+        if self.is_up(at) || self.machines[at].disk_full {
             return;
         }
         let now = self.machines[at].clock.now(self.now_ms);
         let machine = &mut self.machines[at];
         machine.starts += 1;
+        machine.boots += 1;
         self.counts.restarts += u64::from(machine.starts > 1);
         let mut peer = match machine.new_daemon(&self.options, &self.pool.genesis) {
             Ok(peer) => peer,
@@ -132,10 +451,6 @@ impl World {
                 self.happenings.push(Happening::Unreadable(reason));
                 return;
             }
-        }
-        if let Err(reason) = peer.restored() {
-            self.happenings.push(Happening::Unreadable(reason));
-            return;
         }
         if let Err(reason) = peer.restored() {
             self.happenings.push(Happening::Unreadable(reason));
@@ -166,9 +481,9 @@ impl World {
         self.machines[at].crash_at_write = Some(crash);
     }
 
-    /// How many of `entries` become durable before a crash, and how long the daemon is
-    /// away then; `None` where there is no crash.
-    pub(super) fn cut_off(&mut self, at: usize, entries: usize) -> Option<(usize, u64)> {
+    /// Whether a daemon dies over these writes, and what of them stays; `None` where it
+    /// does not die.
+    pub(super) fn cut_off(&mut self, at: usize, entries: usize) -> Option<CutOff> {
         if entries == 0 || self.healed_ms.is_some() {
             return None;
         }
@@ -179,10 +494,15 @@ impl World {
                 return None;
             }
             self.machines[at].crash_at_write = None;
-            return Some((ahead + usize::from(crash.after), crash.down_ms));
+            return Some(CutOff { durable: crash.after, leaving: 0, down_ms: crash.down_ms });
         }
-        (self.faults.below(100_000) < self.options.write_crash_per_100k)
-            .then(|| (self.faults.index(entries + 1), self.draw_down_ms()))
+        if self.faults.below(100_000) >= self.options.write_crash_per_100k {
+            return None;
+        }
+        let durable = self.faults.percent(60);
+        // What is sent is sent one by one: a few may have left already.
+        let leaving = if durable { self.faults.index(4) } else { 0 };
+        Some(CutOff { durable, leaving, down_ms: self.draw_down_ms() })
     }
 
     /// Cut these directions for some time.
@@ -191,6 +511,11 @@ impl World {
             return;
         }
         self.trace.say(self.now_ms, None, || format!("cut {directions:?} for {for_ms} ms"));
+        self.counts.cuts += 1;
+        let mut ends: Vec<usize> = directions.iter().flat_map(|(a, b)| [*a, *b]).collect();
+        ends.sort_unstable();
+        ends.dedup();
+        self.trouble(&ends, for_ms, true);
         for (from, to) in &directions {
             self.network.cut(*from, *to);
         }

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use p2pit_protocol::{
     BlobId, JobId, Peer, UserId,
     identity::{Domain, SignedBytes},
-    job::{Command, Grace, JobSpec, LOST_AFTER_MS, Policy, Source, State, VerifiedSpec},
+    job::{Command, Grace, JobSpec, LOST_AFTER_MS, Source, State, VerifiedSpec},
     message::{Command as UserCommand, Reply},
     peer::SubmitError,
+    record::Keeper,
     request::Request,
     roster::UserRequest,
     wire,
@@ -56,14 +57,17 @@ impl World {
         self.after(ms, Occurrence::Uploaded { task, tried });
     }
 
-    /// Sign a spec that names the keeper its submitter's node proposes.
+    /// Sign a spec that names the keepers its submitter's node proposes.
     fn make_spec(&mut self, task: usize, origin: usize) -> bool {
         let machine = &self.machines[origin];
         let now = machine.clock.now(self.now_ms);
-        let keeper = machine.daemon.as_ref().and_then(Peer::propose_keeper);
+        let proposed = machine.daemon.as_ref().filter(|_| machine.is_awake());
+        let keepers: Vec<Keeper> = proposed.map(propose_keepers).unwrap_or_default();
         let (nonce, pool) = (self.people.bytes(), self.pool.id);
         let wanted = &mut self.workload.tasks[task];
-        let Some(keeper) = keeper else { return false };
+        if keepers.is_empty() {
+            return false;
+        }
         let key = &self.pool.users[wanted.user];
         let spec = JobSpec {
             pool,
@@ -80,12 +84,12 @@ impl World {
             private: false,
             time_limit_ms: wanted.behaviour.limit_ms,
             grace: Grace(wanted.behaviour.grace_ms),
-            retries: 0,
-            policy: Policy::Continue,
+            retries: wanted.behaviour.retries,
+            policy: wanted.behaviour.policy,
             lost_after_ms: LOST_AFTER_MS,
             nonce,
             submitted_at_ms: now.wall_ms,
-            keepers: vec![keeper],
+            keepers,
         };
         let signed = SignedBytes::sign(key, Domain::JobSpec, spec.to_bytes());
         let job = JobId::of(&signed.bytes);
@@ -95,18 +99,19 @@ impl World {
         true
     }
 
-    /// The inputs are on their way; once they are on the keeper the job is submitted.
+    /// The inputs go to every keeper that can be reached, and the job is submitted.
     pub(super) fn uploaded(&mut self, task: usize, tried: u64) {
         let Task { origin, code, tries, .. } = self.workload.tasks[task];
         if tries != tried {
             return;
         }
         let Some(signed) = self.workload.tasks[task].spec.clone() else { return };
-        let keeper = self.keeper_of(&signed);
-        let near = keeper.is_some_and(|keeper| keeper == origin || self.is_linked(origin, keeper));
-        if let Some(keeper) = keeper.filter(|_| near) {
-            self.machines[keeper].trees.insert(code);
-            self.with_daemon(keeper, |peer, _| peer.tree_stored(code));
+        for (keeper, _) in self.keepers_named(&signed).unwrap_or_default() {
+            let Some(at) = self.machine_of(keeper) else { continue };
+            if at == origin || self.is_linked(origin, at) {
+                self.machines[at].trees.insert(code);
+                self.with_daemon(at, |peer, _| peer.tree_stored(code));
+            }
         }
         self.mix("submit", origin, &[&signed.bytes]);
         let submitted = self.with_daemon(origin, |peer, now| peer.submit(signed, now));
@@ -162,9 +167,10 @@ impl World {
 
     pub(super) fn stop_task(&mut self, task: usize) {
         let wanted = &self.workload.tasks[task];
-        let (Some(job), Some(signed)) = (wanted.job, &wanted.spec) else { return };
-        let Some(keeper) = self.keeper_of(signed) else { return };
-        let machine = &self.machines[keeper];
+        let Some(job) = wanted.job else { return };
+        let steward = self.ledger.current(job).map(|value| value.body.steward);
+        let Some(asked) = steward.and_then(|steward| self.machine_of(steward)) else { return };
+        let machine = &self.machines[asked];
         let request = UserRequest {
             pool: self.pool.id,
             audience: BTreeSet::from([machine.peer]),
@@ -173,8 +179,8 @@ impl World {
             command: wire::encode(&UserCommand::Stop(job)),
         };
         let signed = request.sign(&self.pool.users[wanted.user]);
-        self.mix("stop", keeper, &[&job.0]);
-        let reply = self.with_daemon(keeper, |peer, now| {
+        self.mix("stop", asked, &[&job.0]);
+        let reply = self.with_daemon(asked, |peer, now| {
             let reply = peer.handle_user_request(&signed, now);
             (reply, peer.record(job).map(|kept| kept.value.body.attempt))
         });
@@ -191,9 +197,13 @@ impl World {
         }
     }
 
-    /// The machine that keeps a job, as its spec names it.
-    fn keeper_of(&self, signed: &SignedBytes) -> Option<usize> {
-        let spec = VerifiedSpec::verify(signed.clone()).ok()?;
-        self.machine_of(spec.spec.keepers.first()?.0)
+    /// The keepers that a spec names.
+    pub(super) fn keepers_named(&self, signed: &SignedBytes) -> Option<Vec<Keeper>> {
+        VerifiedSpec::verify(signed.clone()).ok().map(|spec| spec.spec.keepers)
     }
+}
+
+/// The keepers a node would name for a job submitted at it now.
+fn propose_keepers(peer: &Peer) -> Vec<Keeper> {
+    peer.propose_keeper().into_iter().collect()
 }

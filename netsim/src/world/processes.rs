@@ -1,7 +1,7 @@
 //! Executors: preparing ranks, running processes, and what supervisors do alone.
 
 use p2pit_protocol::{
-    bidder::WorkId,
+    bidder::{LEASE_GRACE_MS, WorkId},
     inventory::GpuUuid,
     job::{Ending, RankEnd},
 };
@@ -55,7 +55,13 @@ impl World {
         self.with_daemon(at, |peer, now| peer.prepared(id, result, now));
     }
 
-    pub(super) fn execute(&mut self, at: usize, id: WorkId, gpus: Vec<GpuUuid>) {
+    pub(super) fn execute(
+        &mut self,
+        at: usize,
+        id: WorkId,
+        gpus: Vec<GpuUuid>,
+        until_ms: Option<u64>,
+    ) {
         if !self.machines[at].executor.prepared.remove(&id) {
             self.happenings.push(Happening::Misused(id, "execute what is not prepared"));
             return;
@@ -79,7 +85,14 @@ impl World {
             grace_ms: behaviour.grace_ms,
             limit_ms: behaviour.limit_ms,
         };
-        let process = Process { state: ProcessState::Spawning, gpus, plan, stopping: false };
+        let process = Process {
+            state: ProcessState::Spawning,
+            gpus,
+            plan,
+            stopping: false,
+            until_ms,
+            lease_plan: 0,
+        };
         self.machines[at].executor.processes.insert(id, process);
         let ms = self.executors.between(1, 150);
         let start = self.machines[at].starts;
@@ -109,10 +122,53 @@ impl World {
         if let Some(limit_ms) = plan.limit_ms {
             self.after(limit_ms, Occurrence::Limit { at, id });
         }
+        let until_ms = self.machines[at].executor.processes.get(&id).and_then(|p| p.until_ms);
+        self.lease(at, id, until_ms);
         if stopping {
             self.end_process(at, id, Ending::Stopped);
         }
-        self.with_daemon(at, |peer, now| peer.started(id, now));
+        if self.machines[at].still.is_some() {
+            self.after(0, Occurrence::Started { at, start, id });
+        } else {
+            self.tell_started(at, start, id);
+        }
+    }
+
+    pub(super) fn tell_started(&mut self, at: usize, start: u64, id: WorkId) {
+        // A daemon that was started since has found it itself.
+        if self.machines[at].starts == start {
+            self.with_daemon(at, |peer, now| peer.started(id, now));
+        }
+    }
+
+    /// Its supervisor is told when to end a process, daemon or not.
+    pub(super) fn lease(&mut self, at: usize, id: WorkId, until_ms: Option<u64>) {
+        let machine = &mut self.machines[at];
+        let Some(process) = machine.executor.processes.get_mut(&id) else { return };
+        process.until_ms = until_ms;
+        process.lease_plan += 1;
+        let plan = process.lease_plan;
+        if process.state == ProcessState::Running
+            && let Some(until_ms) = until_ms
+        {
+            let at_ms = machine.clock.true_at(until_ms);
+            self.at(at_ms, Occurrence::LeaseEnds { at, id, plan });
+        }
+    }
+
+    /// SIGTERM, and not long after it SIGKILL, whatever grace its job has.
+    pub(super) fn lease_ends(&mut self, at: usize, id: WorkId, plan: u64) {
+        let Some(process) = self.machines[at].executor.processes.get(&id) else { return };
+        if process.lease_plan != plan || process.state != ProcessState::Running {
+            return;
+        }
+        self.counts.lease_ends += 1;
+        let name = self.machines[at].name();
+        self.trace.say(self.now_ms, Some(id.job), || {
+            format!("{name}: the lease of {}.{} ends", id.attempt, id.rank)
+        });
+        self.end_process(at, id, Ending::LeaseEnded);
+        self.after(LEASE_GRACE_MS, Occurrence::Exits { at, id, ending: Ending::LeaseEnded });
     }
 
     /// SIGTERM, and after the grace SIGKILL: its supervisor does that, daemon or not.
@@ -137,12 +193,17 @@ impl World {
         self.trace.say(self.now_ms, Some(id.job), || {
             format!("{name}: {}.{} ended, {ending}", id.attempt, id.rank)
         });
-        process.state = ProcessState::Exited(ending);
-        self.ledger.end(id, at, self.now_ms);
+        process.state = ProcessState::Exited(ending.clone());
+        self.ledger.end(id, at, self.now_ms, Some(ending));
         self.happenings.push(Happening::Gone(id));
         self.moved_ms = self.now_ms;
         self.mix("exits", at, &[]);
-        self.gather(at, id);
+        if self.machines[at].still.is_some() {
+            let start = self.machines[at].starts;
+            self.after(0, Occurrence::Gather { at, start, id });
+        } else {
+            self.gather(at, id);
+        }
     }
 
     /// A daemon that comes back asks supervisors what became of their processes.
@@ -163,7 +224,7 @@ impl World {
         }
     }
 
-    fn gather(&mut self, at: usize, id: WorkId) {
+    pub(super) fn gather(&mut self, at: usize, id: WorkId) {
         if self.with_daemon(at, |peer, now| peer.draining(id, now)).is_some() {
             let (ms, start) = (self.executors.between(1, 800), self.machines[at].starts);
             self.after(ms, Occurrence::Gathered { at, start, id });
@@ -200,7 +261,7 @@ impl World {
         }
     }
 
-    fn behaviour_of(&self, id: WorkId) -> Behaviour {
+    pub(super) fn behaviour_of(&self, id: WorkId) -> Behaviour {
         let task = self.workload.by_job.get(&id.job).and_then(|t| self.workload.tasks.get(*t));
         task.map_or_else(|| Behaviour::plain(1_000), |task| task.behaviour.clone())
     }
