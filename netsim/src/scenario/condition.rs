@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use p2pit_protocol::{
     JobId, PeerId,
-    bidder::WorkId,
+    bidder::LEASE_GRACE_MS,
     identity::SignedBytes,
     job::{Ending, Outcome, Rank, State, VerifiedSpec},
     record::Value,
@@ -15,7 +15,7 @@ use super::{
     hand::Hand,
     read::Variant,
 };
-use crate::{machine::ProcessState, workload::Task, world::World};
+use crate::{workload::Task, world::World};
 
 /// Who is who in a story that is being played.
 #[derive(Debug)]
@@ -324,14 +324,14 @@ impl Told<'_> {
         self.value().map(|value| value.body.steward).or_else(named)
     }
 
-    /// Who keeps the record now: those of the last seal, or of the spec.
+    /// Who keeps the record now; whom its spec names, before anybody does.
     fn keepers(&self) -> Vec<PeerId> {
-        let values = self.job.and_then(|job| self.world.ledger.chosen.get(&job));
-        let sealed = values.into_iter().flatten().rev().find_map(|value| value.sealed.as_ref());
-        match sealed {
-            Some(next) => next.iter().map(|(peer, _)| *peer).collect(),
-            None => self.first_keepers(),
+        let register = self.job.and_then(|job| self.world.ledger.registers.get(&job));
+        let keepers = register.map(|register| register.keepers()).unwrap_or_default();
+        if keepers.is_empty() {
+            return self.first_keepers();
         }
+        keepers.iter().map(|(peer, _)| *peer).collect()
     }
 
     fn first_keepers(&self) -> Vec<PeerId> {
@@ -341,38 +341,27 @@ impl Told<'_> {
             .unwrap_or_default()
     }
 
-    /// Ranks, of whatever attempt, that the record or an executor says a lease ended.
+    /// Processes, of whatever attempt, that their lease ended.
     fn lease_endings(&self) -> usize {
         let Some(job) = self.job else { return 0 };
-        let mut ended = std::collections::BTreeSet::new();
-        for value in self.world.ledger.chosen.get(&job).into_iter().flatten() {
-            for rank in &value.body.ranks {
-                if rank.end.as_ref().is_some_and(|end| end.ending == Ending::LeaseEnded) {
-                    let (attempt, rank) = (value.body.attempt, rank.assignment.rank);
-                    ended.insert(WorkId { job, attempt, rank });
-                }
-            }
-        }
-        for machine in &self.world.machines {
-            for (id, process) in &machine.executor.processes {
-                if id.job == job && process.state == ProcessState::Exited(Ending::LeaseEnded) {
-                    ended.insert(*id);
-                }
-            }
-        }
-        ended.len()
+        let runs = (0..self.task.request.process_count())
+            .flat_map(|rank| executions(self.world, job, Rank(rank)));
+        runs.filter(|run| run.ending == Some(Ending::LeaseEnded)).count()
     }
 
     /// Whether every rank that ran again did so only after the last lease of the process
-    /// before had surely ended. A process that had none counts as broken: nothing was kept.
+    /// before had surely ended, with its grace. A process that had none counts as broken:
+    /// nothing was kept.
     fn leases_kept(&self) -> bool {
         let Some(job) = self.job else { return true };
         (0..self.task.request.process_count()).all(|rank| {
             let runs: Vec<_> = executions(self.world, job, Rank(rank)).collect();
             runs.windows(2).all(|pair| {
-                let ended_ms =
-                    self.cast.hand.lease_ended_ms(pair[0].machine, job, pair[0].id.attempt);
-                ended_ms.is_some_and(|ended_ms| pair[1].from_ms >= ended_ms)
+                let key = (job, pair[0].id.attempt, pair[0].machine);
+                let until_ms = self.world.ledger.grants.get(&key);
+                until_ms.is_some_and(|until_ms| {
+                    pair[1].from_ms >= until_ms.saturating_add(LEASE_GRACE_MS)
+                })
             })
         })
     }

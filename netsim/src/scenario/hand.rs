@@ -1,14 +1,9 @@
 //! What a story does to messages and learns from them.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use p2pit_protocol::{
-    BootId, JobId,
-    bidder::{LEASE_GRACE_MS, LEASE_MS},
-    job::Attempt,
+    JobId,
     message::{Accept, Message},
     record::Value,
     wire,
@@ -25,7 +20,6 @@ pub(super) struct Hand(Arc<Mutex<Held>>);
 struct Held {
     wanted: Option<Wanted>,
     losses: Vec<Loss>,
-    leases: Leases,
 }
 
 /// A message that a story waits for.
@@ -60,19 +54,6 @@ pub(super) struct Loss {
     pub(super) to: Option<Vec<usize>>,
     pub(super) until_ms: u64,
 }
-
-/// What processes were allowed, as the messages said it.
-#[derive(Debug, Default)]
-struct Leases {
-    /// When a node asked, in true time, by its number and the clock it told.
-    asked: BTreeMap<(usize, BootId, u64), u64>,
-    /// When the last lease that a node was given for an attempt has surely ended.
-    ended: BTreeMap<(usize, JobId, Attempt), u64>,
-}
-
-/// A lease of [`LEASE_MS`] has surely ended after this long in true time, with its grace:
-/// the slowest clock within bounds is 0.1 % slow.
-const LEASE_SURELY_ENDED_MS: u64 = LEASE_MS + LEASE_MS / 1_000 + LEASE_GRACE_MS;
 
 impl Hand {
     /// Lay it on every link of `world`.
@@ -111,12 +92,6 @@ impl Hand {
         self.held().losses.push(loss);
     }
 
-    /// When, in true time, the last lease for this attempt on this node has surely ended;
-    /// `None` where it was given none.
-    pub(super) fn lease_ended_ms(&self, at: usize, job: JobId, attempt: Attempt) -> Option<u64> {
-        self.held().leases.ended.get(&(at, job, attempt)).copied()
-    }
-
     fn held(&self) -> MutexGuard<'_, Held> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -124,7 +99,6 @@ impl Hand {
 
 impl Held {
     fn treat(&mut self, letter: &Letter<'_>) -> Treatment {
-        self.leases.note(letter);
         let (name, job) = (letter.message.name(), job_of(letter.message));
         let seals = || matches!(letter.message, Message::Accept(accept) if seals(accept));
         self.losses.retain(|loss| loss.until_ms > letter.at_ms);
@@ -166,26 +140,5 @@ impl Loss {
         };
         let to_them = self.to.as_ref().is_none_or(|receivers| receivers.contains(&to));
         about_it && to_them && self.names.contains(&name)
-    }
-}
-
-impl Leases {
-    fn note(&mut self, letter: &Letter<'_>) {
-        match letter.message {
-            Message::AskLease { clock, .. } => {
-                self.asked.insert((letter.from, clock.boot, clock.boot_ms), letter.at_ms);
-            }
-            Message::Lease { asked, entries, .. } => {
-                let key = (letter.to, asked.boot, asked.boot_ms);
-                let asked_ms = self.asked.get(&key).copied().unwrap_or(letter.at_ms);
-                for grant in entries {
-                    let ended_ms = asked_ms + LEASE_SURELY_ENDED_MS;
-                    let key = (letter.to, grant.job, grant.attempt);
-                    let known_ms = self.ended.entry(key).or_default();
-                    *known_ms = ended_ms.max(*known_ms);
-                }
-            }
-            _ => {}
-        }
     }
 }

@@ -3,16 +3,17 @@
 
 use std::collections::BTreeMap;
 
-use p2pit_protocol::JobId;
+use p2pit_protocol::{JobId, job::Policy};
 
 use super::{
     condition::Cast,
-    format::{Condition, Cut, Deed, Lose, Moment, Side, Step},
+    format::{Condition, Cut, Deed, Lose, Moment, Side, Span, Step},
     hand::{Filter, Hand, Loss, Wanted},
     read::{Variant, deeds},
 };
 use crate::{
     check::Violation,
+    machine::{Disk, Still},
     options::Options,
     run::{Ending, Report, caught, finish},
     workload::{Behaviour, WARM_UP_MS},
@@ -56,7 +57,7 @@ pub fn play(variant: &Variant, options: Options, keep_lines: bool) -> anyhow::Re
     let hand = Hand::default();
     hand.lay_on(&mut world);
     let cast = Cast { variant, tasks: BTreeMap::new(), hand };
-    let mut play = Play { cast, world, start_ms: 0 };
+    let mut play = Play { cast, world, start_ms: 0, backups: BTreeMap::new() };
     let ending = caught(|| match play.whole() {
         Ok(stuck) if stuck.is_empty() => Ending::Fine,
         Ok(stuck) => Ending::Stuck(stuck),
@@ -71,6 +72,8 @@ struct Play<'v> {
     cast: Cast<'v>,
     world: World,
     start_ms: u64,
+    /// What was put aside of disks, by machine.
+    backups: BTreeMap<usize, Disk>,
 }
 
 /// Why a story does not go on.
@@ -202,7 +205,7 @@ impl<'v> Play<'v> {
         for (name, deed) in deeds(step) {
             let whom = self.cast.all(deed, &self.world);
             for at in whom.map_err(|what| self.nobody(index, &what))? {
-                self.deed(name, deed, at);
+                self.deed(name, deed, at).map_err(|what| self.nobody(index, &what))?;
             }
         }
         match &step.expect {
@@ -222,6 +225,8 @@ impl<'v> Play<'v> {
         let behaviour = Behaviour {
             deaf_percent: if job.deaf { 100 } else { 0 },
             prepare_ms_max: job.prepare.map_or(plain.prepare_ms_max, |span| span.0),
+            retries: job.retries,
+            policy: job.policy.map_or(Policy::for_retries(job.retries), |policy| policy.0.0),
             grace_ms: job.grace.map_or(plain.grace_ms, |span| span.0),
             ..plain
         };
@@ -268,14 +273,56 @@ impl<'v> Play<'v> {
         sides.iter().map(|side| self.cast.one(&side.0, &self.world)).collect()
     }
 
-    fn deed(&mut self, name: &str, deed: &Deed, at: usize) {
+    fn deed(&mut self, name: &str, deed: &Deed, at: usize) -> Result<(), String> {
         let lasts_ms = deed.lasts.map(|span| span.0);
+        // What must say how long it lasts does, or would not have been read.
+        let for_ms = lasts_ms.unwrap_or_default();
+        let world = &mut self.world;
         match name {
-            "crash" => self.world.crash(at, Down::Daemon, lasts_ms),
-            "reboot" => self.world.crash(at, Down::Machine, lasts_ms),
-            "start" => self.world.start(at),
+            "crash" => world.crash(at, Down::Daemon, lasts_ms),
+            "reboot" => world.crash(at, Down::Machine, lasts_ms),
+            "start" => world.start(at),
+            "empty-disk" => world.crash_and_wipe(at, for_ms),
+            "backup" => {
+                self.backups.insert(at, world.disk(at));
+            }
+            "restored-disk" => {
+                let none = || format!("nothing of {} was put aside", world.machines[at].name());
+                let disk = self.backups.get(&at).cloned().ok_or_else(none)?;
+                world.crash_and_restore(at, disk, for_ms);
+            }
+            "cloned-disk" => {
+                let of = deed.of.as_deref().and_then(|name| self.cast.variant.machine(name));
+                let disk = world.disk(of.unwrap_or_default());
+                world.crash_and_restore(at, disk, for_ms);
+            }
+            "suspend" => world.stand_still(at, Still::Machine, for_ms),
+            "pause" => world.stand_still(at, Still::Daemon, for_ms),
+            "clock" => self.clock(deed, at)?,
             _ => unreachable!("every deed is done here: {name}"),
         }
+        Ok(())
+    }
+
+    fn clock(&mut self, deed: &Deed, at: usize) -> Result<(), String> {
+        let world = &mut self.world;
+        if let Some(rate_ppm) = deed.rate_ppm {
+            world.set_boot_drift(at, rate_ppm);
+        }
+        let ms = |span: Span| i64::try_from(span.0).map_err(|_| format!("{span} is too long"));
+        if let Some(span) = deed.forward {
+            world.step_wall_clock(at, ms(span)?);
+        }
+        if let Some(span) = deed.back {
+            world.step_wall_clock(at, -ms(span)?);
+        }
+        if let Some(span) = deed.boot_forward {
+            world.step_boot_clock(at, ms(span)?);
+        }
+        if let Some(span) = deed.boot_back {
+            world.step_boot_clock(at, -ms(span)?);
+        }
+        Ok(())
     }
 
     // ---- saying where -----------------------------------------------------------------
