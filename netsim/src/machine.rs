@@ -7,9 +7,8 @@ use p2pit_protocol::{
     BlobId, BootId, JobId, Now, Peer, PeerId,
     bidder::WorkId,
     inventory::{Capacity, GpuUuid},
-    job::{Ending, State},
+    job::Ending,
     peer::Config,
-    record::Kept,
     roster,
     sabotage::Sabotage,
 };
@@ -248,10 +247,6 @@ impl Executor {
     }
 }
 
-fn acting(peer: &Peer, _now: Now) -> Vec<(JobId, u64)> {
-    let ours = |kept: &&Kept| {
-        kept.value.body.steward == peer.id() && kept.value.body.state() != State::Done
-    };
-    let kept = peer.records().map(|(_, kept)| kept).filter(ours);
-    kept.map(|kept| (kept.spec.job, kept.value.body.term)).collect()
+fn acting(peer: &Peer, now: Now) -> Vec<(JobId, u64)> {
+    peer.acting(now)
 }

@@ -6,7 +6,7 @@ use p2pit_protocol::{
     BlobId, JobId,
     identity::SignedBytes,
     inventory::{Capacity, gpu::parse_simulated},
-    job::Policy,
+    job::{LOST_AFTER_MS, Policy},
     request::{Request, satisfiable},
 };
 
@@ -30,6 +30,8 @@ pub struct Task {
     pub code: BlobId,
     /// How its processes behave.
     pub behaviour: Behaviour,
+    /// The machines that keep it first; whom its origin proposes where there are none.
+    pub keepers: Vec<usize>,
     /// The spec being submitted now.
     pub spec: Option<SignedBytes>,
     /// Its id once it is known to be kept.
@@ -65,6 +67,8 @@ pub struct Behaviour {
     pub retries: u32,
     /// What becomes of a process whose node is cut off.
     pub policy: Policy,
+    /// How long the node of a rank may be silent before the rank is lost.
+    pub lost_after_ms: u64,
 }
 
 impl Behaviour {
@@ -84,6 +88,7 @@ impl Behaviour {
             stop_after_ms: None,
             retries: 0,
             policy: Policy::Continue,
+            lost_after_ms: LOST_AFTER_MS,
         }
     }
 
@@ -183,7 +188,9 @@ fn draw_task(options: &Options, capacities: &[Capacity], random: &mut Random) ->
             stop_after_ms: stopped.then(|| random.between(0, 90_000)),
             retries: 0,
             policy: Policy::Continue,
+            lost_after_ms: LOST_AFTER_MS,
         },
+        keepers: Vec::new(),
         spec: None,
         job: None,
         tries: 0,

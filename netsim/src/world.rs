@@ -686,6 +686,11 @@ impl World {
             Event::Discard { id } => self.discard(at, id),
             Event::EndRecorded { id } => self.end_recorded(at, id),
             Event::Submitted { job, result } => self.submitted(at, job, result),
+            Event::StoreRefused { reason } => {
+                let name = self.machines[at].name();
+                self.trace.say(self.now_ms, None, || format!("{name} refuses its store: {reason}"));
+                self.after(0, Occurrence::Wipe { at, down_ms: 1_000 });
+            }
             Event::Wounded { job, by, pinned } => {
                 self.counts.wounds += 1;
                 let (now_ms, name) = (self.now_ms, self.machines[at].name());
@@ -853,10 +858,11 @@ pub fn job_of(message: &Message) -> Option<JobId> {
         | Message::Installed { job, .. }
         | Message::Look { job, .. }
         | Message::Seen { job, .. }
+        | Message::Elsewhere { job, .. }
         | Message::Adopted { job, .. } => Some(*job),
         Message::Promise(promise) => Some(promise.job),
         Message::Accept(accept) => Some(accept.job),
-        Message::Adopt(adopt) => Some(adopt.job),
+        Message::Adopt(adopt) => Some(JobId::of(&adopt.spec.bytes)),
         Message::Install(install) => Some(JobId::of(&install.spec.bytes)),
         Message::Renew { .. }
         | Message::Renewed { .. }

@@ -10,6 +10,7 @@
 
 mod book;
 mod entry;
+mod lease;
 mod standing;
 
 use std::{
@@ -22,9 +23,12 @@ use tracing::debug;
 pub(crate) use book::{Book, Usage};
 pub use entry::{Hold, Phase, Work, WorkId};
 
-use self::standing::{Standing, StandingCall};
+use self::{
+    lease::Lease,
+    standing::{Standing, StandingCall},
+};
 use crate::{
-    BlobId, HoldId, JobId, Now, PeerId, UserId,
+    BlobId, BootId, HoldId, JobId, Now, PeerId, UserId,
     inventory::{Capacity, GpuUuid},
     job::{Attempt, Ending, Rank, RankAssignment, RankEnd, RankState, VerifiedSpec},
     message::{
@@ -32,6 +36,7 @@ use crate::{
         PinRefusal, REST_MS_MAX, RankReport, Report, Start, Wanted, blinded,
     },
     peer::{Event, Outbox, Slot},
+    record::Value,
     request::{Grant, fit, fit_many},
     sabotage::{Rule, Sabotage},
     timer::Timers,
@@ -76,12 +81,14 @@ enum Timer {
     Start(WorkId),
     Report(WorkId),
     Standing,
+    Lease,
 }
 
 /// The bidder's machine.
 #[derive(Debug)]
 pub(crate) struct Bidder {
     me: PeerId,
+    boot: BootId,
     sabotage: Sabotage,
     terms: Terms,
     book: Book,
@@ -89,6 +96,11 @@ pub(crate) struct Bidder {
     /// Attempts that will never be started here, by who may speak of them, so that nobody
     /// buries another steward's; with the wall time they were buried.
     tombstones: BTreeMap<(PeerId, JobId, Attempt), u64>,
+    /// The latest stewardship known of jobs that changed theirs: who comes with an earlier
+    /// one is not their steward any more. With the wall time it was learnt.
+    known_terms: BTreeMap<JobId, (u64, u64)>,
+    /// Leases of ranks with processes here.
+    leases: BTreeMap<WorkId, Lease>,
     /// Endings no steward has acknowledged.
     ends: BTreeMap<WorkId, UnreportedEnd>,
     timers: Timers<Timer>,
@@ -108,14 +120,17 @@ struct UnreportedEnd {
 
 impl Bidder {
     /// `hold_prefix` must differ at every boot: holds are never numbered twice.
-    pub(crate) fn new(me: PeerId, hold_prefix: [u8; 8], sabotage: Sabotage) -> Self {
+    pub(crate) fn new(me: PeerId, boot: BootId, hold_prefix: [u8; 8], sabotage: Sabotage) -> Self {
         Self {
             me,
+            boot,
             sabotage,
             terms: Terms::default(),
             book: Book::new(sabotage),
             standing: Standing::default(),
             tombstones: BTreeMap::new(),
+            known_terms: BTreeMap::new(),
+            leases: BTreeMap::new(),
             ends: BTreeMap::new(),
             timers: Timers::default(),
             holds_made: 0,
@@ -159,6 +174,7 @@ impl Bidder {
                 Timer::Start(_) => "a commitment waits for its start",
                 Timer::Report(_) => "an ending is unacknowledged",
                 Timer::Standing => "a standing call expires or has rested",
+                Timer::Lease => "leases are to be renewed",
             };
             (at_ms, reason)
         })
@@ -195,9 +211,9 @@ impl Bidder {
                 work.prepared = Some((port, host));
                 let steward = work.steward;
                 if !self.sabotage.holds(Rule::StartOnlyWhenTold) {
-                    self.run(id, None, now, out);
+                    self.run(id, None, None, now, out);
                 }
-                self.report_state(id, steward, out);
+                self.report_state(id, steward, now, out);
             }
             Err(reason) => {
                 let ending = Ending::FailedToStart { reason };
@@ -207,12 +223,12 @@ impl Bidder {
     }
 
     /// The process of a rank runs.
-    pub(crate) fn started(&mut self, id: WorkId, out: &mut Outbox) {
+    pub(crate) fn started(&mut self, id: WorkId, now: Now, out: &mut Outbox) {
         let Some(work) = self.book.work.get_mut(&id) else { return };
         if work.phase == Phase::Starting {
             work.phase = Phase::Running;
             let steward = work.steward;
-            self.report_state(id, steward, out);
+            self.report_state(id, steward, now, out);
         }
     }
 
@@ -230,6 +246,7 @@ impl Bidder {
     pub(crate) fn end(&mut self, id: WorkId, end: RankEnd, now: Now, out: &mut Outbox) {
         let Some(work) = self.book.remove_work(id) else { return };
         self.timers.cancel(&Timer::Start(id));
+        self.leases.remove(&id);
         // In this order a crash in between leaves the rank twice, which the next start
         // sees, and never not at all, which nobody would.
         let steward = work.steward;
@@ -258,7 +275,7 @@ impl Bidder {
                 continue;
             }
             if alive.contains(&id) {
-                self.started(id, out);
+                self.started(id, now, out);
                 continue;
             }
             match self.book.work[&id].phase {
@@ -272,28 +289,23 @@ impl Bidder {
             }
         }
         self.adopt_committed(now, out);
+        self.timers.set(Timer::Lease, now.boot_ms);
         for id in self.ends.keys().copied().collect::<Vec<_>>() {
             self.send_end(id, now, out);
         }
     }
 
     /// Prepare again what waits for its start; but where the attempt is buried and none
-    /// of its ranks lives here, another rank ended or was given up, and so is this one. So
-    /// is what an older daemon journalled without its certificate.
+    /// of its ranks lives here, another rank ended or was given up, and so is this one.
     fn adopt_committed(&mut self, now: Now, out: &mut Outbox) {
         for id in self.book.work.keys().copied().collect::<Vec<_>>() {
             let work = &self.book.work[&id];
             let Phase::Committed { .. } = work.phase else { continue };
-            let buried = self.tombstones.contains_key(&(work.steward, id.job, id.attempt));
+            let buried = self.is_buried(work.steward, id.job, id.attempt);
             let lives = |id: &WorkId| !matches!(self.book.work[id].phase, Phase::Committed { .. });
             if buried && !self.work_of(id.job, id.attempt).iter().any(lives) {
                 out.events.push_back(Event::Discard { id });
                 self.end(id, RankEnd::bare(Ending::NeverStarted, now.wall_ms), now, out);
-            } else if !work.has_certificate() {
-                let reason = "its node's p2pit was updated before it started".to_owned();
-                let end = RankEnd::bare(Ending::FailedToStart { reason }, now.wall_ms);
-                out.events.push_back(Event::Discard { id });
-                self.end(id, end, now, out);
             } else {
                 out.events.push_back(self.prepare_event(id));
             }
@@ -315,7 +327,7 @@ impl Bidder {
     }
 
     pub(crate) fn restore_work(&mut self, bytes: &[u8], now: Now) -> Result<(), String> {
-        let mut work = Work::from_journal(bytes).map_err(|e| e.to_string())?;
+        let mut work: Work = wire::decode(bytes).map_err(|e| e.to_string())?;
         let spec = VerifiedSpec::verify(work.signed_spec.clone()).map_err(|e| e.to_string())?;
         let id = work.id;
         if let Phase::Committed { until_ms, .. } = &mut work.phase {
@@ -338,6 +350,12 @@ impl Bidder {
     ) {
         let buried_ms = wire::decode(bytes).unwrap_or_default();
         self.tombstones.insert((steward, job, attempt), buried_ms);
+    }
+
+    pub(crate) fn restore_term(&mut self, job: JobId, bytes: &[u8]) -> Result<(), String> {
+        let known = wire::decode(bytes).map_err(|e| e.to_string())?;
+        self.known_terms.insert(job, known);
+        Ok(())
     }
 
     pub(crate) fn restore_end(&mut self, id: WorkId, bytes: &[u8]) -> Result<(), String> {
@@ -418,12 +436,13 @@ impl Bidder {
         from: PeerId,
         commit: Commit,
         spec: VerifiedSpec,
+        value: Result<Value, String>,
         now: Now,
         out: &mut Outbox,
     ) {
         let (job, attempt) = (spec.job, commit.attempt);
         let known: Vec<WorkId> = self.work_of(job, attempt);
-        if self.is_torn(from, &known, &commit, &spec) {
+        if self.is_torn(from, &known, &commit, value.as_ref().ok()) {
             for id in known {
                 self.abandon(id, now, out);
             }
@@ -436,13 +455,17 @@ impl Bidder {
             self.renew_commitments(&known, from, now, out);
             out.send(self.me, from, Message::Committed { job, attempt });
             for id in known {
-                self.report_state(id, from, out);
+                self.report_state(id, from, now, out);
             }
             return;
         }
-        match self.check_commit(from, &commit, &spec) {
-            Ok(assignments) => {
-                self.commit(from, &commit, spec, assignments, now, out);
+        let checked = value.and_then(|value| {
+            self.check_commit(from, &commit, &spec, &value).map(|ours| (ours, value.body.term))
+        });
+        match checked {
+            Ok((assignments, term)) => {
+                self.learn_term(job, term, now, out);
+                self.commit(from, &commit, spec, term, assignments, now, out);
                 out.send(self.me, from, Message::Committed { job, attempt });
             }
             Err(reason) => {
@@ -502,12 +525,16 @@ impl Bidder {
                     self.end(id, RankEnd::bare(ending, now.wall_ms), now, out);
                 }
                 Phase::Committed { .. } if work.prepared.is_some() => {
-                    self.run(id, Some(&start), now, out);
+                    match self.first_lease(&start, now) {
+                        Some(until_ms) => self.run(id, Some(&start), until_ms, now, out),
+                        // It was long on its way: ask for a fresh one.
+                        None => self.report_state(id, from, now, out),
+                    }
                 }
                 // A restarted daemon prepares again; the steward repeats its start.
                 Phase::Committed { .. } => {}
                 Phase::Starting | Phase::Running | Phase::Draining => {
-                    self.report_state(id, from, out);
+                    self.report_state(id, from, now, out);
                 }
             }
         }
@@ -541,7 +568,7 @@ impl Bidder {
             out.send(self.me, from, Message::CommitRefused { job, attempt, reason });
         }
         for id in ids {
-            self.report_state(id, from, out);
+            self.report_state(id, from, now, out);
         }
     }
 
@@ -565,6 +592,7 @@ impl Bidder {
                     self.end(id, RankEnd::bare(Ending::NeverStarted, now.wall_ms), now, out);
                 }
                 Timer::Report(id) => self.send_end(id, now, out),
+                Timer::Lease => self.ask_leases(now, out),
                 Timer::Standing => {
                     self.standing.expire(now);
                     self.arm_standing(now);
@@ -910,15 +938,14 @@ impl Bidder {
         from: PeerId,
         commit: &Commit,
         spec: &VerifiedSpec,
+        value: &Value,
     ) -> Result<Vec<RankAssignment>, String> {
         let (job, attempt) = (spec.job, commit.attempt);
-        let value = if self.sabotage.holds(Rule::CommitNeedsCertificate) {
-            commit.certificate.verify(spec, |_| false).map_err(|e| e.to_string())?
-        } else {
-            commit.certificate.value().map_err(|e| e.to_string())?
-        };
         if value.body.steward != from {
             return Err("the sender is not the job's steward".to_owned());
+        }
+        if value.body.term < self.known_term(job) {
+            return Err("another node is the job's steward by now".to_owned());
         }
         self.check_terms(spec)?;
         if self.tombstones.contains_key(&(from, job, attempt)) {
@@ -959,17 +986,17 @@ impl Bidder {
         from: PeerId,
         known: &[WorkId],
         commit: &Commit,
-        spec: &VerifiedSpec,
+        value: Option<&Value>,
     ) -> bool {
         // Once one of them started, failed or was given up, a missing rank is an ended one.
         let is_waiting = |id: &WorkId| matches!(self.book.work[id].phase, Phase::Committed { .. });
         if known.is_empty()
             || !known.iter().all(is_waiting)
-            || self.tombstones.contains_key(&(from, spec.job, commit.attempt))
+            || known.iter().any(|id| self.tombstones.contains_key(&(from, id.job, commit.attempt)))
         {
             return false;
         }
-        let Ok(value) = commit.certificate.verify(spec, |_| false) else { return false };
+        let Some(value) = value else { return false };
         value.body.steward == from
             && value.body.attempt == commit.attempt
             && value.body.assigned_to(self.me).count() > known.len()
@@ -980,6 +1007,7 @@ impl Bidder {
         from: PeerId,
         commit: &Commit,
         spec: VerifiedSpec,
+        term: u64,
         assignments: Vec<RankAssignment>,
         now: Now,
         out: &mut Outbox,
@@ -993,6 +1021,7 @@ impl Bidder {
             let work = Work {
                 id,
                 steward: from,
+                term,
                 assignment,
                 phase: Phase::Committed { since_ms: now.boot_ms, until_ms },
                 prepared: None,
@@ -1043,26 +1072,29 @@ impl Bidder {
 
     /// The marker that it was started is durable before it is: an attempt starts at most
     /// once on a node, ever.
-    fn run(&mut self, id: WorkId, start: Option<&Start>, now: Now, out: &mut Outbox) {
+    fn run(
+        &mut self,
+        id: WorkId,
+        start: Option<&Start>,
+        until_ms: Option<u64>,
+        now: Now,
+        out: &mut Outbox,
+    ) {
         let Some(work) = self.book.work.get_mut(&id) else { return };
         work.phase = Phase::Starting;
         out.put(&id.slot(), work);
         self.timers.cancel(&Timer::Start(id));
+        self.leases.insert(id, Lease::granted(until_ms, now));
+        if self.timers.due(&Timer::Lease).is_none() {
+            self.timers.set(Timer::Lease, now.after(LEASE_RENEW_MS));
+        }
         let spec = work.spec.clone().map(|spec| (*spec).clone()).map(Box::new);
         let assignment = work.assignment.clone();
         let steward = work.steward;
         self.bury(steward, id.job, id.attempt, now, out);
         let (nodes, hosts, port) = start
             .map_or((Vec::new(), Vec::new(), 0), |s| (s.nodes.clone(), s.hosts.clone(), s.port));
-        out.events.push_back(Event::Execute {
-            id,
-            spec,
-            assignment,
-            nodes,
-            hosts,
-            port,
-            until_ms: None,
-        });
+        out.events.push_back(Event::Execute { id, spec, assignment, nodes, hosts, port, until_ms });
     }
 
     /// Stop what runs of an attempt; what has not started never will.
@@ -1138,6 +1170,10 @@ impl Bidder {
         });
     }
 
+    fn is_buried(&self, steward: PeerId, job: JobId, attempt: Attempt) -> bool {
+        self.tombstones.contains_key(&(steward, job, attempt))
+    }
+
     fn work_of(&self, job: JobId, attempt: Attempt) -> Vec<WorkId> {
         let of = |rank| WorkId { job, attempt, rank: Rank(rank) };
         self.book.work.range(of(0)..=of(u32::MAX)).map(|(id, _)| *id).collect()
@@ -1145,11 +1181,11 @@ impl Bidder {
 
     // ---- reports ----------------------------------------------------------------------
 
-    fn report_state(&mut self, id: WorkId, to: PeerId, out: &mut Outbox) {
+    fn report_state(&mut self, id: WorkId, to: PeerId, now: Now, out: &mut Outbox) {
         let Some(work) = self.book.work.get(&id) else { return };
         let report = match (&work.phase, &work.prepared) {
             (Phase::Committed { .. }, Some((port, host))) => {
-                RankReport::Prepared { port: *port, host: host.clone() }
+                RankReport::Prepared { port: *port, host: host.clone(), clock: self.clock(now) }
             }
             (Phase::Committed { .. }, None) => RankReport::At(RankState::Assigned),
             (Phase::Starting, _) => RankReport::At(RankState::Prepared),

@@ -11,7 +11,9 @@ pub use auction::{
     Bid, Call, CallFate, Commit, Decline, Key, Offer, PinRefusal, REST_MS_MAX, RankReport, Report,
     Start, Wanted, blinded,
 };
-pub use record::{Accept, Adopt, ClockReading, Install, LeaseGrant, Promise, Renewal, Watch};
+pub use record::{
+    Accept, Adopt, ClockReading, Install, LeaseAsk, LeaseGrant, Promise, Renewal, Watch,
+};
 pub use soft::{Advert, GpuState, Head, Soft};
 pub use user::{
     AttemptView, Command, GpuView, HoldView, JobFilter, JobView, NodeView, RankView, Reply,
@@ -19,7 +21,7 @@ pub use user::{
 };
 
 use crate::{
-    HoldId, JobId,
+    HoldId, JobId, StoreId,
     identity::SignedBytes,
     job::{Attempt, Rank},
     record::{Ballot, Link},
@@ -36,12 +38,15 @@ pub enum Message {
         /// Of other keepers that keep it already: with one it may be older than a submission.
         receipts: Vec<SignedBytes>,
     },
-    /// Keeper → submitter: it is kept; the receipt is for the birth value.
+    /// Keeper → submitter or keeper: it is kept.
     Inited {
         /// The job.
         job: JobId,
-        /// Signed in [`crate::identity::Domain::Receipt`].
-        receipt: SignedBytes,
+        /// For the birth value, in [`crate::identity::Domain::Receipt`]: the sender's own, and
+        /// those of others that it has.
+        receipts: Vec<SignedBytes>,
+        /// Of these, the stores whose nodes have the job's inputs.
+        inputs: Vec<StoreId>,
     },
     /// Keeper → submitter: it is not kept.
     InitRefused {
@@ -104,14 +109,12 @@ pub enum Message {
     },
     /// Keeper → new or former keeper: the keepers changed.
     Install(Box<Install>),
-    /// New keeper → who installed it: done. The receipt is for the epoch's first value.
+    /// New or former keeper → who installed it: done.
     Installed {
         /// The job.
         job: JobId,
         /// The new configuration.
         epoch: u32,
-        /// Signed in [`crate::identity::Domain::Receipt`].
-        receipt: SignedBytes,
     },
     /// Steward → keeper: I am here, for all these jobs.
     Renew {
@@ -260,7 +263,7 @@ pub enum Message {
         /// The bidder's clock as it sent this: what it gets counts from here.
         clock: ClockReading,
         /// Attempts with processes here; at most [`RENEWALS_MAX`].
-        entries: Vec<(JobId, Attempt)>,
+        entries: Vec<LeaseAsk>,
     },
     /// Steward → bidder: they may. What is not named here is not granted.
     Lease {
@@ -270,6 +273,14 @@ pub enum Message {
         clock: ClockReading,
         /// What is granted.
         entries: Vec<LeaseGrant>,
+    },
+
+    /// Keeper → bidder: another drives this job.
+    Elsewhere {
+        /// The job.
+        job: JobId,
+        /// Who does, as far as the sender knows.
+        steward: crate::PeerId,
     },
 
     /// Soft state handed over directly.
@@ -322,6 +333,7 @@ impl Message {
             Self::Adopted { .. } => "adopted",
             Self::AskLease { .. } => "ask-lease",
             Self::Lease { .. } => "lease",
+            Self::Elsewhere { .. } => "elsewhere",
             Self::Call(_) => "call",
             Self::Bid(_) => "bid",
             Self::Pin { .. } => "pin",

@@ -13,9 +13,11 @@
 //! [`Peer::restore`], says [`Peer::restored`], and then calls [`Peer::resume`] with the
 //! processes that still live.
 
+mod keep;
 mod outbox;
 mod random;
 mod soft;
+mod submission;
 mod user;
 
 use core::hash::BuildHasher;
@@ -24,8 +26,7 @@ use std::{
     sync::Arc,
 };
 
-use serde::{Deserialize, Serialize};
-use tracing::{debug, warn};
+use tracing::debug;
 
 pub(crate) use outbox::Outbox;
 pub use outbox::{Slot, Transmit, Write};
@@ -33,18 +34,24 @@ pub(crate) use random::Random;
 pub use soft::{
     ADVERT_GAP_MS, ADVERT_MEAN_MS, ADVERT_REFRESH_MS, HEAD_MS, HEADS_MAX, RECONCILE_MS,
 };
+pub use submission::{
+    REFUSALS_MAX, SUBMISSIONS_MAX, SUBMIT_MS, SUBMIT_RESEND_MS, SUBMIT_TOLERANCE_MS,
+};
 pub use user::JOBS_MAX;
 
-use self::soft::SoftState;
+use self::{
+    soft::SoftState,
+    submission::{Birth, Refusal, Submission},
+};
 use crate::{
     BlobId, BootId, JobId, Now, PeerId, PoolId, StoreId,
     bidder::{Bidder, Terms, WorkId},
     door::{self, DoorBook},
-    identity::{Domain, KeyPair, SignedBytes},
+    identity::{KeyPair, SignedBytes},
     inventory::{Board, Capacity, GpuUuid},
-    job::{RankAssignment, RankEnd, VerifiedSpec},
+    job::{RankAssignment, RankEnd, State, VerifiedSpec},
     message::{Commit, Message, Soft},
-    record::{Certificate, Kept, ReceiptBody, Registers},
+    record::{Certificate, Keeper, Kept, Registers},
     request::{Request, Unsatisfiable, satisfiable},
     roster::{self, DeviceId, RequestGuard, Roster},
     sabotage::{Rule, Sabotage},
@@ -52,17 +59,6 @@ use crate::{
     timer::Timers,
     wire,
 };
-
-/// How long a submission may take before its fate is called unknown.
-pub const SUBMIT_MS: u64 = 15_000;
-/// How often an unanswered submission is repeated.
-pub const SUBMIT_RESEND_MS: u64 = 1_000;
-/// How far a submitter's clock may be from its keeper's.
-pub const SUBMIT_TOLERANCE_MS: u64 = 120_000;
-/// Most submissions in flight at once.
-pub const SUBMISSIONS_MAX: usize = 4_096;
-/// Most refusals a keeper remembers; beyond that it gives none, and only asks to wait.
-pub const REFUSALS_MAX: usize = 4_096;
 
 /// What a peer is made of.
 #[derive(Debug)]
@@ -158,6 +154,12 @@ pub enum Event {
         /// Kept; or why not.
         result: Result<(), SubmitError>,
     },
+    /// This node's store was used after the copy that is in use now was made: what it promised
+    /// since is not known here. The driver must go on with a new store, or not at all.
+    StoreRefused {
+        /// What showed it, for people.
+        reason: String,
+    },
     /// A hold was taken by a higher job.
     Wounded {
         /// Whose hold.
@@ -193,20 +195,6 @@ enum Timer {
     Soft,
 }
 
-#[derive(Debug)]
-struct Submission {
-    spec: Arc<VerifiedSpec>,
-    until_ms: u64,
-}
-
-/// Why a job is not kept here. It is kept until the job is too old to be submitted, so
-/// that a late copy of its submission cannot undo what the submitter was told.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Refusal {
-    until_wall_ms: u64,
-    reason: String,
-}
-
 /// One node.
 #[derive(Debug)]
 pub struct Peer {
@@ -214,7 +202,10 @@ pub struct Peer {
     key: KeyPair,
     store: StoreId,
     boot: BootId,
+    boot_count: u64,
+    store_refused: bool,
     client: bool,
+    sabotage: Sabotage,
     device: DeviceId,
     random: Random,
     roster: Roster,
@@ -226,9 +217,12 @@ pub struct Peer {
     bidder: Bidder,
     soft: SoftState,
     submissions: BTreeMap<JobId, Submission>,
+    births: BTreeMap<JobId, Birth>,
     refused: BTreeMap<JobId, Refusal>,
     timers: Timers<Timer>,
     out: Outbox,
+    /// The clocks as they stood at the last call.
+    last_now: Option<Now>,
     /// Statements from the journal, until all are there.
     unplaced: Vec<SignedBytes>,
 }
@@ -255,6 +249,8 @@ impl Peer {
             me,
             store: config.store,
             boot: config.boot,
+            boot_count: config.boot_count,
+            store_refused: false,
             client: config.client,
             // An emptied home counts its statements anew, and so is another device.
             device: DeviceId(config.store.0),
@@ -262,11 +258,20 @@ impl Peer {
             guard,
             doors: DoorBook::new(),
             board: Board::default(),
-            registers: Registers::new(config.key.clone(), config.store),
-            stewards: Stewards::new(me, config.sabotage),
-            bidder: Bidder::new(me, hold_prefix, config.sabotage),
+            registers: Registers::new(
+                config.key.clone(),
+                config.store,
+                config.boot,
+                Random::new(random.bytes()),
+                config.sabotage,
+            ),
+            stewards: Stewards::new(me, config.boot, config.sabotage),
+            bidder: Bidder::new(me, config.boot, hold_prefix, config.sabotage),
+            sabotage: config.sabotage,
             soft,
             submissions: BTreeMap::new(),
+            births: BTreeMap::new(),
+            last_now: None,
             refused: BTreeMap::new(),
             timers: Timers::default(),
             out: Outbox::default(),
@@ -293,7 +298,7 @@ impl Peer {
                 self.unplaced.push(signed);
                 Ok(())
             }
-            Slot::Record(_) => self.registers.restore(value).map(|_| ()).map_err(context),
+            Slot::Record(_) => self.registers.restore(value, now).map(|_| ()).map_err(context),
             Slot::Hold(_) => self.bidder.restore_hold(value, now).map_err(context),
             Slot::Work(..) => self.bidder.restore_work(value, now).map_err(context),
             Slot::Tombstone(steward, job, attempt) => {
@@ -304,6 +309,7 @@ impl Peer {
                 let id = WorkId { job: *job, attempt: *attempt, rank: *rank };
                 self.bidder.restore_end(id, value).map_err(context)
             }
+            Slot::Term(job) => self.bidder.restore_term(*job, value).map_err(context),
             Slot::Refused(job) => {
                 let refusal = wire::decode(value).map_err(|e| context(e.to_string()))?;
                 self.refused.insert(*job, refusal);
@@ -348,8 +354,10 @@ impl Peer {
         }
         let jobs: Vec<JobId> = self.registers.iter().map(|(job, _)| *job).collect();
         for job in jobs {
-            self.announce_head(job);
-            self.with_stewards(now, |stewards, cx| stewards.drive(job, cx));
+            if self.registers.get(job).is_some_and(|k| k.value.body.state() == State::Done) {
+                self.announce_head(job);
+            }
+            self.with_stewards(now, |stewards, cx| stewards.consider(job, cx));
         }
         self.timers.set(Timer::Soft, now.boot_ms);
         self.finish(now);
@@ -407,7 +415,7 @@ impl Peer {
 
     /// The process of a rank runs.
     pub fn started(&mut self, id: WorkId, now: Now) {
-        self.bidder.started(id, &mut self.out);
+        self.bidder.started(id, now, &mut self.out);
         self.finish(now);
     }
 
@@ -442,23 +450,6 @@ impl Peer {
     }
 
     // ---- verbs: people ----------------------------------------------------------------
-
-    /// Submit a job whose inputs its keeper already has. [`Event::Submitted`] follows.
-    ///
-    /// # Errors
-    /// The spec is not in order, or too many submissions are in flight.
-    pub fn submit(&mut self, spec: SignedBytes, now: Now) -> Result<JobId, String> {
-        let spec = Arc::new(VerifiedSpec::verify(spec).map_err(|e| e.to_string())?);
-        if self.submissions.len() >= SUBMISSIONS_MAX {
-            return Err(format!("{SUBMISSIONS_MAX} submissions are in flight already"));
-        }
-        let job = spec.job;
-        let until_ms = now.after(SUBMIT_MS);
-        self.submissions.insert(job, Submission { spec, until_ms });
-        self.send_init(job, now);
-        self.finish(now);
-        Ok(job)
-    }
 
     /// Take a statement made here, by a user's CLI or by this node.
     ///
@@ -500,12 +491,16 @@ impl Peer {
             debug!(%from, "message from a stranger dropped");
             return;
         }
+        self.notice_clock(now);
         self.dispatch(from, message, now);
         self.finish(now);
     }
 
     /// The time that [`Peer::poll_timeout`] named has come.
     pub fn handle_timeout(&mut self, now: Now) {
+        self.notice_clock(now);
+        self.registers.handle_timeout(now);
+        self.with_stewards(now, Stewards::settle);
         self.bidder.handle_timeout(now, &mut self.out);
         self.with_stewards(now, Stewards::handle_timeout);
         while let Some(timer) = self.timers.pop_due(now.boot_ms) {
@@ -542,7 +537,15 @@ impl Peer {
             };
             (at_ms, reason)
         });
-        [own, self.bidder.poll_timeout(), self.stewards.poll_timeout()].into_iter().flatten().min()
+        [
+            own,
+            self.bidder.poll_timeout(),
+            self.stewards.poll_timeout(),
+            self.registers.poll_timeout(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     // ---- getters ----------------------------------------------------------------------
@@ -659,29 +662,47 @@ impl Peer {
         steward::dry_run(self.me, request, &self.board, now)
     }
 
-    /// The keeper a job submitted here should name: this node, unless it is a client;
-    /// else the connected node that most recently said so. `None` where there is none.
+    /// The keepers a job submitted here should name, the first to drive it: this node first,
+    /// unless it is a client; then nodes it is connected to, of distinct owners where there
+    /// is a choice, in an order that `salt` decides. Empty where no node can keep it.
     #[must_use]
-    pub fn propose_keeper(&self) -> Option<(PeerId, StoreId)> {
-        if !self.client {
-            return Some((self.me, self.store));
-        }
-        let offering = self.board.iter().filter(|(_, posted)| !posted.advert.client);
-        let reachable = offering.filter(|(node, _)| self.board.is_connected(**node));
-        // Spread over the pool: each client has an order of its own.
-        let order =
-            |node: &PeerId| *blake3::hash(&[&self.me.0.0[..], &node.0.0[..]].concat()).as_bytes();
-        reachable
-            .min_by_key(|(node, _)| order(node))
-            .map(|(node, posted)| (*node, posted.advert.store))
+    pub fn propose_keepers(&self, salt: &[u8]) -> Vec<Keeper> {
+        let me = (self.me, self.store);
+        steward::propose(me, self.client, &self.board, &self.roster, salt)
+    }
+
+    /// The jobs this node acts for as steward now, each with its term.
+    #[must_use]
+    pub fn acting(&self, now: Now) -> Vec<(JobId, u64)> {
+        self.stewards.acting(&self.registers, now)
+    }
+
+    /// Times a steward here fell silent because its lease had run out.
+    #[must_use]
+    pub fn fences(&self) -> u64 {
+        self.stewards.fences()
+    }
+
+    /// Jobs taken over from another steward since the daemon started.
+    #[must_use]
+    pub fn takeovers(&self) -> u64 {
+        self.registers.takeovers()
+    }
+
+    /// Who keeps a record that this node kept once.
+    #[must_use]
+    pub fn moved(&self, job: JobId) -> Option<&[Keeper]> {
+        self.registers.moved(job)
     }
 
     // ---- inside -----------------------------------------------------------------------
 
     fn dispatch(&mut self, from: PeerId, message: Message, now: Now) {
         match message {
-            Message::Init { spec, .. } => self.handle_init(from, spec, now),
-            Message::Inited { job, receipt } => self.handle_inited(from, job, &receipt),
+            Message::Init { spec, receipts } => self.handle_init(from, spec, &receipts, now),
+            Message::Inited { job, receipts, inputs } => {
+                self.handle_inited(from, job, receipts, &inputs, now);
+            }
             Message::InitRefused { job, reason, retry } => {
                 self.handle_init_refused(from, job, reason, retry);
             }
@@ -726,6 +747,19 @@ impl Peer {
             Message::Report(report) => {
                 self.with_stewards(now, |s, cx| s.handle_report(from, *report, cx));
             }
+            Message::Adopt(adopt) => self.handle_adopt(from, &adopt, now),
+            Message::Adopted { job, term, .. } => {
+                self.with_stewards(now, |s, cx| s.handle_adopted(from, job, term, cx));
+            }
+            Message::AskLease { clock, entries } => {
+                self.with_stewards(now, |s, cx| s.handle_ask_lease(from, clock, &entries, cx));
+            }
+            Message::Lease { asked, entries, .. } => {
+                self.bidder.handle_lease(from, asked, &entries, now, &mut self.out);
+            }
+            Message::Elsewhere { job, steward } => {
+                self.bidder.handle_elsewhere(job, steward, now, &mut self.out);
+            }
             Message::Prepare { .. }
             | Message::Promise(_)
             | Message::Accept(_)
@@ -738,11 +772,7 @@ impl Peer {
             | Message::Renew { .. }
             | Message::Renewed { .. }
             | Message::Look { .. }
-            | Message::Seen { .. }
-            | Message::Adopt(_)
-            | Message::Adopted { .. }
-            | Message::AskLease { .. }
-            | Message::Lease { .. } => debug!(%from, "not handled on this branch yet"),
+            | Message::Seen { .. } => self.handle_record(from, message, now),
             Message::Soft(item) => {
                 self.handle_soft(item, now);
             }
@@ -770,6 +800,7 @@ impl Peer {
         let mut cx = steward::Context {
             registers: &mut self.registers,
             board: &self.board,
+            roster: &self.roster,
             random: &mut self.random,
             out: &mut self.out,
             now,
@@ -784,7 +815,10 @@ impl Peer {
             .map_err(|e| e.to_string())
             .and_then(|spec| self.check_owner(&spec).map(|()| spec));
         match checked {
-            Ok(spec) => self.bidder.handle_commit(from, commit, spec, now, &mut self.out),
+            Ok(spec) => {
+                let value = self.check_certificate(&commit.certificate, &spec);
+                self.bidder.handle_commit(from, commit, spec, value, now, &mut self.out);
+            }
             Err(reason) => {
                 let refused = Message::CommitRefused { job, attempt, reason };
                 self.out.send(self.me, from, refused);
@@ -800,126 +834,6 @@ impl Peer {
             return Err("the job's owner is not a user of this pool".to_owned());
         }
         Ok(())
-    }
-
-    // ---- submission -------------------------------------------------------------------
-
-    fn send_init(&mut self, job: JobId, now: Now) {
-        let Some(submission) = self.submissions.get(&job) else { return };
-        if submission.until_ms <= now.boot_ms {
-            self.settle_submission(job, Err(SubmitError::Unknown));
-            return;
-        }
-        let keeper = submission.spec.spec.keepers[0].0;
-        let spec = submission.spec.signed.clone();
-        self.out.send(self.me, keeper, Message::Init { spec, receipts: Vec::new() });
-        self.timers.set(Timer::Submit(job), now.after(SUBMIT_RESEND_MS));
-    }
-
-    fn handle_init(&mut self, from: PeerId, spec: SignedBytes, now: Now) {
-        let job = JobId::of(&spec.bytes);
-        match self.accept_init(spec, now) {
-            Ok(receipt) => {
-                self.announce_head(job);
-                // Whoever submitted can find the job at once, before gossip comes round.
-                if let Some(head) = self.soft.head(job) {
-                    self.out.send(self.me, from, Message::Soft(head));
-                }
-                self.out.send(self.me, from, Message::Inited { job, receipt });
-                self.with_stewards(now, |stewards, cx| stewards.drive(job, cx));
-            }
-            Err((reason, retry)) => {
-                let refused = Message::InitRefused { job, reason, retry };
-                self.out.send(self.me, from, refused);
-            }
-        }
-    }
-
-    fn accept_init(&mut self, spec: SignedBytes, now: Now) -> Result<SignedBytes, (String, bool)> {
-        let spec = VerifiedSpec::verify(spec).map_err(|e| (e.to_string(), false))?;
-        if self.registers.get(spec.job).is_none() {
-            if self.client || spec.spec.keepers[0] != (self.me, self.store) {
-                return Err(("this node is not the job's keeper".to_owned(), false));
-            }
-            if let Some(refusal) = self.refused.get(&spec.job) {
-                return Err((refusal.reason.clone(), false));
-            }
-            if let Err(reason) = self.check_init(&spec, now) {
-                return Err(self.refuse(&spec, reason, now));
-            }
-            let trees = self.bidder.local_trees();
-            if let Some(missing) = spec.inputs().find(|tree| !trees.contains(tree)) {
-                return Err((format!("input {missing} is not on the keeper yet"), true));
-            }
-        }
-        self.registers.init(Arc::new(spec)).map_err(|e| (e.to_string(), true))
-    }
-
-    /// What must be so now, and need not be so later.
-    fn check_init(&self, spec: &VerifiedSpec, now: Now) -> Result<(), String> {
-        self.check_owner(spec)?;
-        let off_ms = spec.spec.submitted_at_ms.abs_diff(now.wall_ms);
-        if off_ms > SUBMIT_TOLERANCE_MS {
-            return Err(format!(
-                "the submitter's clock is {} s off its keeper's; at most {} s are allowed: set \
-                 the clock and submit again",
-                off_ms / 1000,
-                SUBMIT_TOLERANCE_MS / 1000
-            ));
-        }
-        self.feasible(&spec.spec.request).map_err(|e| e.to_string())
-    }
-
-    /// Refuse a job for good; or where that cannot be remembered, only for now.
-    fn refuse(&mut self, spec: &VerifiedSpec, reason: String, now: Now) -> (String, bool) {
-        let until_wall_ms = spec.spec.submitted_at_ms.saturating_add(SUBMIT_TOLERANCE_MS);
-        if until_wall_ms < now.wall_ms {
-            return (reason, false);
-        }
-        let over = |refusal: &Refusal| refusal.until_wall_ms < now.wall_ms;
-        let old: Vec<JobId> =
-            self.refused.iter().filter(|(_, r)| over(r)).map(|(job, _)| *job).collect();
-        for job in old {
-            self.refused.remove(&job);
-            self.out.remove(&Slot::Refused(job));
-        }
-        if self.refused.len() >= REFUSALS_MAX {
-            return ("this keeper refused too many jobs lately".to_owned(), true);
-        }
-        let refusal = Refusal { until_wall_ms, reason: reason.clone() };
-        self.out.put(&Slot::Refused(spec.job), &refusal);
-        self.refused.insert(spec.job, refusal);
-        (reason, false)
-    }
-
-    fn handle_inited(&mut self, from: PeerId, job: JobId, receipt: &SignedBytes) {
-        let Some(submission) = self.submissions.get(&job) else { return };
-        let (keeper, store) = submission.spec.spec.keepers[0];
-        let body = receipt
-            .verify(Domain::Receipt)
-            .ok()
-            .and_then(|bytes| wire::decode::<ReceiptBody>(bytes).ok());
-        let in_order = from == keeper
-            && receipt.signer == keeper.0
-            && body.is_some_and(|body| body.job == job && body.store == store && body.seq == 1);
-        if in_order {
-            self.settle_submission(job, Ok(()));
-        } else {
-            warn!(%job, %from, "receipt not in order");
-        }
-    }
-
-    fn handle_init_refused(&mut self, from: PeerId, job: JobId, reason: String, retry: bool) {
-        let Some(submission) = self.submissions.get(&job) else { return };
-        if from == submission.spec.spec.keepers[0].0 && !retry {
-            self.settle_submission(job, Err(SubmitError::Refused(reason)));
-        }
-    }
-
-    fn settle_submission(&mut self, job: JobId, result: Result<(), SubmitError>) {
-        self.submissions.remove(&job);
-        self.timers.cancel(&Timer::Submit(job));
-        self.out.events.push_back(Event::Submitted { job, result });
     }
 
     // ---- roster -----------------------------------------------------------------------

@@ -12,37 +12,49 @@
 //! | PREPARING | every rank is prepared → STARTING; one refused or silent → WAITING      |
 //! | STARTING  | every rank runs or ended → RUNNING; one never will → STOPPING           |
 //! | RUNNING   | every process ended → CLEANING; one failed, or a stop → STOPPING        |
-//! | STOPPING  | every rank ended → DONE, or WAITING where the gang never started whole  |
+//! | STOPPING  | every rank ended → DONE; WAITING where the gang never started whole, or |
+//! |           | the job may be retried                                                  |
 //! | CLEANING  | every rank's results are kept → DONE                                    |
+//!
+//! A steward acts only while its lease lasts ([`crate::record::STEWARD_MS`]): without it, it
+//! is silent, and goes on where it was once a quorum of keepers heard of it again. A rank
+//! whose node is silent counts as over only when its process surely is: the lease of the
+//! process has run out on the slowest clock, counted from the last that was granted.
 
 mod auction;
 mod drive;
+mod keepers;
+mod leases;
 mod outcome;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 pub use auction::{FINISH_MS, ROUND_MS, ROUNDS_MAX, SETTLE_MS};
 pub(crate) use drive::Drive;
+pub(crate) use keepers::propose;
+pub use keepers::{AWAY_MS, KEEPERS_CHECK_MS, survives};
+pub use leases::RERUN_MS;
 
 use self::{
     auction::{Auction, Step},
     drive::{Observed, Stage},
 };
 use crate::{
-    HoldId, JobId, Now, PeerId, UserId,
+    BootId, HoldId, JobId, Now, PeerId, UserId,
     inventory::Board,
     job::{
-        Attempt, Ending, Outcome, Rank, RankAssignment, RankEnd, RankRecord, RankState, State,
-        StopCause, VerifiedSpec,
+        Attempt, Ending, Outcome, Policy, Rank, RankAssignment, RankEnd, RankRecord, RankState,
+        State, StopCause, VerifiedSpec,
     },
     message::{
-        Bid, CallFate, Commit, Key, Message, PinRefusal, RankReport, Report, Start, WaitView,
+        Adopt, Bid, CallFate, Commit, Key, Message, PinRefusal, RankReport, Report, Start, WaitView,
     },
     peer::{Event, Outbox, Random},
-    record::{self, Body, Registers, StartInfo},
+    record::{self, Body, Registers, STEWARD_RENEW_MS, StartInfo},
     request::Request,
+    roster::Roster,
     sabotage::{Rule, Sabotage},
     timer::Timers,
 };
@@ -51,6 +63,8 @@ use crate::{
 pub const RESEND_MS: u64 = 2_000;
 /// How often a commitment is renewed while its node prepares.
 pub const RENEW_MS: u64 = 20_000;
+/// How often it is looked whether a lease has run out.
+pub const LOOK_MS: u64 = 5_000;
 /// How often a node is asked how its running ranks stand.
 pub const ASK_MS: u64 = 60_000;
 /// How long a node may be silent before an assignment is taken back.
@@ -71,12 +85,20 @@ enum TimerKind {
     Resend,
 }
 
-type Timer = (JobId, TimerKind);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    Job(JobId, TimerKind),
+    /// Stewardships are to be renewed.
+    Renew,
+    /// Keepers may have gone or come.
+    Keepers,
+}
 
 /// What a steward works with at each call.
 pub(crate) struct Context<'a> {
     pub(crate) registers: &'a mut Registers,
     pub(crate) board: &'a Board,
+    pub(crate) roster: &'a Roster,
     pub(crate) random: &'a mut Random,
     pub(crate) out: &'a mut Outbox,
     pub(crate) now: Now,
@@ -86,6 +108,7 @@ pub(crate) struct Context<'a> {
 #[derive(Debug)]
 pub(crate) struct Stewards {
     me: PeerId,
+    boot: BootId,
     sabotage: Sabotage,
     drives: BTreeMap<JobId, Drive>,
     timers: Timers<Timer>,
@@ -94,27 +117,33 @@ pub(crate) struct Stewards {
     roused: Option<Key>,
     /// Further jobs to rouse should those roused give up.
     rouses_left: u32,
+    /// Times a steward fell silent because its lease had run out.
+    fences: u64,
 }
 
 impl Stewards {
-    pub(crate) fn new(me: PeerId, sabotage: Sabotage) -> Self {
+    pub(crate) fn new(me: PeerId, boot: BootId, sabotage: Sabotage) -> Self {
         Self {
             me,
+            boot,
             sabotage,
             drives: BTreeMap::new(),
             timers: Timers::default(),
             ops: 0,
             roused: None,
             rouses_left: 0,
+            fences: 0,
         }
     }
 
     pub(crate) fn poll_timeout(&self) -> Option<(u64, &'static str)> {
-        self.timers.next().map(|(at_ms, (_, kind))| {
-            let reason = match kind {
-                TimerKind::Auction => "an auction's turn ends",
-                TimerKind::Pinning => "pins are missing",
-                TimerKind::Resend => "something is unanswered",
+        self.timers.next().map(|(at_ms, timer)| {
+            let reason = match timer {
+                Timer::Job(_, TimerKind::Auction) => "an auction's turn ends",
+                Timer::Job(_, TimerKind::Pinning) => "pins are missing",
+                Timer::Job(_, TimerKind::Resend) => "something is unanswered",
+                Timer::Renew => "stewardships are to be renewed",
+                Timer::Keepers => "keepers may have gone or come",
             };
             (at_ms, reason)
         })
@@ -125,18 +154,80 @@ impl Stewards {
         self.drives.len()
     }
 
-    /// Take up a job from its record: a new one, or after a restart.
-    pub(crate) fn drive(&mut self, job: JobId, cx: &mut Context<'_>) {
-        let Some(kept) = cx.registers.get(job) else { return };
-        if self.drives.contains_key(&job) || kept.value.body.steward != self.me {
+    /// Times a steward here fell silent because its lease had run out.
+    pub(crate) fn fences(&self) -> u64 {
+        self.fences
+    }
+
+    /// Follow from what the record of `job` says now: take it up, look again, or let it go.
+    pub(crate) fn consider(&mut self, job: JobId, cx: &mut Context<'_>) {
+        let Some(kept) = cx.registers.get(job) else {
+            self.resign(job);
             return;
+        };
+        let body = &kept.value.body;
+        if body.steward != self.me {
+            self.resign(job);
+        } else if !kept.chosen && body.state() != State::Done {
+            // Handed over to this node, or from before a restart.
+            cx.registers.read(job, cx.now);
+        } else if kept.chosen && body.state() != State::Done && !self.drives.contains_key(&job) {
+            self.drives.insert(job, Drive::new(Arc::clone(&kept.spec), cx.now));
+            self.timers.set(Timer::Keepers, cx.now.after(KEEPERS_CHECK_MS));
+            self.renew_one(job, cx);
+            self.notice_lease(job, cx);
         }
-        if kept.value.body.state() == State::Done {
-            return;
+    }
+
+    /// The job is another's, or nobody's.
+    fn resign(&mut self, job: JobId) {
+        if self.drives.remove(&job).is_some() {
+            debug!(%job, "no longer its steward");
+            for kind in [TimerKind::Auction, TimerKind::Pinning, TimerKind::Resend] {
+                self.timers.cancel(&Timer::Job(job, kind));
+            }
         }
-        self.drives.insert(job, Drive::new(Arc::clone(&kept.spec)));
-        self.take_stage(job, cx);
-        self.advance(job, cx);
+    }
+
+    /// Whether this node may act as steward of `job` now.
+    fn acts(&self, job: JobId, cx: &Context<'_>) -> bool {
+        self.may_act(job, cx.registers, cx.now)
+    }
+
+    fn may_act(&self, job: JobId, registers: &Registers, now: Now) -> bool {
+        let Some(drive) = self.drives.get(&job) else { return false };
+        let fenced = self.sabotage.holds(Rule::StewardFences);
+        !drive.leaving && (!fenced || registers.lease_until(job, now) > now.boot_ms)
+    }
+
+    /// The jobs this node acts for as steward now, each with its term.
+    pub(crate) fn acting(&self, registers: &Registers, now: Now) -> Vec<(JobId, u64)> {
+        let acting = self.drives.keys().filter(|job| self.may_act(**job, registers, now));
+        let term = |job: &JobId| Some((*job, registers.get(*job)?.value.body.term));
+        acting.filter_map(term).collect()
+    }
+
+    /// Begin or cease to act, as the lease says.
+    fn notice_lease(&mut self, job: JobId, cx: &mut Context<'_>) {
+        let acts = self.acts(job, cx);
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        let acted = core::mem::replace(&mut drive.acting, acts);
+        if acted && !acts && !drive.leaving {
+            self.fences += 1;
+            warn!(%job, "no quorum of its keepers heard of this steward: it is silent");
+        }
+        if acts && !acted {
+            match &mut drive.stage {
+                Stage::Auction(auction) => {
+                    auction.resting = false;
+                    auction.wake_ms = None;
+                }
+                Stage::Pinning(_) => self.pinning_failed(job, cx),
+                Stage::Assigned => {}
+            }
+            self.take_stage(job, cx);
+            self.advance(job, cx);
+        }
     }
 
     /// A person asks for the job to end.
@@ -172,6 +263,9 @@ impl Stewards {
     pub(crate) fn handle_bid(&mut self, from: PeerId, bid: Bid, cx: &mut Context<'_>) {
         let job = bid.job;
         let ids: Vec<HoldId> = bid.offers.iter().map(|offer| offer.hold).collect();
+        if self.drives.contains_key(&job) && !self.acts(job, cx) {
+            return;
+        }
         let Some(drive) = self.drives.get_mut(&job) else {
             self.give_back(job, from, ids, cx);
             return;
@@ -208,6 +302,9 @@ impl Stewards {
         higher: Option<JobId>,
         cx: &mut Context<'_>,
     ) {
+        if !self.acts(job, cx) {
+            return;
+        }
         let Some(drive) = self.drives.get_mut(&job) else { return };
         match &mut drive.stage {
             Stage::Auction(auction) => {
@@ -230,6 +327,9 @@ impl Stewards {
         holds: &[HoldId],
         cx: &mut Context<'_>,
     ) {
+        if !self.acts(job, cx) {
+            return;
+        }
         let Some(drive) = self.drives.get_mut(&job) else { return };
         if let Stage::Pinning(pinning) = &mut drive.stage {
             pinning.pinned(from, holds);
@@ -238,6 +338,9 @@ impl Stewards {
     }
 
     pub(crate) fn handle_pin_refused(&mut self, refusal: &PinRefusal, cx: &mut Context<'_>) {
+        if !self.acts(refusal.job, cx) {
+            return;
+        }
         let Some(drive) = self.drives.get_mut(&refusal.job) else { return };
         if let Stage::Pinning(pinning) = &mut drive.stage
             && refusal.missing.iter().any(|id| pinning.names(*id))
@@ -253,8 +356,12 @@ impl Stewards {
         attempt: Attempt,
         cx: &mut Context<'_>,
     ) {
+        if !self.acts(job, cx) {
+            return;
+        }
         let Some(drive) = self.drives.get_mut(&job) else { return };
         if drive.is_at(attempt, cx.registers) {
+            drive.observed.adopted.insert(from);
             drive.observed.committed.insert(from);
             drive.observed.heard.insert(from, cx.now.boot_ms);
         } else if drive.withdrawals.contains_key(&(from, attempt)) {
@@ -271,6 +378,9 @@ impl Stewards {
         reason: String,
         cx: &mut Context<'_>,
     ) {
+        if !self.acts(job, cx) {
+            return;
+        }
         let Some(drive) = self.drives.get_mut(&job) else { return };
         drive.withdrawals.remove(&(from, attempt));
         if !drive.is_at(attempt, cx.registers) {
@@ -306,7 +416,12 @@ impl Stewards {
             }
             return;
         };
-        if !drive.is_at(attempt, cx.registers) {
+        if !drive.acting {
+            return;
+        }
+        let at =
+            drive.is_at(attempt, cx.registers) || !self.sabotage.holds(Rule::ResultNamesAttempt);
+        if !at {
             drive.withdrawals.remove(&(from, attempt));
             done(cx.out, self.me);
             self.retire_if_over(job, cx);
@@ -316,18 +431,32 @@ impl Stewards {
         let Some(record) = kept.value.body.ranks.iter().find(|r| r.assignment.rank == rank) else {
             return;
         };
-        if record.assignment.node != from {
+        if record.assignment.node != from && self.sabotage.holds(Rule::ResultNamesAttempt) {
             return;
         }
         if record.state == RankState::Ended {
             done(cx.out, self.me);
+            if !is_end {
+                // It was given up for lost, and runs.
+                let reason = "its rank was given up for lost".to_owned();
+                cx.out.send(self.me, from, Message::Stop { job, attempt, reason });
+            }
             return;
+        }
+        if let RankReport::Prepared { clock, .. } = &report {
+            drive.observed.clocks.insert(from, *clock);
         }
         drive.observed.heard.insert(from, cx.now.boot_ms);
         if let RankReport::Ended(RankEnd { ending: Ending::FailedToStart { .. }, .. }) = &report {
             drive.observed.failed.insert(from);
         }
+        let ready = matches!(report, RankReport::Prepared { .. });
         drive.observed.hear(rank, report);
+        let starting = cx.registers.get(job).map(|k| k.value.body.state()) == Some(State::Starting);
+        if ready && starting && drive.proposal.is_none() {
+            // It asks for a fresher lease, or was prepared once more.
+            self.send_outstanding(job, cx);
+        }
         self.advance(job, cx);
     }
 
@@ -338,7 +467,7 @@ impl Stewards {
                 && auction.would_ask(node)
             {
                 let soon = cx.now.after(cx.random.below(200));
-                let timer = (*job, TimerKind::Auction);
+                let timer = Timer::Job(*job, TimerKind::Auction);
                 let next = auction.wake_ms.map_or(soon, |at_ms| at_ms.min(soon));
                 auction.wake_ms = Some(next);
                 self.timers.set(timer, next);
@@ -347,7 +476,22 @@ impl Stewards {
     }
 
     pub(crate) fn handle_timeout(&mut self, cx: &mut Context<'_>) {
-        while let Some((job, kind)) = self.timers.pop_due(cx.now.boot_ms) {
+        while let Some(timer) = self.timers.pop_due(cx.now.boot_ms) {
+            let (job, kind) = match timer {
+                Timer::Job(job, kind) => (job, kind),
+                Timer::Renew => {
+                    self.renew_all(cx);
+                    continue;
+                }
+                Timer::Keepers => {
+                    self.check_keepers(cx);
+                    continue;
+                }
+            };
+            self.notice_lease(job, cx);
+            if !self.acts(job, cx) {
+                continue;
+            }
             match kind {
                 TimerKind::Auction => {
                     if let Some(Drive { stage: Stage::Auction(auction), .. }) =
@@ -373,19 +517,33 @@ impl Stewards {
     /// Take the outcomes of proposals, and go on from the values chosen.
     pub(crate) fn settle(&mut self, cx: &mut Context<'_>) {
         while let Some(event) = cx.registers.poll_event() {
-            let (record::Event::Chosen { job, op } | record::Event::Conflict { job, op }) = event;
+            let (job, op) = match event {
+                record::Event::Chosen { job, op } | record::Event::Conflict { job, op } => {
+                    (job, Some(op))
+                }
+                record::Event::Changed { job } => (job, None),
+            };
             cx.out.events.push_back(Event::RecordChanged { job });
             cx.out.changed.push(job);
+            self.consider(job, cx);
             let Some(drive) = self.drives.get_mut(&job) else { continue };
-            if drive.proposal != Some(op) {
-                continue;
+            if op.is_some() && drive.proposal == op {
+                drive.proposal = None;
+                drive.leaving = false;
             }
-            drive.proposal = None;
-            self.take_stage(job, cx);
-            self.advance(job, cx);
+            if drive.proposal.is_none() {
+                self.notice_lease(job, cx);
+                if self.acts(job, cx) {
+                    self.take_stage(job, cx);
+                    self.advance(job, cx);
+                }
+            }
         }
         while let Some(write) = cx.registers.poll_write() {
             cx.out.writes.push_back(write);
+        }
+        while let Some((to, message)) = cx.registers.poll_send() {
+            cx.out.send(self.me, to, message);
         }
     }
 
@@ -412,13 +570,18 @@ impl Stewards {
                 drive.observed = Observed::keeping_stop(&drive.observed);
             }
         } else if !matches!(drive.stage, Stage::Assigned) && body.state() != State::Done {
+            let own = matches!(drive.stage, Stage::Pinning(_)) && body.state() == State::Preparing;
             drive.stage = Stage::Assigned;
             drive.observed = Observed::keeping_stop(&drive.observed);
+            if own {
+                // The commit tells them who drives the job.
+                drive.observed.adopted.extend(body.nodes());
+            }
             for node in body.nodes() {
                 drive.observed.heard.insert(node, cx.now.boot_ms);
             }
-            self.timers.cancel(&(job, TimerKind::Auction));
-            self.timers.cancel(&(job, TimerKind::Pinning));
+            self.timers.cancel(&Timer::Job(job, TimerKind::Auction));
+            self.timers.cancel(&Timer::Job(job, TimerKind::Pinning));
         }
         match body.state() {
             State::Done => {
@@ -443,13 +606,19 @@ impl Stewards {
 
     /// Propose what follows from the record and what was observed, if anything does.
     fn advance(&mut self, job: JobId, cx: &mut Context<'_>) {
+        if !self.acts(job, cx) {
+            return;
+        }
         let Some(drive) = self.drives.get(&job) else { return };
         if drive.proposal.is_some() {
             return;
         }
-        let Some(kept) = cx.registers.get(job) else { return };
+        let Some(kept) = cx.registers.get(job).filter(|kept| kept.chosen) else { return };
         let (seq, before) = (kept.value.seq, &kept.value.body);
-        let Some((body, farewell)) = self.next_body(drive, before, cx.now) else { return };
+        let keepers = kept.keepers.len();
+        let Some((body, farewell)) = self.next_body(drive, before, keepers, cx.now) else {
+            return;
+        };
         let old_nodes = before.nodes();
         let old_attempt = before.attempt;
         debug!(%job, state = %body.state(), "proposing");
@@ -469,12 +638,18 @@ impl Stewards {
             self.commit_unchosen(job, seq, &body, cx);
             return;
         }
-        cx.registers.compare_and_set(job, seq, op, body);
+        cx.registers.compare_and_set(job, seq, op, body, cx.now);
     }
 
     /// The next value, and whether the nodes of the one before are to be told that their
     /// attempt is off.
-    fn next_body(&self, drive: &Drive, before: &Body, now: Now) -> Option<(Body, bool)> {
+    fn next_body(
+        &self,
+        drive: &Drive,
+        before: &Body,
+        keepers: usize,
+        now: Now,
+    ) -> Option<(Body, bool)> {
         let at_ms = now.wall_ms;
         let mut body = before.clone();
         let observed = &drive.observed;
@@ -497,14 +672,16 @@ impl Stewards {
                     })
                     .collect();
                 body.start = None;
+                body.bound = false;
                 let reason = format!("attempt {} assigned", body.attempt);
                 body.enter(State::Preparing, at_ms, reason);
                 Some((body, false))
             }
-            State::Preparing => self.next_of_preparing(drive, body, at_ms, now),
+            State::Preparing => self.next_of_preparing(drive, body, keepers, now),
             State::Starting => {
-                apply_reports(&mut body, observed, now);
+                apply_reports(&mut body, observed);
                 apply_refusals(&mut body, observed, at_ms);
+                self.apply_losses(&mut body, drive, now);
                 if let Some(reason) = self.cannot_start(drive, &body, now) {
                     body.stop = Some(StopCause::StartFailed(reason.clone()));
                     body.enter(State::Stopping, at_ms, reason);
@@ -517,23 +694,29 @@ impl Stewards {
                 }
                 if body.all_at_least(RankState::Running) {
                     body.failed_starts = 0;
+                    body.bound &= drive.spec.spec.policy == Policy::Restart && keepers > 2;
                     body.enter(State::Running, at_ms, "every process started");
                     return Some((running(body, observed, drive, at_ms), false));
                 }
                 None
             }
             State::Running => {
-                apply_reports(&mut body, observed, now);
+                apply_reports(&mut body, observed);
                 apply_refusals(&mut body, observed, at_ms);
+                self.apply_losses(&mut body, drive, now);
+                body.bound &= keepers > 2;
                 let body = running(body, observed, drive, at_ms);
                 (body != *before).then_some((body, false))
             }
             State::Stopping | State::Cleaning => {
-                apply_reports(&mut body, observed, now);
+                apply_reports(&mut body, observed);
                 apply_refusals(&mut body, observed, at_ms);
+                self.apply_losses(&mut body, drive, now);
                 if let Some(by) = observed.stop_asked
                     && !body.all_at_least(RankState::Ended)
-                    && matches!(body.stop, None | Some(StopCause::StartFailed(_)))
+                    && (matches!(body.stop, None | Some(StopCause::StartFailed(_)))
+                        || (matches!(body.stop, Some(StopCause::RankFailed(_)))
+                            && body.retried < drive.spec.spec.retries))
                 {
                     // Else a steward that restarts would auction the gang once more.
                     body.stop = Some(StopCause::By(by));
@@ -549,9 +732,10 @@ impl Stewards {
         &self,
         drive: &Drive,
         mut body: Body,
-        at_ms: u64,
+        keepers: usize,
         now: Now,
     ) -> Option<(Body, bool)> {
+        let at_ms = now.wall_ms;
         let observed = &drive.observed;
         let off = |mut body: Body, reason: String| {
             body.ranks.clear();
@@ -598,6 +782,8 @@ impl Stewards {
             for rank in &mut body.ranks {
                 rank.state = RankState::Prepared;
             }
+            // A neighbour's three-minute reboot must not end a healthy job.
+            body.bound = keepers > 2;
             body.enter(State::Starting, at_ms, "every process is prepared");
             return Some((body, false));
         }
@@ -611,7 +797,12 @@ impl Stewards {
         }
         let never = body.ranks.iter().find_map(|rank| match &rank.end {
             Some(RankEnd {
-                ending: ending @ (Ending::NeverStarted | Ending::FailedToStart { .. }),
+                ending:
+                    ending @ (Ending::NeverStarted
+                    | Ending::FailedToStart { .. }
+                    | Ending::Lost { .. }
+                    | Ending::LeaseEnded
+                    | Ending::Silent),
                 ..
             }) => Some(format!("rank {}: {ending}", rank.assignment.rank)),
             _ => None,
@@ -628,6 +819,7 @@ impl Stewards {
         let body = &kept.value.body;
         let attempt = body.attempt;
         let mut next_ms = RESEND_MS;
+        let mut granted = Vec::new();
         for node in body.nodes() {
             let ended = body
                 .ranks
@@ -635,6 +827,18 @@ impl Stewards {
                 .filter(|rank| rank.assignment.node == node)
                 .all(|rank| rank.state == RankState::Ended);
             if ended {
+                continue;
+            }
+            if !drive.observed.adopted.contains(&node) {
+                cx.out.send(
+                    self.me,
+                    node,
+                    Message::Adopt(Box::new(Adopt {
+                        spec: drive.spec.signed.clone(),
+                        attempt,
+                        certificate: kept.certificate.clone(),
+                    })),
+                );
                 continue;
             }
             let message = match body.state() {
@@ -650,13 +854,30 @@ impl Stewards {
                 }
                 State::Starting => {
                     let Some(start) = &body.start else { continue };
-                    let nodes = body.ranks.iter().map(|rank| rank.assignment.node).collect();
-                    let (hosts, port) = (start.hosts.clone(), start.port);
-                    Message::Start(Start { job, attempt, nodes, hosts, port })
+                    match drive.observed.clocks.get(&node).copied() {
+                        Some(asked) => {
+                            granted.push(node);
+                            let ranks = body.ranks.iter();
+                            Message::Start(Start {
+                                job,
+                                attempt,
+                                nodes: ranks.map(|rank| rank.assignment.node).collect(),
+                                hosts: start.hosts.clone(),
+                                port: start.port,
+                                asked,
+                                binding: body.bound,
+                            })
+                        }
+                        // From before this stewardship.
+                        None => Message::Ask { job, attempt },
+                    }
                 }
                 State::Running | State::Cleaning => {
                     next_ms = ASK_MS;
-                    if drive.just_entered {
+                    // Who asks for a lease has said how it stands.
+                    let leased = drive.observed.granted.get(&node);
+                    let fresh = |at_ms: &u64| at_ms.saturating_add(ASK_MS) > cx.now.boot_ms;
+                    if drive.just_entered || (body.bound && leased.is_some_and(fresh)) {
                         continue;
                     }
                     Message::Ask { job, attempt }
@@ -674,7 +895,19 @@ impl Stewards {
         if everybody_committed {
             next_ms = RENEW_MS;
         }
-        self.timers.set((job, TimerKind::Resend), cx.now.after(next_ms));
+        let adopted = body.nodes().iter().all(|node| drive.observed.adopted.contains(node));
+        if !adopted {
+            next_ms = RESEND_MS;
+        } else if body.bound {
+            // To see in time when a lease has run out.
+            next_ms = next_ms.min(LOOK_MS);
+        }
+        if let Some(drive) = self.drives.get_mut(&job) {
+            for node in granted {
+                drive.observed.granted.insert(node, cx.now.boot_ms);
+            }
+        }
+        self.timers.set(Timer::Job(job, TimerKind::Resend), cx.now.after(next_ms));
     }
 
     fn resend(&mut self, job: JobId, cx: &mut Context<'_>) {
@@ -699,7 +932,7 @@ impl Stewards {
             cx.out.send(self.me, *node, message);
         }
         if !drive.withdrawals.is_empty() {
-            self.timers.set((job, TimerKind::Resend), cx.now.after(RESEND_MS));
+            self.timers.set(Timer::Job(job, TimerKind::Resend), cx.now.after(RESEND_MS));
         }
     }
 
@@ -710,7 +943,7 @@ impl Stewards {
         if over && quiet {
             self.drives.remove(&job);
             for kind in [TimerKind::Auction, TimerKind::Pinning, TimerKind::Resend] {
-                self.timers.cancel(&(job, kind));
+                self.timers.cancel(&Timer::Job(job, kind));
             }
         }
     }
@@ -738,6 +971,9 @@ impl Stewards {
 
     /// Let the auction take its next step.
     fn turn(&mut self, job: JobId, cx: &mut Context<'_>) {
+        if !self.acts(job, cx) {
+            return;
+        }
         let Some(drive) = self.drives.get_mut(&job) else { return };
         if drive.proposal.is_some() || drive.observed.stop_asked.is_some() {
             return;
@@ -767,15 +1003,15 @@ impl Stewards {
                     cx.out.send(me, node, Message::Pin { job, holds });
                 }
                 drive.stage = Stage::Pinning(pinning);
-                self.timers.cancel(&(job, TimerKind::Auction));
-                self.timers.set((job, TimerKind::Pinning), cx.now.after(PINNING_MS));
+                self.timers.cancel(&Timer::Job(job, TimerKind::Auction));
+                self.timers.set(Timer::Job(job, TimerKind::Pinning), cx.now.after(PINNING_MS));
                 self.place_freed(cx.now);
                 return;
             }
         }
         match auction.wake_ms {
-            Some(at_ms) => self.timers.set((job, TimerKind::Auction), at_ms),
-            None => self.timers.cancel(&(job, TimerKind::Auction)),
+            Some(at_ms) => self.timers.set(Timer::Job(job, TimerKind::Auction), at_ms),
+            None => self.timers.cancel(&Timer::Job(job, TimerKind::Auction)),
         }
         if gave_up {
             self.gave_up(crate::bidder::spec_key(&spec), cx.now);
@@ -816,7 +1052,7 @@ impl Stewards {
             return false;
         };
         auction.wake_ms = Some(now.boot_ms);
-        self.timers.set((job, TimerKind::Auction), now.boot_ms);
+        self.timers.set(Timer::Job(job, TimerKind::Auction), now.boot_ms);
         self.rouses_left -= 1;
         self.roused = Some(key);
         true
@@ -838,8 +1074,8 @@ impl Stewards {
         auction.wake_ms = Some(at_ms);
         auction.resting = true;
         drive.stage = Stage::Auction(auction);
-        self.timers.cancel(&(job, TimerKind::Pinning));
-        self.timers.set((job, TimerKind::Auction), at_ms);
+        self.timers.cancel(&Timer::Job(job, TimerKind::Pinning));
+        self.timers.set(Timer::Job(job, TimerKind::Auction), at_ms);
     }
 
     /// With the certificate rule removed: tell bidders of a value nobody chose.
@@ -874,8 +1110,7 @@ pub(crate) fn dry_run(
 }
 
 /// Move ranks on as their nodes reported.
-fn apply_reports(body: &mut Body, observed: &Observed, now: Now) {
-    let _ = now;
+fn apply_reports(body: &mut Body, observed: &Observed) {
     for rank in &mut body.ranks {
         let id = rank.assignment.rank;
         if observed.running.contains(&id) && rank.state < RankState::Running {
@@ -982,6 +1217,23 @@ fn finish_if_over(mut body: Body, drive: &Drive, at_ms: u64) -> Body {
         }
     }
     let (outcome, reason) = outcome::decide(&body, drive.observed.stop_asked);
+    let retries = drive.spec.spec.retries;
+    // What may still run somewhere is never run again.
+    let surely_over = !body
+        .ranks
+        .iter()
+        .any(|rank| rank.end.as_ref().is_some_and(|end| end.ending == Ending::Silent));
+    let failed = matches!(outcome, Outcome::Failed { .. } | Outcome::Lost { .. });
+    if failed && surely_over && body.retried < retries {
+        body.retried += 1;
+        body.ranks.clear();
+        body.stop = None;
+        body.start = None;
+        body.bound = false;
+        let reason = format!("{reason}; retry {} of {retries}", body.retried);
+        body.enter(State::Waiting, at_ms, reason);
+        return body;
+    }
     body.outcome = Some(outcome);
     body.enter(State::Done, at_ms, reason);
     body

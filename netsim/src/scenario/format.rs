@@ -336,7 +336,7 @@ pub const SEAL: &str = "seal";
 
 /// Every message that goes from one node to another, as
 /// [`p2pit_protocol::message::Message::name`] calls it, and [`SEAL`].
-pub const MESSAGES: [&str; 41] = [
+pub const MESSAGES: [&str; 42] = [
     SEAL,
     "init",
     "inited",
@@ -369,6 +369,7 @@ pub const MESSAGES: [&str; 41] = [
     "committed",
     "commit-refused",
     "withdraw",
+    "elsewhere",
     "start",
     "stop",
     "ask",

@@ -227,11 +227,15 @@ impl<'v> Play<'v> {
             prepare_ms_max: job.prepare.map_or(plain.prepare_ms_max, |span| span.0),
             retries: job.retries,
             policy: job.policy.map_or(Policy::for_retries(job.retries), |policy| policy.0.0),
+            lost_after_ms: job.lost_after.map_or(plain.lost_after_ms, |span| span.0),
             grace_ms: job.grace.map_or(plain.grace_ms, |span| span.0),
             ..plain
         };
         let task = self.world.submit(origin, job.request.0.clone(), behaviour);
-        self.world.workload.tasks[task].user = job.user;
+        let wanted = &mut self.world.workload.tasks[task];
+        wanted.user = job.user;
+        let keepers = job.keepers.iter().flatten();
+        wanted.keepers = keepers.filter_map(|name| variant.machine(name)).collect();
         self.cast.tasks.insert(name, task);
     }
 

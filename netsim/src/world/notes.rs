@@ -23,9 +23,12 @@ impl World {
                 store,
                 promise: (promise.epoch, promise.ballot),
             }),
-            Message::Accepted { job, receipt, .. }
-            | Message::Inited { job, receipt }
-            | Message::Installed { job, receipt, .. } => self.note_receipt(*job, store, receipt),
+            Message::Accepted { job, receipt, .. } => self.note_receipt(*job, store, receipt),
+            Message::Inited { job, receipts, .. } => {
+                for receipt in receipts {
+                    self.note_receipt(*job, store, receipt);
+                }
+            }
             Message::Commit(commit) => {
                 let value = *blake3::hash(&commit.certificate.value_bytes).as_bytes();
                 let job = JobId::of(&commit.spec.bytes);
@@ -33,7 +36,8 @@ impl World {
             }
             Message::Adopt(adopt) => {
                 let value = *blake3::hash(&adopt.certificate.value_bytes).as_bytes();
-                self.happenings.push(Happening::Shown { job: adopt.job, value });
+                let job = JobId::of(&adopt.spec.bytes);
+                self.happenings.push(Happening::Shown { job, value });
             }
             _ => {}
         }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use p2pit_protocol::{
     BlobId, JobId, Peer, UserId,
     identity::{Domain, SignedBytes},
-    job::{Command, Grace, JobSpec, LOST_AFTER_MS, Source, State, VerifiedSpec},
+    job::{Command, Grace, JobSpec, Source, State, VerifiedSpec},
     message::{Command as UserCommand, Reply},
     peer::SubmitError,
     record::Keeper,
@@ -31,6 +31,7 @@ impl World {
             request,
             code: BlobId::of(b"code"),
             behaviour,
+            keepers: Vec::new(),
             spec: None,
             job: None,
             tries: 0,
@@ -62,8 +63,12 @@ impl World {
         let machine = &self.machines[origin];
         let now = machine.clock.now(self.now_ms);
         let proposed = machine.daemon.as_ref().filter(|_| machine.is_awake());
-        let keepers: Vec<Keeper> = proposed.map(propose_keepers).unwrap_or_default();
-        let (nonce, pool) = (self.people.bytes(), self.pool.id);
+        let (nonce, pool): ([u8; 16], _) = (self.people.bytes(), self.pool.id);
+        let keepers: Vec<Keeper> =
+            proposed.map(|peer| propose_keepers(peer, &nonce)).unwrap_or_default();
+        let named = self.workload.tasks[task].keepers.iter().map(|at| &self.machines[*at]);
+        let named: Vec<Keeper> = named.map(|named| (named.peer, named.member.store)).collect();
+        let keepers = if named.is_empty() { keepers } else { named };
         let wanted = &mut self.workload.tasks[task];
         if keepers.is_empty() {
             return false;
@@ -86,7 +91,7 @@ impl World {
             grace: Grace(wanted.behaviour.grace_ms),
             retries: wanted.behaviour.retries,
             policy: wanted.behaviour.policy,
-            lost_after_ms: LOST_AFTER_MS,
+            lost_after_ms: wanted.behaviour.lost_after_ms,
             nonce,
             submitted_at_ms: now.wall_ms,
             keepers,
@@ -187,7 +192,7 @@ impl World {
         let (at_ms, answer) = (self.now_ms, format!("{reply:?}"));
         self.trace.say(at_ms, Some(job), || format!("its owner stops it: {answer}"));
         match reply {
-            Some((Reply::Stopping { state }, Some(attempt))) => {
+            Some((Reply::Stopping { state, recorded: true }, Some(attempt))) => {
                 if state != State::Done {
                     self.ledger.stops.entry(job).or_insert(attempt);
                 }
@@ -204,6 +209,6 @@ impl World {
 }
 
 /// The keepers a node would name for a job submitted at it now.
-fn propose_keepers(peer: &Peer) -> Vec<Keeper> {
-    peer.propose_keeper().into_iter().collect()
+fn propose_keepers(peer: &Peer, salt: &[u8]) -> Vec<Keeper> {
+    peer.propose_keepers(salt)
 }

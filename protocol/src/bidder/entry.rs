@@ -12,7 +12,6 @@ use crate::{
     peer::Slot,
     record::Certificate,
     request::Grant,
-    wire::{self, DecodeError},
 };
 
 /// Resources kept for a job for a short while.
@@ -102,6 +101,8 @@ pub struct Work {
     pub id: WorkId,
     /// Who drives the job.
     pub steward: PeerId,
+    /// Its stewardship.
+    pub term: u64,
     /// What the record gives it.
     pub assignment: RankAssignment,
     /// How far it is.
@@ -111,56 +112,8 @@ pub struct Work {
     /// The job as its owner signed it.
     pub signed_spec: SignedBytes,
     /// Proof that the record names this node: whoever has the inputs gives them for it.
-    /// Empty where a daemon of wire version 1 wrote the entry.
     pub certificate: Certificate,
     /// The same, verified; always present once taken into the book.
     #[serde(skip)]
     pub spec: Option<Arc<VerifiedSpec>>,
-}
-
-impl Work {
-    /// The journal's entry, of this version or of the one before.
-    ///
-    /// # Errors
-    /// The bytes are neither.
-    pub(super) fn from_journal(bytes: &[u8]) -> Result<Self, DecodeError> {
-        // Neither form decodes as the other: to the older one a field is missing in the end.
-        wire::decode::<Self>(bytes)
-            .or_else(|error| wire::decode::<WorkV1>(bytes).map(Self::from).map_err(|_| error))
-    }
-
-    /// Whether it can be prepared: without its certificate nobody gives it its inputs.
-    pub(super) fn has_certificate(&self) -> bool {
-        !self.certificate.value_bytes.is_empty()
-    }
-}
-
-/// [`Work`] as daemons of wire version 1 wrote it.
-#[derive(Deserialize)]
-struct WorkV1 {
-    id: WorkId,
-    steward: PeerId,
-    assignment: RankAssignment,
-    phase: Phase,
-    prepared: Option<(u16, String)>,
-    signed_spec: SignedBytes,
-}
-
-impl From<WorkV1> for Work {
-    fn from(old: WorkV1) -> Self {
-        Self {
-            id: old.id,
-            steward: old.steward,
-            assignment: old.assignment,
-            phase: old.phase,
-            prepared: old.prepared,
-            signed_spec: old.signed_spec,
-            certificate: Certificate {
-                links: Vec::new(),
-                value_bytes: Vec::new(),
-                receipts: Vec::new(),
-            },
-            spec: None,
-        }
-    }
 }

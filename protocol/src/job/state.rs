@@ -198,6 +198,9 @@ pub enum Ending {
     NeverStarted,
     /// Ended by its supervisor, because its lease ran out.
     LeaseEnded,
+    /// Its node was silent for longer than the job allows. It may still run there, and so is
+    /// never run again.
+    Silent,
 }
 
 impl Ending {
@@ -211,7 +214,7 @@ impl Ending {
             Self::Stopped => 143,
             Self::TimedOut => 124,
             Self::FailedToStart { .. } => 126,
-            Self::Lost { .. } | Self::NeverStarted | Self::LeaseEnded => 125,
+            Self::Lost { .. } | Self::NeverStarted | Self::LeaseEnded | Self::Silent => 125,
         }
     }
 
@@ -233,6 +236,7 @@ impl fmt::Display for Ending {
             Self::Lost { reason } => write!(f, "lost: {reason}"),
             Self::NeverStarted => f.write_str("never started"),
             Self::LeaseEnded => f.write_str("ended by its lease: its node was cut off"),
+            Self::Silent => f.write_str("its node has been silent for too long"),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::ClockReading;
 use crate::{
     HoldId, JobId, PeerId,
     identity::SignedBytes,
@@ -174,6 +175,10 @@ pub struct Start {
     pub hosts: Vec<String>,
     /// A port free on rank 0's node and the job's own.
     pub port: u16,
+    /// The bidder's clock as it last said that it is prepared.
+    pub asked: ClockReading,
+    /// Whether the processes must end when the lease that starts there runs out.
+    pub binding: bool,
 }
 
 /// How far a rank is.
@@ -187,6 +192,8 @@ pub enum RankReport {
         port: u16,
         /// The address other nodes reach this one by.
         host: String,
+        /// The bidder's clock as it said so: the first lease counts from here.
+        clock: ClockReading,
     },
     /// The process ended; its results are being gathered.
     Cleaning,

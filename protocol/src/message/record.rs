@@ -69,7 +69,10 @@ pub struct Install {
     pub spec: SignedBytes,
     /// From the spec's keepers to the new ones.
     pub links: Vec<Link>,
-    /// The encoded value that the last link ends; the epoch's first value follows from it.
+    /// The proposal of the new epoch that the sender accepted last; [`Ballot::ZERO`] where that
+    /// is the epoch's first value.
+    pub accepted: Ballot,
+    /// The encoded value of the new epoch accepted in it.
     pub value_bytes: Vec<u8>,
 }
 
@@ -80,19 +83,32 @@ pub struct Renewal {
     pub job: JobId,
     /// The configuration.
     pub epoch: u32,
-    /// The steward's last ballot.
+    /// What a quorum promised the steward.
     pub ballot: Ballot,
+    /// What its proposal under way asks to be promised; else the same.
+    pub next: Ballot,
 }
 
 /// A new steward's proof that it is one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Adopt {
-    /// The job.
-    pub job: JobId,
+    /// The job as its owner signed it.
+    pub spec: SignedBytes,
     /// The attempt the record is at.
     pub attempt: Attempt,
     /// The record's value, which names the steward and its term.
     pub certificate: Certificate,
+}
+
+/// One attempt in a bidder's request for leases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseAsk {
+    /// The job.
+    pub job: JobId,
+    /// The attempt.
+    pub attempt: Attempt,
+    /// The stewardship the bidder knows of: a steward of a later one shows that it is first.
+    pub term: u64,
 }
 
 /// Permission for the processes of an attempt on one node.

@@ -83,12 +83,16 @@ pub struct Head {
     pub job: JobId,
     /// The keeper that says so; its key signs the head.
     pub keeper: PeerId,
+    /// All keepers of the record, the sender among them.
+    pub keepers: Vec<PeerId>,
+    /// The configuration.
+    pub epoch: u32,
     /// The record value's sequence number.
     pub seq: u64,
     /// Its owner.
     pub owner: UserId,
     /// When it was submitted.
     pub submitted_at_ms: u64,
-    /// Its state. Only birth and [`State::Done`] are announced.
+    /// Its state. Only birth, a change of keepers and [`State::Done`] are announced.
     pub state: State,
 }

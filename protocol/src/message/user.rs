@@ -51,6 +51,15 @@ pub enum Reply {
     Stopping {
         /// The state it is in now.
         state: State,
+        /// Whether the record says so yet: only then is it sure. Else ask again.
+        recorded: bool,
+    },
+    /// Another node drives the job: ask there.
+    Elsewhere {
+        /// Who drives it, as far as known here.
+        steward: Option<PeerId>,
+        /// Who keeps it.
+        keepers: Vec<PeerId>,
     },
     /// To [`Command::Node`].
     Node(Box<NodeView>),

@@ -36,6 +36,8 @@ pub enum Slot {
     Work(JobId, Attempt, Rank),
     /// An attempt of a steward's that this node will never start.
     Tombstone(PeerId, JobId, Attempt),
+    /// The latest stewardship known of a job that changed its steward.
+    Term(JobId),
     /// How a rank ended here, until its steward recorded it.
     End(JobId, Attempt, Rank),
     /// A job this node refused to keep, while a copy of its submission could be taken.

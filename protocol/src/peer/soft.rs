@@ -10,10 +10,11 @@ use crate::{
     bidder::Usage,
     identity::{Domain, SignedBytes},
     inventory::{Capacity, board::CLOCK_TOLERANCE_MS},
-    job::State,
+    job::{KEEPERS_MAX, State},
     message::{Advert, Head, Message, Soft, WANT_MAX},
     peer::Event,
     reconcile::{self, ItemId},
+    record::{self, Kept},
     steward::Stewards,
     wire,
 };
@@ -165,7 +166,14 @@ impl Peer {
     /// Whether it was news.
     fn handle_advert(&mut self, signed: SignedBytes, now: Now) -> bool {
         let node = PeerId(signed.signer);
-        if node == self.me || !self.roster.state().is_member_node(node) {
+        if node == self.me {
+            let own = signed.verify(Domain::Advert).ok();
+            if let Some(advert) = own.and_then(|bytes| wire::decode::<Advert>(bytes).ok()) {
+                self.check_own_advert(advert.store, advert.boot_count, advert.boot);
+            }
+            return false;
+        }
+        if !self.roster.state().is_member_node(node) {
             return false;
         }
         let news = self.board.post(signed.clone(), now) == Some(true);
@@ -190,32 +198,38 @@ impl Peer {
         let member = self.roster.state().is_member_node(head.keeper);
         let old = head.submitted_at_ms.saturating_add(HEAD_MS) < now.wall_ms;
         let future = head.submitted_at_ms > now.wall_ms.saturating_add(CLOCK_TOLERANCE_MS);
-        // A job has the keeper that announced it first; nobody else speaks for it.
-        let known = self
-            .soft
-            .heads
-            .get(&head.job)
-            .is_some_and(|(known, _)| known.seq >= head.seq || known.keeper != head.keeper);
-        let ours = head.keeper == self.me || self.registers.get(head.job).is_some();
-        let fresh = member && !old && !future && !known && !ours;
+        let id = reconcile::item_id(&Soft::Head(signed.clone()));
+        // The later; of two alike, the one that all choose alike.
+        let later = self.soft.heads.get(&head.job).is_none_or(|(known, known_id)| {
+            (head.epoch, head.seq, *known_id) > (known.epoch, known.seq, id)
+        });
+        let named = head.keepers.contains(&head.keeper) && head.keepers.len() <= KEEPERS_MAX;
+        let fresh = member && !old && !future && later && named;
         if fresh {
             self.soft.insert_head(head, signed);
         }
         fresh
     }
 
-    /// Tell the pool of a job kept here: at its birth and at its end.
+    /// Tell the pool of a job kept here: at its birth, when its keepers change, and at its end.
     pub(super) fn announce_head(&mut self, job: JobId) {
         let Some(kept) = self.registers.get(job) else { return };
         let head = Head {
             job,
             keeper: self.me,
+            keepers: kept.keepers.iter().map(|(keeper, _)| *keeper).collect(),
+            epoch: kept.value.epoch,
             seq: kept.value.seq,
             owner: kept.spec.spec.owner,
             submitted_at_ms: kept.spec.spec.submitted_at_ms,
             state: kept.value.body.state(),
         };
-        if self.soft.heads.get(&job).is_some_and(|(known, _)| known.seq >= head.seq) {
+        if self
+            .soft
+            .heads
+            .get(&job)
+            .is_some_and(|(known, _)| (known.epoch, known.seq) >= (head.epoch, head.seq))
+        {
             return;
         }
         let signed = SignedBytes::sign(&self.key, Domain::Head, wire::encode(&head));
@@ -227,8 +241,11 @@ impl Peer {
     pub(super) fn after_changes(&mut self, now: Now) {
         let changed = core::mem::take(&mut self.out.changed);
         for job in changed {
-            let over = |kept: &crate::record::Kept| kept.value.body.state() == State::Done;
-            if self.registers.get(job).is_some_and(over) {
+            let Some(kept) = self.registers.get(job) else { continue };
+            let ours = kept.chosen && kept.value.body.steward == self.me;
+            let over = kept.value.body.state() == State::Done;
+            let known = self.soft.heads.get(&job).map(|(head, _)| head.epoch);
+            if ours && (over || known != Some(kept.value.epoch)) {
                 self.announce_head(job);
             }
         }
@@ -269,6 +286,7 @@ impl Peer {
 
     pub(super) fn tend_soft_state(&mut self, now: Now) {
         self.expire_adverts(now);
+        self.drop_old_records(now);
         self.advertise(now);
         if self.soft.next_reconcile_ms <= now.boot_ms {
             let peers: Vec<PeerId> = self.board.connected().collect();
@@ -282,6 +300,22 @@ impl Peer {
         let refresh = self.soft.last_advert_ms.map(|at_ms| at_ms + ADVERT_REFRESH_MS);
         let next_ms = self.soft.next_reconcile_ms.min(refresh.unwrap_or(u64::MAX));
         self.timers.set(Timer::Soft, next_ms.max(now.after(1)));
+    }
+
+    /// Forget records of jobs that ended long ago.
+    fn drop_old_records(&mut self, now: Now) {
+        let old = |kept: &Kept| {
+            let last = kept.value.body.history.last();
+            last.is_some_and(|change| {
+                change.state == State::Done
+                    && change.at_ms.saturating_add(record::KEEP_MS) < now.wall_ms
+            })
+        };
+        let jobs: Vec<JobId> =
+            self.registers.iter().filter(|(_, kept)| old(kept)).map(|(job, _)| *job).collect();
+        for job in jobs {
+            self.registers.forget(job);
+        }
     }
 
     fn advertise(&mut self, now: Now) {
@@ -438,7 +472,7 @@ mod tests {
         let mut away = peer(&founder, &node_key(2), true);
         away.set_offer(Capacity::default(), None, NOW);
         away.set_away(capacity, NOW);
-        assert_eq!(away.propose_keeper(), None, "it ends before the job does");
+        assert_eq!(away.propose_keepers(b"salt"), [], "it ends before the job does");
 
         let mut other = peer(&founder, &node_key(1), true);
         other.peer_connected(away.id(), NOW);
@@ -446,7 +480,7 @@ mod tests {
         assert!(other.handle_gossip(advert_of(&mut away, NOW), NOW));
         assert_eq!(other.feasible(&request), Ok(()), "the pool has it, at other times");
         assert_eq!(other.dry_run(&request, NOW), []);
-        assert_eq!(other.propose_keeper(), None);
+        assert_eq!(other.propose_keepers(b"salt"), []);
         assert_eq!(away.feasible(&request), Ok(()));
         assert_eq!(away.dry_run(&request, NOW), []);
     }

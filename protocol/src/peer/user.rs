@@ -4,9 +4,9 @@ use super::Peer;
 use crate::{
     JobId, Now, UserId,
     identity::SignedBytes,
-    job::State,
+    job::{State, StopCause},
     message::{AttemptView, Command, JobFilter, JobView, RankView, Reply},
-    record::Kept,
+    record::{Keeper, Kept},
     wire,
 };
 
@@ -40,6 +40,9 @@ impl Peer {
                     return denied("read", job);
                 }
                 let state = kept.value.body.state();
+                if kept.value.body.steward != peer.me && state != State::Done {
+                    return peer.unknown(job);
+                }
                 Reply::Why(Box::new(peer.stewards.why(job, &peer.board, state, now)))
             }),
             Command::Stop(job) => self.stop_job(user, job, now),
@@ -73,14 +76,35 @@ impl Peer {
     }
 
     fn stop_job(&mut self, user: UserId, job: JobId, now: Now) -> Reply {
-        let Some(kept) = self.registers.get(job) else { return Reply::UnknownJob };
+        let Some(kept) = self.registers.get(job) else { return self.unknown(job) };
         if !self.roster.state().may_control_job(user, kept.spec.spec.owner) {
             return denied("stop", job);
         }
+        if kept.value.body.steward != self.me && kept.value.body.state() != State::Done {
+            return self.unknown(job);
+        }
         self.with_stewards(now, |stewards, cx| stewards.stop(job, user, cx));
-        self.with_stewards(now, crate::steward::Stewards::settle);
-        let state = self.registers.get(job).map_or(State::Done, |kept| kept.value.body.state());
-        Reply::Stopping { state }
+        // With one keeper it is recorded at once.
+        self.finish(now);
+        let body = self.registers.get(job).map(|kept| (&kept.value.body, kept.chosen));
+        let recorded = body.is_some_and(|(body, chosen)| {
+            let said = matches!(body.stop, Some(StopCause::By(_)));
+            (chosen && said) || body.state() == State::Done
+        });
+        Reply::Stopping { state: body.map_or(State::Done, |(body, _)| body.state()), recorded }
+    }
+
+    /// The answer about a job whose record is not here, or not driven here.
+    fn unknown(&self, job: JobId) -> Reply {
+        let names = |keepers: &[Keeper]| keepers.iter().map(|(keeper, _)| *keeper).collect();
+        if let Some(kept) = self.registers.get(job) {
+            let steward = Some(kept.value.body.steward);
+            return Reply::Elsewhere { steward, keepers: names(&kept.keepers) };
+        }
+        match self.registers.moved(job) {
+            Some(keepers) => Reply::Elsewhere { steward: None, keepers: names(keepers) },
+            None => Reply::UnknownJob,
+        }
     }
 
     /// Whether `user` may read log and files of a job this node keeps or runs a rank of.
@@ -91,7 +115,7 @@ impl Peer {
             }
             return Reply::Granted(Box::new(self.job_view(user, kept)));
         }
-        Reply::UnknownJob
+        self.unknown(job)
     }
 
     /// A record kept here, as `user` may see it.
@@ -127,7 +151,7 @@ impl Peer {
     fn with_record(&self, job: JobId, answer: impl FnOnce(&Self, &Kept) -> Reply) -> Reply {
         match self.registers.get(job) {
             Some(kept) => answer(self, kept),
-            None => Reply::UnknownJob,
+            None => self.unknown(job),
         }
     }
 
@@ -159,7 +183,7 @@ impl Peer {
             submitted_at_ms: spec.submitted_at_ms,
             history: body.history.clone(),
             seq: kept.value.seq,
-            keepers: spec.keepers.iter().map(|(keeper, _)| *keeper).collect(),
+            keepers: kept.keepers.iter().map(|(keeper, _)| *keeper).collect(),
             steward: body.steward,
             outcome: body.outcome.clone(),
             attempt: AttemptView { number: body.attempt, ranks: ranks.collect() },

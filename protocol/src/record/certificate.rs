@@ -132,15 +132,21 @@ pub fn keepers_hash(keepers: &[Keeper]) -> [u8; 32] {
     *blake3::hash(&wire::encode(&keepers)).as_bytes()
 }
 
-/// One keeper's acceptance of `value` at `ballot`.
+/// One keeper's acceptance of `value`, whose bytes have this hash, at `ballot`.
 #[must_use]
-pub fn sign_receipt(key: &KeyPair, store: StoreId, ballot: Ballot, value: &Value) -> SignedBytes {
+pub fn sign_receipt(
+    key: &KeyPair,
+    store: StoreId,
+    ballot: Ballot,
+    value: &Value,
+    value_hash: [u8; 32],
+) -> SignedBytes {
     let body = ReceiptBody {
         job: value.job,
         epoch: value.epoch,
         ballot,
         seq: value.seq,
-        value_hash: value.hash(),
+        value_hash,
         sealed: value.sealed.as_deref().map(keepers_hash),
         store,
     };

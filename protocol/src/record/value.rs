@@ -64,6 +64,9 @@ pub struct Body {
     pub stop: Option<StopCause>,
     /// Attempts that were assigned and could not be started.
     pub failed_starts: u32,
+    /// The processes of the current attempt have leases that bind: a node that was silent for
+    /// longer runs none of them any more. Never set again within an attempt.
+    pub bound: bool,
     /// Attempts that ran, failed and were followed by another.
     pub retried: u32,
     /// The majority of its keepers was lost, and somebody said so: it may have missed changes.
@@ -96,6 +99,7 @@ impl Value {
                 start: None,
                 stop: None,
                 failed_starts: 0,
+                bound: false,
                 retried: 0,
                 recovered: false,
                 outcome: None,
@@ -107,14 +111,13 @@ impl Value {
     /// The next value, with `body`.
     #[must_use]
     pub fn successor(&self, body: Body) -> Self {
-        Self {
-            job: self.job,
-            epoch: self.epoch,
-            seq: self.seq + 1,
-            prev: self.hash(),
-            body,
-            sealed: None,
-        }
+        self.successor_of(self.hash(), body)
+    }
+
+    /// The same, where this one's hash is known.
+    #[must_use]
+    pub fn successor_of(&self, hash: [u8; 32], body: Body) -> Self {
+        Self { job: self.job, epoch: self.epoch, seq: self.seq + 1, prev: hash, body, sealed: None }
     }
 
     /// The value that ends this one's epoch, with the same body.

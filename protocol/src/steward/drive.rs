@@ -12,7 +12,7 @@ use super::{
 use crate::{
     JobId, Now, PeerId, UserId,
     job::{Attempt, Rank, RankEnd, RankState, State, VerifiedSpec},
-    message::RankReport,
+    message::{ClockReading, RankReport},
     record::{Body, Registers},
 };
 
@@ -32,6 +32,12 @@ pub(crate) struct Drive {
     pub(super) avoided: BTreeSet<PeerId>,
     /// Nothing is overdue yet in the current state.
     pub(super) just_entered: bool,
+    /// When this stewardship began here, on the boot clock.
+    pub(super) since_ms: u64,
+    /// Whether it acted when last looked at.
+    pub(super) acting: bool,
+    /// It is being handed over: not a word more.
+    pub(super) leaving: bool,
 }
 
 /// What the steward is busy with.
@@ -59,6 +65,12 @@ pub(super) struct Observed {
     pub(super) failed: BTreeSet<PeerId>,
     /// When each node last said something, on the boot clock.
     pub(super) heard: BTreeMap<PeerId, u64>,
+    /// Nodes that know who drives the job.
+    pub(super) adopted: BTreeSet<PeerId>,
+    /// Each node's clock as it last said that it is prepared.
+    pub(super) clocks: BTreeMap<PeerId, ClockReading>,
+    /// When each node was last given a lease, on the boot clock.
+    pub(super) granted: BTreeMap<PeerId, u64>,
 }
 
 impl Observed {
@@ -73,7 +85,7 @@ impl Observed {
                 self.running.insert(rank);
             }
             RankReport::At(RankState::Assigned | RankState::Prepared | RankState::Ended) => {}
-            RankReport::Prepared { port, host } => {
+            RankReport::Prepared { port, host, .. } => {
                 let host: String = host.chars().take(253).collect();
                 self.prepared.insert(rank, (port, host));
             }
@@ -89,7 +101,7 @@ impl Observed {
 }
 
 impl Drive {
-    pub(super) fn new(spec: Arc<VerifiedSpec>) -> Self {
+    pub(super) fn new(spec: Arc<VerifiedSpec>, now: Now) -> Self {
         Self {
             stage: Stage::Auction(Auction::new(&spec)),
             spec,
@@ -99,6 +111,9 @@ impl Drive {
             withdrawals: BTreeMap::new(),
             avoided: BTreeSet::new(),
             just_entered: true,
+            since_ms: now.boot_ms,
+            acting: false,
+            leaving: false,
         }
     }
 

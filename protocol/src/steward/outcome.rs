@@ -18,7 +18,7 @@ pub(super) fn decide(body: &Body, stop_asked: Option<UserId>) -> (Outcome, Strin
     let outcome = match &end.ending {
         Ending::TimedOut => Outcome::TimedOut,
         Ending::Lost { reason } => Outcome::Lost { reason: reason.clone() },
-        Ending::LeaseEnded => Outcome::Lost { reason: end.ending.to_string() },
+        Ending::LeaseEnded | Ending::Silent => Outcome::Lost { reason: end.ending.to_string() },
         Ending::Exited { .. }
         | Ending::Signaled { .. }
         | Ending::Stopped

@@ -1,0 +1,264 @@
+//! Leases of processes, as the node that runs them sees them; and whose they are.
+
+use std::collections::BTreeMap;
+
+use tracing::{debug, info};
+
+use super::{
+    Bidder, LEASE_MS, LEASE_RENEW_MS, Phase, TOMBSTONES_MAX, Timer, UnreportedEnd, WorkId,
+};
+use crate::{
+    JobId, Now, PeerId,
+    job::{Attempt, Rank, RankState, State, VerifiedSpec},
+    message::{Adopt, ClockReading, LeaseAsk, LeaseGrant, Message, RENEWALS_MAX, Start},
+    peer::{Event, Outbox, Slot},
+    record::{Keeper, Value},
+    sabotage::Rule,
+};
+
+/// How soon a lease is asked for again where nobody answered.
+const RETRY_MS: u64 = 10_000;
+
+/// Permission for one process.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Lease {
+    /// When its supervisor ends it, on the boot clock, as it was last told; the outer `None`:
+    /// not known since the daemon started.
+    until_ms: Option<Option<u64>>,
+    /// When a steward last said that it may run on, on the boot clock.
+    answered_ms: u64,
+}
+
+impl Lease {
+    pub(super) const fn granted(until_ms: Option<u64>, now: Now) -> Self {
+        Self { until_ms: Some(until_ms), answered_ms: now.boot_ms }
+    }
+}
+
+impl Bidder {
+    pub(super) fn clock(&self, now: Now) -> ClockReading {
+        ClockReading { boot: self.boot, boot_ms: now.boot_ms }
+    }
+
+    /// The lease that comes with a start: it counts from when this node said that it is
+    /// prepared. `Some(None)` does not end; `None` is too short to begin with.
+    pub(super) fn first_lease(&self, start: &Start, now: Now) -> Option<Option<u64>> {
+        if !start.binding || !self.sabotage.holds(Rule::LeaseBinds) {
+            return Some(None);
+        }
+        let until_ms = start.asked.boot_ms.saturating_add(LEASE_MS);
+        let fresh = start.asked.boot == self.boot && until_ms >= now.after(LEASE_MS / 2);
+        fresh.then_some(Some(until_ms))
+    }
+
+    /// Ask stewards to let every process here run on; where one does not answer, its job's
+    /// keepers may know another.
+    pub(super) fn ask_leases(&mut self, now: Now, out: &mut Outbox) {
+        let mut asks: BTreeMap<PeerId, Vec<LeaseAsk>> = BTreeMap::new();
+        let mut next_ms = LEASE_RENEW_MS;
+        let mut any = false;
+        for (id, work) in &self.book.work {
+            if matches!(work.phase, Phase::Committed { .. }) {
+                continue;
+            }
+            any = true;
+            let ask = LeaseAsk { job: id.job, attempt: id.attempt, term: work.term };
+            let mut to = vec![work.steward];
+            let answered_ms = self.leases.get(id).map_or(0, |lease| lease.answered_ms);
+            if answered_ms.saturating_add(LEASE_RENEW_MS + RETRY_MS / 2) < now.boot_ms {
+                next_ms = RETRY_MS;
+                let links = &work.certificate.links;
+                let first = work.spec.as_ref().map_or(&[][..], |spec| &spec.spec.keepers);
+                let keepers: &[Keeper] = links.last().map_or(first, |link| &link.next);
+                to.extend(keepers.iter().map(|(keeper, _)| *keeper));
+            }
+            to.sort_unstable();
+            to.dedup();
+            for steward in to {
+                let asks = asks.entry(steward).or_default();
+                if !asks.contains(&ask) {
+                    asks.push(ask);
+                }
+            }
+        }
+        for (steward, entries) in asks {
+            for entries in entries.chunks(RENEWALS_MAX) {
+                let ask = Message::AskLease { clock: self.clock(now), entries: entries.to_vec() };
+                out.send(self.me, steward, ask);
+            }
+        }
+        if any {
+            self.timers.set(Timer::Lease, now.after(next_ms));
+        } else {
+            self.timers.cancel(&Timer::Lease);
+        }
+    }
+
+    /// See [`Message::Lease`].
+    pub(crate) fn handle_lease(
+        &mut self,
+        from: PeerId,
+        asked: ClockReading,
+        entries: &[LeaseGrant],
+        now: Now,
+        out: &mut Outbox,
+    ) {
+        if asked.boot != self.boot || asked.boot_ms > now.boot_ms {
+            return;
+        }
+        for grant in entries.iter().take(RENEWALS_MAX) {
+            for id in self.work_of(grant.job, grant.attempt) {
+                let work = &self.book.work[&id];
+                if work.steward != from || matches!(work.phase, Phase::Committed { .. }) {
+                    continue;
+                }
+                let binding = grant.binding && self.sabotage.holds(Rule::LeaseBinds);
+                let until_ms = binding.then(|| asked.boot_ms.saturating_add(LEASE_MS));
+                let lease =
+                    self.leases.entry(id).or_insert(Lease { until_ms: None, answered_ms: 0 });
+                lease.answered_ms = lease.answered_ms.max(now.boot_ms);
+                let news = match (lease.until_ms, until_ms) {
+                    (Some(Some(known)), Some(until_ms)) => until_ms > known,
+                    (known, until_ms) => known != Some(until_ms),
+                };
+                if news {
+                    lease.until_ms = Some(until_ms);
+                    out.events.push_back(Event::Lease { id, until_ms });
+                }
+            }
+        }
+    }
+
+    /// A keeper says who drives a job: ask there.
+    pub(crate) fn handle_elsewhere(
+        &mut self,
+        job: JobId,
+        steward: PeerId,
+        now: Now,
+        out: &mut Outbox,
+    ) {
+        let asks: Vec<LeaseAsk> = self
+            .works_of_job(job)
+            .into_iter()
+            .filter(|id| !matches!(self.book.work[id].phase, Phase::Committed { .. }))
+            .filter(|id| self.book.work[id].steward != steward)
+            .map(|id| LeaseAsk { job, attempt: id.attempt, term: self.book.work[&id].term })
+            .take(1)
+            .collect();
+        if !asks.is_empty() {
+            let ask = Message::AskLease { clock: self.clock(now), entries: asks };
+            out.send(self.me, steward, ask);
+        }
+    }
+
+    pub(super) fn works_of_job(&self, job: JobId) -> Vec<WorkId> {
+        let of = |attempt, rank| WorkId { job, attempt: Attempt(attempt), rank: Rank(rank) };
+        let range = of(0, 0)..=of(u32::MAX, u32::MAX);
+        self.book.work.range(range).map(|(id, _)| *id).collect()
+    }
+
+    // ---- stewardships -----------------------------------------------------------------
+
+    pub(super) fn known_term(&self, job: JobId) -> u64 {
+        self.known_terms.get(&job).map_or(1, |(term, _)| *term)
+    }
+
+    /// Remember the latest stewardship of a job that changed its steward.
+    pub(super) fn learn_term(&mut self, job: JobId, term: u64, now: Now, out: &mut Outbox) {
+        if term <= self.known_term(job) {
+            return;
+        }
+        if self.known_terms.len() >= TOMBSTONES_MAX && !self.known_terms.contains_key(&job) {
+            let mut ages: Vec<u64> = self.known_terms.values().map(|(_, at_ms)| *at_ms).collect();
+            ages.sort_unstable();
+            let middle = ages[ages.len() / 2];
+            self.known_terms.retain(|job, (_, at_ms)| {
+                let keep = *at_ms > middle;
+                if !keep {
+                    out.remove(&Slot::Term(*job));
+                }
+                keep
+            });
+        }
+        self.known_terms.insert(job, (term, now.wall_ms));
+        out.put(&Slot::Term(job), &(term, now.wall_ms));
+    }
+
+    /// A steward shows that it drives a job: what is here of it is its from now on. `value` is
+    /// what its certificate proves, `keepers` who keeps the record.
+    pub(crate) fn handle_adopt(
+        &mut self,
+        from: PeerId,
+        adopt: &Adopt,
+        spec: &VerifiedSpec,
+        value: &Value,
+        keepers: &[Keeper],
+        now: Now,
+        out: &mut Outbox,
+    ) {
+        let (job, body) = (spec.job, &value.body);
+        let over = body.state() == State::Done;
+        let keeper = keepers.iter().any(|(keeper, _)| *keeper == from);
+        let entitled = body.steward == from || (over && keeper);
+        if !entitled || body.term < self.known_term(job) {
+            debug!(%job, %from, term = body.term, "not this job's steward");
+            return;
+        }
+        self.learn_term(job, body.term, now, out);
+        for id in self.works_of_job(job) {
+            let Some(work) = self.book.work.get_mut(&id) else { continue };
+            let before = core::mem::replace(&mut work.steward, from);
+            if before != from || work.term != body.term {
+                work.term = body.term;
+                out.put(&id.slot(), work);
+                info!(%job, term = body.term, "another node drives the job now");
+            }
+            if before != from && self.is_buried(before, job, id.attempt) {
+                self.bury(from, job, id.attempt, now, out);
+            }
+            let lease = self.leases.get_mut(&id);
+            if let Some(lease) = lease {
+                // Its renewal is due at once: the new steward counts from what it gives.
+                lease.answered_ms = 0;
+            }
+            let wanted = !over
+                && id.attempt == body.attempt
+                && body.ranks.iter().any(|rank| {
+                    rank.assignment.rank == id.rank
+                        && rank.assignment.node == self.me
+                        && rank.state != RankState::Ended
+                });
+            if !wanted {
+                let reason = "its steward says that the attempt is over";
+                self.stop_or_bury(from, job, id.attempt, reason, now, out);
+            }
+        }
+        for (id, unreported) in &mut self.ends {
+            if id.job == job && unreported.steward != from {
+                *unreported = UnreportedEnd { steward: from, end: unreported.end.clone() };
+                out.put(&id.end_slot(), unreported);
+            }
+        }
+        let adopted = Message::Adopted { job, attempt: adopt.attempt, term: body.term };
+        out.send(self.me, from, adopted);
+        if body
+            .ranks
+            .iter()
+            .any(|rank| rank.assignment.node == self.me && rank.state != RankState::Ended)
+        {
+            self.handle_ask(from, job, body.attempt, now, out);
+        } else {
+            self.resend_all_ends(job, now, out);
+        }
+        if !self.works_of_job(job).is_empty() {
+            self.timers.set(Timer::Lease, now.boot_ms);
+        }
+    }
+
+    fn resend_all_ends(&mut self, job: JobId, now: Now, out: &mut Outbox) {
+        let ids: Vec<WorkId> = self.ends.keys().filter(|id| id.job == job).copied().collect();
+        for id in ids {
+            self.send_end(id, now, out);
+        }
+    }
+}

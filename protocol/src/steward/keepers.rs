@@ -1,0 +1,197 @@
+//! Who keeps a record: proposed once at submission, and again when keepers go or come.
+
+use super::{Context, Stewards, Timer};
+use crate::{
+    JobId, Now, PeerId,
+    inventory::Board,
+    record::{EPOCHS_MAX, Keeper, Registers},
+    roster::Roster,
+    sabotage::Rule,
+};
+
+/// How long a keeper is away before it is replaced.
+pub const AWAY_MS: u64 = 10 * 60_000;
+/// How often it is looked whether keepers went or came.
+pub const KEEPERS_CHECK_MS: u64 = 20_000;
+
+/// How many keepers a record gets in a pool where so many nodes can keep one: three below
+/// seven, else five; as many as there are in smaller pools.
+#[must_use]
+pub(super) const fn keepers_for(nodes: usize) -> usize {
+    match nodes {
+        0..3 => nodes,
+        3..7 => 3,
+        _ => 5,
+    }
+}
+
+/// How many nodes a pool with so many that can keep a record may lose for good at once, and
+/// no record is lost.
+#[must_use]
+pub const fn survives(nodes: usize) -> usize {
+    keepers_for(nodes).saturating_sub(1) / 2
+}
+
+/// Nodes that can keep records, in an order of the job's own: those this node is connected to
+/// first.
+fn eligible(me: Keeper, client: bool, board: &Board, roster: &Roster, salt: &[u8]) -> Vec<Keeper> {
+    let others = board
+        .iter()
+        .filter(|(node, posted)| {
+            **node != me.0 && !posted.advert.client && roster.state().is_member_node(**node)
+        })
+        .map(|(node, posted)| (*node, posted.advert.store));
+    let mut all: Vec<Keeper> = others.chain((!client).then_some(me)).collect();
+    let order = |node: &PeerId| *blake3::hash(&[salt, &node.0.0[..]].concat()).as_bytes();
+    all.sort_by_cached_key(|(node, _)| {
+        (*node != me.0, !board.is_connected(*node) && *node != me.0, order(node))
+    });
+    all
+}
+
+/// The keepers a job submitted at `me` should name: itself first, unless it is a client; then
+/// in an order that `salt` decides, of distinct owners where there is a choice.
+pub(crate) fn propose(
+    me: Keeper,
+    client: bool,
+    board: &Board,
+    roster: &Roster,
+    salt: &[u8],
+) -> Vec<Keeper> {
+    let all = eligible(me, client, board, roster, salt);
+    let wanted = keepers_for(all.len());
+    choose(Vec::new(), &all, wanted, board, me.0, roster)
+}
+
+/// Fill `chosen` up to `wanted`: reachable ones first, among them those of other owners.
+fn choose(
+    mut chosen: Vec<Keeper>,
+    from: &[Keeper],
+    wanted: usize,
+    board: &Board,
+    me: PeerId,
+    roster: &Roster,
+) -> Vec<Keeper> {
+    let owner = |node: PeerId| roster.state().nodes.get(&node).map(|node| node.owner);
+    while chosen.len() < wanted {
+        let owners: Vec<_> = chosen.iter().map(|(node, _)| owner(*node)).collect();
+        let rest = from.iter().filter(|keeper| !chosen.iter().any(|(node, _)| *node == keeper.0));
+        let best = rest.min_by_key(|(node, _)| {
+            let reachable = *node == me || board.is_connected(*node);
+            (!reachable, *node != me, owners.contains(&owner(*node)))
+        });
+        let Some(best) = best else { break };
+        chosen.push(*best);
+    }
+    chosen
+}
+
+impl Stewards {
+    /// Give every job driven here the keepers it should have.
+    pub(super) fn check_keepers(&mut self, cx: &mut Context<'_>) {
+        let jobs: Vec<JobId> = self.drives.keys().copied().collect();
+        for job in jobs {
+            if !self.acts(job, cx) || self.drives.get(&job).is_none_or(|d| d.proposal.is_some()) {
+                continue;
+            }
+            let Some(kept) = cx.registers.get(job).filter(|kept| kept.chosen) else { continue };
+            if kept.certificate.links.len() + 1 >= EPOCHS_MAX {
+                continue;
+            }
+            let seq = kept.value.seq;
+            let current = kept.keepers.clone();
+            let next = self.next_keepers(job, &current, cx);
+            if next != current {
+                self.ops += 1;
+                let op = self.ops;
+                if let Some(drive) = self.drives.get_mut(&job) {
+                    drive.proposal = Some(op);
+                }
+                cx.registers.seal(job, seq, op, next, cx.now);
+            }
+        }
+        if !self.drives.is_empty() {
+            self.timers.set(Timer::Keepers, cx.now.after(KEEPERS_CHECK_MS));
+        }
+    }
+
+    /// The keepers of now without those that are gone, filled up.
+    fn next_keepers(&self, job: JobId, current: &[Keeper], cx: &Context<'_>) -> Vec<Keeper> {
+        let me = cx.registers.identity();
+        let all = eligible(me, false, cx.board, cx.roster, &job.0);
+        let (mut stay, mut away) = (Vec::new(), Vec::new());
+        for keeper in current {
+            if *keeper == me || !self.is_gone(*keeper, cx) {
+                if *keeper == me || !self.is_away(job, *keeper, cx.registers, cx.now) {
+                    stay.push(*keeper);
+                } else {
+                    away.push(*keeper);
+                }
+            }
+        }
+        let wanted = keepers_for(all.len().max(stay.len()));
+        let reachable: Vec<Keeper> = all
+            .into_iter()
+            .filter(|(node, _)| *node == me.0 || cx.board.is_connected(*node))
+            .filter(|(node, _)| !away.iter().any(|(gone, _)| gone == node))
+            .collect();
+        let wanted = wanted.max(stay.len());
+        let mut next = choose(stay, &reachable, wanted, cx.board, me.0, cx.roster);
+        // Who is only away is better than nobody.
+        next.extend(away.into_iter().take(wanted.saturating_sub(next.len())));
+        next
+    }
+
+    /// Whether a keeper will never answer as that store again.
+    fn is_gone(&self, (node, store): Keeper, cx: &Context<'_>) -> bool {
+        if !cx.roster.state().is_member_node(node) {
+            return true;
+        }
+        let posted = cx.board.get(node);
+        posted.is_some_and(|posted| posted.advert.store != store || posted.advert.client)
+    }
+
+    fn is_away(&self, job: JobId, (_, store): Keeper, registers: &Registers, now: Now) -> bool {
+        let since_ms = self.drives.get(&job).map_or(0, |drive| drive.since_ms);
+        let heard_ms = registers.acks(job).and_then(|acks| acks.get(&store)).copied();
+        heard_ms.unwrap_or(0).max(since_ms).saturating_add(AWAY_MS) < now.boot_ms
+    }
+
+    /// Hand every job over to another keeper, where there is one that can be reached; how many
+    /// hand-overs are under way.
+    pub(crate) fn hand_over(&mut self, cx: &mut Context<'_>) -> usize {
+        let jobs: Vec<JobId> = self.drives.keys().copied().collect();
+        let mut handed = 0;
+        for job in jobs {
+            let Some(drive) = self.drives.get(&job) else { continue };
+            if drive.leaving {
+                handed += 1;
+                continue;
+            }
+            if drive.proposal.is_some() || !self.acts(job, cx) {
+                continue;
+            }
+            let Some(kept) = cx.registers.get(job).filter(|kept| kept.chosen) else { continue };
+            let heir = kept
+                .keepers
+                .iter()
+                .find(|(node, _)| *node != self.me && cx.board.is_connected(*node));
+            let Some((heir, _)) = heir else { continue };
+            let mut body = kept.value.body.clone();
+            body.steward = *heir;
+            if self.sabotage.holds(Rule::TermCounts) {
+                body.term += 1;
+            }
+            let seq = kept.value.seq;
+            self.ops += 1;
+            let op = self.ops;
+            if let Some(drive) = self.drives.get_mut(&job) {
+                drive.proposal = Some(op);
+                drive.leaving = true;
+            }
+            handed += 1;
+            cx.registers.compare_and_set(job, seq, op, body, cx.now);
+        }
+        handed
+    }
+}
