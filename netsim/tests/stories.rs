@@ -37,11 +37,23 @@ macro_rules! stories {
 }
 
 stories! {
+    fast_clock,
+    half_the_pool_leaves,
+    keeper_replaced_during_takeover,
     laptop_closes,
-    laptop_dies,
     partition_100s,
+    partition_10m_continue,
+    partition_10m_restart,
+    power_cut,
+    restored_disk,
+    restored_disk_of_this_start,
     steward_dies_in_the_auction,
+    steward_dies_replacing_a_keeper,
     submission_retried,
+    two_reconfigurations_race,
+    worker_dies_continue,
+    worker_dies_lost_after,
+    worker_dies_restart,
 }
 
 fn folder() -> PathBuf {
