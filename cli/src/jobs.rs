@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use p2pit_node::api::types::{Answer, Audience, Resolved, jobs_of, path};
+use p2pit_node::api::types::{Answer, Audience, NodeInfo, Resolved, UserInfo, jobs_of, path};
 use p2pit_protocol::{
     JobId, PeerId, PoolId,
     job::State,
@@ -13,7 +13,7 @@ use crate::{
     names::Names,
     problem::Problem,
     session::{Session, accepted, unexpected},
-    view::{Job, Jobs, Usage},
+    view::{Job, Jobs, Usage, eligible_keepers},
 };
 
 /// What was gathered, and what could not be.
@@ -24,14 +24,18 @@ pub(crate) struct Gathered {
     pub(crate) jobs: Jobs,
     /// Keepers that did not answer, so that their jobs are missing.
     pub(crate) silent: Vec<String>,
+    /// Nodes that a job's keepers can be chosen from.
+    pub(crate) eligible: usize,
 }
 
 /// Every live job and `filter.done_max` finished ones: first those that run, then those
 /// that wait, then the finished from the newest.
 pub(crate) async fn gather(session: &Session, filter: JobFilter) -> anyhow::Result<Gathered> {
     let audience = session.client.get::<Audience>(path::KEEPERS);
-    let (audience, names) = tokio::try_join!(audience, Names::load(&session.client))?;
-    let names = names.with_jobs(&audience);
+    let nodes = session.client.get::<Vec<NodeInfo>>(path::NODES);
+    let users = session.client.get::<Vec<UserInfo>>(path::USERS);
+    let (audience, nodes, users) = tokio::try_join!(audience, nodes, users)?;
+    let names = Names::of(&nodes, &users).with_jobs(&audience);
     let done_max = filter.done_max;
     let command = Command::Jobs(filter);
     let answers = session.ask(audience.pool, &audience.nodes, &command).await?;
@@ -42,7 +46,8 @@ pub(crate) async fn gather(session: &Session, filter: JobFilter) -> anyhow::Resu
     }
     let jobs = arrange(&jobs_of(&answers), &names, done_max as usize);
     let jobs = Jobs { now_ms: audience.wall_ms, jobs };
-    Ok(Gathered { pool: audience.pool, names, jobs, silent })
+    let eligible = eligible_keepers(&nodes);
+    Ok(Gathered { pool: audience.pool, names, jobs, silent, eligible })
 }
 
 /// Adds what the GPUs of running jobs say.

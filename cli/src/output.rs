@@ -16,7 +16,7 @@ pub(crate) use text::{bytes, duration_s, iso8601, plain};
 use crate::{
     args::{ColorChoice, Globals},
     problem::{Explanation, output_error},
-    view::{File, Job, Jobs, MeAndNode, Node, Plan, Submission, Wait},
+    view::{File, Job, Jobs, MeAndNode, Node, Overview, Plan, Submission, Wait},
 };
 use p2pit_node::api::types::{NodeInfo, UserInfo};
 
@@ -28,7 +28,7 @@ pub(crate) trait Format {
     fn users(&self, users: &[UserInfo]) -> String;
     fn jobs(&self, jobs: &Jobs) -> String;
     fn job(&self, job: &Job, now_ms: u64) -> String;
-    fn status(&self, jobs: &Jobs) -> String;
+    fn status(&self, overview: &Overview) -> String;
     fn wait(&self, wait: &Wait) -> String;
     fn files(&self, files: &[File]) -> String;
     fn plan(&self, plan: &Plan) -> String;

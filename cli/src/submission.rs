@@ -15,7 +15,7 @@ use p2pit_node::{
 use p2pit_protocol::{
     BlobId, JobId, PeerId,
     identity::{Domain, SignedBytes},
-    job::{self, Command, Continued, Grace, JobSpec, LOST_AFTER_MS, Policy, VerifiedSpec},
+    job::{self, Command, Continued, Grace, JobSpec, Policy, VerifiedSpec},
     request::Request,
 };
 
@@ -45,6 +45,9 @@ pub(crate) struct Wish {
     pub(crate) private: bool,
     pub(crate) time_limit_ms: Option<u64>,
     pub(crate) grace: Grace,
+    pub(crate) retries: u32,
+    pub(crate) policy: Policy,
+    pub(crate) lost_after_ms: u64,
 }
 
 /// A directory hashed, and a pool that could run it.
@@ -126,9 +129,9 @@ pub(crate) async fn submit(
         private: wish.private,
         time_limit_ms: wish.time_limit_ms,
         grace: wish.grace,
-        retries: 0,
-        policy: Policy::Continue,
-        lost_after_ms: LOST_AFTER_MS,
+        retries: wish.retries,
+        policy: wish.policy,
+        lost_after_ms: wish.lost_after_ms,
         nonce: random()?,
         submitted_at_ms: wall_ms(),
         keepers: vec![(planned.keeper, planned.keeper_store)],

@@ -4,7 +4,7 @@ use p2pit_node::api::types::{GpuReading, Me, NodeInfo, UserInfo};
 use p2pit_protocol::{
     BlobId, JobId, PeerId, UserId,
     inventory::Gpu,
-    job::{Change, Command, Outcome, RankEnd, RankState, Source, State},
+    job::{Change, Command, Outcome, Policy, RankEnd, RankState, Source, State},
     message::{GpuState, JobView},
 };
 
@@ -32,6 +32,17 @@ pub(crate) struct Job {
     pub(crate) outcome: Option<Outcome>,
     pub(crate) stopped_by: Option<String>,
     pub(crate) keepers: Vec<String>,
+    /// Counts changes of the keepers.
+    pub(crate) epoch: u32,
+    pub(crate) steward: String,
+    /// Counts stewardships from 1.
+    pub(crate) term: u64,
+    /// Its record was restored without the majority of its keepers.
+    pub(crate) recovered: bool,
+    pub(crate) retries: u32,
+    pub(crate) retried: u32,
+    pub(crate) policy: Policy,
+    pub(crate) lost_after_ms: u64,
     pub(crate) attempt: u32,
     pub(crate) ranks: Vec<Rank>,
     pub(crate) usage: Usage,
@@ -66,6 +77,14 @@ pub(crate) struct Jobs {
     pub(crate) jobs: Vec<Job>,
 }
 
+/// The jobs of the pool, and how safe they are.
+#[derive(Debug, Clone)]
+pub(crate) struct Overview {
+    pub(crate) jobs: Jobs,
+    /// Nodes that a job's keepers can be chosen from.
+    pub(crate) eligible: usize,
+}
+
 /// This node and the user of this command.
 #[derive(Debug, Clone)]
 pub(crate) struct MeAndNode {
@@ -73,6 +92,8 @@ pub(crate) struct MeAndNode {
     pub(crate) user_id: UserId,
     /// `None` where the key is not a user's of the pool.
     pub(crate) user: Option<UserInfo>,
+    /// Nodes that a job's keepers can be chosen from; `None` outside of pools.
+    pub(crate) eligible: Option<usize>,
 }
 
 /// A node in full.
@@ -187,8 +208,15 @@ impl Job {
             submitted_at_ms,
             history,
             seq: _,
+            epoch,
             keepers,
-            steward: _,
+            steward,
+            term,
+            recovered,
+            retries,
+            retried,
+            policy,
+            lost_after_ms,
             outcome,
             attempt,
         } = view;
@@ -225,6 +253,14 @@ impl Job {
                 _ => None,
             },
             keepers: keepers.iter().map(|keeper| names.node(*keeper)).collect(),
+            epoch: *epoch,
+            steward: names.node(*steward),
+            term: *term,
+            recovered: *recovered,
+            retries: *retries,
+            retried: *retried,
+            policy: *policy,
+            lost_after_ms: *lost_after_ms,
             attempt: attempt.number.0,
             ranks: ranks.collect(),
             usage: Usage::default(),
@@ -264,6 +300,24 @@ impl Usage {
             memory_percent: percent(used, total),
         }
     }
+}
+
+/// Keepers of a job in a pool with so many nodes to choose them from.
+pub(crate) fn keepers_of(eligible: usize) -> usize {
+    eligible.min(if eligible < MANY_NODES { 3 } else { 5 })
+}
+
+/// How many of its keepers a job survives the loss of: what is left must be a majority.
+pub(crate) fn survived_losses(keepers: usize) -> usize {
+    keepers.saturating_sub(1) / 2
+}
+
+/// Nodes from which on a job has five keepers.
+const MANY_NODES: usize = 7;
+
+/// Nodes that jobs are kept by: neither clients nor what a command has started for itself.
+pub(crate) fn eligible_keepers(nodes: &[NodeInfo]) -> usize {
+    nodes.iter().filter(|node| !node.client && !node.away).count()
 }
 
 /// `2:v100`, one for each model in order, with `simulated` behind those that are.
@@ -329,8 +383,15 @@ pub(crate) mod samples {
                 Change { state, at_ms: NOW_MS - 60_000, reason: "so it goes".into() },
             ],
             seq: 2,
-            keepers: vec![peer(1)],
-            steward: peer(1),
+            epoch: 1,
+            keepers: vec![peer(1), peer(2), peer(3)],
+            steward: peer(2),
+            term: 4,
+            recovered: false,
+            retries: 3,
+            retried: 1,
+            policy: Policy::Restart,
+            lost_after_ms: 86_400_000,
             outcome,
             attempt: AttemptView {
                 number: Attempt(1),
@@ -379,6 +440,14 @@ mod tests {
         assert_eq!(gpu_summary(&[gpu(0, false), gpu(1, false)]), "2:v100");
         let mixed = [gpu(0, false), gpu(1, true)];
         assert_eq!(gpu_summary(&mixed), "1:v100, 1:v100 (simulated)");
+    }
+
+    #[test]
+    fn a_job_survives_the_loss_of_a_minority_of_its_keepers() {
+        let survived = |eligible| survived_losses(keepers_of(eligible));
+        assert_eq!([0, 1, 2].map(survived), [0, 0, 0]);
+        assert_eq!([3, 4, 6].map(survived), [1, 1, 1]);
+        assert_eq!([7, 8, 100].map(survived), [2, 2, 2]);
     }
 
     #[test]

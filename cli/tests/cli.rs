@@ -119,6 +119,10 @@ fn bad_usage_is_told_on_standard_error_and_changes_nothing() {
         &["join", "--gpus", "many"],
         &["join", "--listen", "here"],
         &["run", "t", "--time", "soon"],
+        &["run", "t", "--retries", "101"],
+        &["run", "t", "--retries", "-1"],
+        &["run", "t", "--on-partition", "wait"],
+        &["run", "t", "--lost-after", "1min"],
         &["run", "t", "--env", "NAME"],
         &["run", "t", "--env", "A B=1"],
         &["run", ""],
@@ -198,7 +202,9 @@ fn completions_come_for_every_shell() {
     for shell in ["bash", "zsh", "fish"] {
         let script = place.run(&["completion", shell]);
         assert_eq!((script.code, script.stderr.as_str()), (Some(0), ""));
-        assert!(script.stdout.contains("download"), "{shell}");
+        for word in ["download", "on-partition", "lost-after", "restart"] {
+            assert!(script.stdout.contains(word), "{word} for {shell}");
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use p2pit_protocol::{
-    BlobId, BootId, JobId, Now, Peer, PeerId,
+    BlobId, BootId, JobId, Peer, PeerId,
     bidder::WorkId,
     inventory::{Capacity, GpuUuid},
     job::Ending,
@@ -208,7 +208,7 @@ impl Machine {
     #[must_use]
     pub fn acting_at(&self, true_ms: u64) -> Vec<(JobId, u64)> {
         let now = self.clock.now(true_ms);
-        self.daemon.as_ref().map(|peer| acting(peer, now)).unwrap_or_default()
+        self.daemon.as_ref().map(|peer| peer.acting(now)).unwrap_or_default()
     }
 
     /// Whether its daemon runs and does not stand still.
@@ -245,8 +245,4 @@ impl Executor {
         self.processes.clear();
         ran
     }
-}
-
-fn acting(peer: &Peer, now: Now) -> Vec<(JobId, u64)> {
-    peer.acting(now)
 }

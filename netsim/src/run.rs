@@ -185,6 +185,7 @@ impl fmt::Display for Counts {
             lease_ends,
             reboots,
             wipes,
+            refused_stores,
             full_disks,
             pauses,
             suspends,
@@ -199,7 +200,7 @@ impl fmt::Display for Counts {
             "{jobs} jobs, {processes} processes, {assigns} assignments, {unassigns} withdrawn, \
              {wounds} wounds, {takeovers} takeovers, {seals} seals, {silences} stewards silenced \
              and {lease_ends} processes ended by their lease, {crashes} crashes ({write_crashes} \
-             while writing), {reboots} reboots ({wipes} with an empty disk), {full_disks} full \
+             while writing), {reboots} reboots ({wipes} with an empty disk), {refused_stores} stores refused, {full_disks} full \
              disks, {pauses} pauses, {suspends} suspends, {cuts} cuts, {wall_steps} steps of wall \
              clocks, {restarts} restarts, {messages} messages, {lost} lost, {duplicates} \
              duplicated, {events} events"
@@ -225,6 +226,7 @@ impl Counts {
         self.lease_ends += other.lease_ends;
         self.reboots += other.reboots;
         self.wipes += other.wipes;
+        self.refused_stores += other.refused_stores;
         self.full_disks += other.full_disks;
         self.pauses += other.pauses;
         self.suspends += other.suspends;

@@ -141,6 +141,8 @@ pub struct Counts {
     pub reboots: u64,
     /// Of those, with everything on their disk.
     pub wipes: u64,
+    /// Stores that their daemons gave up, because another life of them was heard of.
+    pub refused_stores: u64,
     /// Daemons that stopped because nothing could be written.
     pub full_disks: u64,
     /// Daemons that stood still.
@@ -210,6 +212,7 @@ enum Occurrence {
     Gathered { at: usize, start: u64, id: WorkId },
     Crash { at: usize, down: Down, down_ms: u64 },
     Start { at: usize },
+    Refuse { at: usize },
     Wipe { at: usize, down_ms: u64 },
     Still { at: usize, still: Still, for_ms: u64 },
     Wake { at: usize },
@@ -259,6 +262,7 @@ impl Occurrence {
             | Self::Start { at } => Some((*at, Whose::Machine)),
             Self::Crash { .. }
             | Self::Wipe { .. }
+            | Self::Refuse { .. }
             | Self::Still { .. }
             | Self::Wake { .. }
             | Self::Fill { .. }
@@ -513,6 +517,7 @@ impl World {
                 directions.iter().for_each(|(from, to)| self.network.slow(*from, *to, 0));
             }
             Occurrence::Start { at } => self.start(at),
+            Occurrence::Refuse { at } => self.crash_and_wipe(at, 1_000),
             Occurrence::Cut { directions, for_ms } => self.cut(directions, for_ms),
             Occurrence::Mend { directions } => self.mend(&directions),
             Occurrence::Foreign { at, gpu, for_ms } => self.foreign(at, gpu, for_ms),
@@ -686,16 +691,17 @@ impl World {
             Event::Discard { id } => self.discard(at, id),
             Event::EndRecorded { id } => self.end_recorded(at, id),
             Event::Submitted { job, result } => self.submitted(at, job, result),
-            Event::StoreRefused { reason } => {
-                let name = self.machines[at].name();
-                self.trace.say(self.now_ms, None, || format!("{name} refuses its store: {reason}"));
-                self.after(0, Occurrence::Wipe { at, down_ms: 1_000 });
-            }
             Event::Wounded { job, by, pinned } => {
                 self.counts.wounds += 1;
                 let (now_ms, name) = (self.now_ms, self.machines[at].name());
                 self.trace.say(now_ms, Some(job), || format!("{name} gave its hold to {by:?}"));
                 self.happenings.push(Happening::Wounded { job, by, pinned });
+            }
+            Event::StoreRefused { reason } => {
+                let (now_ms, name) = (self.now_ms, self.machines[at].name());
+                self.trace.say(now_ms, None, || format!("{name} refuses its store: {reason}"));
+                self.counts.refused_stores += 1;
+                self.after(0, Occurrence::Refuse { at });
             }
             Event::RecordChanged { .. } | Event::RosterChanged | Event::BoardChanged { .. } => {}
         }

@@ -51,16 +51,17 @@ use std::{
 
 use anyhow::Context as _;
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch as latest};
 
 pub use self::{
     log::append_to_log,
     ownership::prepare_ownership,
     spec::{
-        Command, Ended, Ending, ExitStatus, InvalidProcessId, Isolation, JOB_LABEL_LEN_MAX,
-        JOB_UID, LOG_BYTES_MAX, Limit, LogState, ProcessId, ProcessSpec, RunAs, SandboxPlan, Usage,
+        Command, Deadline, Ended, Ending, ExitStatus, InvalidProcessId, Isolation,
+        JOB_LABEL_LEN_MAX, JOB_UID, LOG_BYTES_MAX, LogState, ProcessId, ProcessSpec, RunAs,
+        SandboxPlan, Usage,
     },
-    supervisor::{LEASE_GRACE_MS, supervise_main},
+    supervisor::supervise_main,
     tree::descends_from,
 };
 pub(crate) use self::{program::interpreter, text::shortened};
@@ -168,6 +169,24 @@ pub struct Running {
 #[derive(Debug, Clone)]
 pub struct Control {
     orders: mpsc::Sender<Order>,
+    asked: latest::Sender<Option<Deadline>>,
+    held: latest::Receiver<Option<Deadline>>,
+}
+
+/// A supervisor that lives has not confirmed a deadline, because it is stopped or cannot be
+/// reached: the deadline it had still counts. Asking again is harmless.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error(
+    "its supervisor does not answer, and {}",
+    match .held {
+        Some(Deadline(Some(at))) => format!("ends the process at {at} ms of the boot clock"),
+        Some(Deadline(None)) => "has no deadline".to_owned(),
+        None => "never said which deadline it has".to_owned(),
+    }
+)]
+pub struct Unconfirmed {
+    /// What it said last.
+    pub held: Option<Deadline>,
 }
 
 impl Control {
@@ -182,10 +201,31 @@ impl Control {
         self.order(Order::Kill { reason: shorten(reason) }).await;
     }
 
-    /// The lease ends at this time of the boot clock, whoever is alive then; `None` for no
-    /// lease.
-    pub async fn set_deadline(&self, boot_ms: Option<u64>) {
-        self.order(Order::SetDeadline { boot_ms }).await;
+    /// The lease ends then, whoever is alive then; see [`Deadline::moved`] about an earlier
+    /// one. Said until the supervisor hears it, if that takes a reconnection. Of several only
+    /// the last counts.
+    pub fn set_deadline(&self, deadline: Deadline) {
+        self.asked.send_modify(|asked| {
+            *asked = Some(asked.map_or(deadline, |asked| asked.moved(deadline)));
+        });
+    }
+
+    /// Waits until the supervisor has what [`Control::set_deadline`] asked for last, or until
+    /// the process is over.
+    ///
+    /// # Errors
+    /// [`Unconfirmed`] if that is not so `within` the given time.
+    pub async fn deadline_confirmed(&self, within: Duration) -> Result<(), Unconfirmed> {
+        let mut held = self.held.clone();
+        let confirmed = held.wait_for(|held| {
+            let asked = *self.asked.borrow();
+            asked.is_none_or(|asked| held.is_some_and(|held| held.covers(asked)))
+        });
+        match tokio::time::timeout(within, confirmed).await {
+            // An error means that the process is over.
+            Ok(Ok(_) | Err(_)) => Ok(()),
+            Err(_) => Err(Unconfirmed { held: *self.held.borrow() }),
+        }
     }
 
     async fn order(&self, order: Order) {
@@ -427,27 +467,33 @@ impl Executor {
             .kill_on_drop(false)
             .spawn()
             .with_context(|| format!("cannot execute {}", self.supervisor.exe.display()))?;
-        Ok(self.watch(launch.id.clone(), run_dir.clone(), Some(child), Some(own)))
+        let held = Some(launch.spec.deadline);
+        Ok(self.watch(launch.id.clone(), run_dir.clone(), held, Some(child), Some(own)))
     }
 
     fn watch(
         &self,
         id: ProcessId,
         run_dir: RunDir,
+        held: Option<Deadline>,
         child: Option<tokio::process::Child>,
         stream: Option<tokio::net::UnixStream>,
     ) -> Running {
         let (event_sender, events) = mpsc::channel(EVENTS_MAX);
         let (orders, order_receiver) = mpsc::channel(ORDERS_MAX);
+        let (asked, asked_receiver) = latest::channel(None);
+        let (held_sender, held) = latest::channel(held);
         let watch = Watch {
             run_dir,
             boot_id: self.boot_id.clone(),
             events: event_sender,
             orders: order_receiver,
+            asked: asked_receiver,
+            held: held_sender,
             child,
         };
         tokio::spawn(watch.run(stream));
-        Running { id, events, control: Control { orders } }
+        Running { id, events, control: Control { orders, asked, held } }
     }
 
     fn adopt_one(&self, id: &ProcessId) -> anyhow::Result<Adopted> {
@@ -456,7 +502,7 @@ impl Executor {
         let alive = run_dir.try_lock().with_context(context)?.is_none();
         let tree_left = watch::open_tree(&run_dir, &self.boot_id).with_context(context)?.is_some();
         if alive || tree_left {
-            return Ok(Adopted::Running(self.watch(id.clone(), run_dir, None, None)));
+            return Ok(Adopted::Running(self.watch(id.clone(), run_dir, None, None, None)));
         }
         Ok(Adopted::Ended(watch::last_word(&run_dir, &self.boot_id)))
     }
@@ -484,7 +530,7 @@ impl Executor {
             log_path: dir.path().join("log"),
             log_bytes_max: 1 << 16,
             time_limit_ms: Some(PROBE_WITHIN_MS),
-            deadline_boot_ms: None,
+            deadline: Deadline(None),
             grace_ms: 0,
             run_as,
             isolation: Isolation::Isolated,

@@ -55,7 +55,7 @@ pub use self::{
 };
 use crate::{
     executor::{
-        self, Isolation, LOG_BYTES_MAX, ProcessSpec, RunAs, SandboxPlan, append_to_log,
+        self, Deadline, Isolation, LOG_BYTES_MAX, ProcessSpec, RunAs, SandboxPlan, append_to_log,
         prepare_ownership,
     },
     transfer::{
@@ -282,8 +282,8 @@ impl Workspace {
             log_path: self.log_path(),
             log_bytes_max: LOG_BYTES_MAX,
             time_limit_ms: spec.spec.time_limit_ms,
-            // With a single keeper a lease binds nobody: its restart would end healthy jobs.
-            deadline_boot_ms: None,
+            // The lease is none of the workspace's business: who starts the process knows it.
+            deadline: Deadline(None),
             grace_ms: spec.spec.grace.0,
             run_as: self.run_as,
             isolation: policy.isolation.clone(),

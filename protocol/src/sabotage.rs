@@ -19,36 +19,33 @@ pub enum Rule {
     GangStartsWhole,
     /// Nothing depends on anything but inputs and seed. (W3)
     OnlySeededRandomness,
-    /// A keeper accepts a proposal only if it has promised nothing higher. (R1, R2)
+    /// An acceptor accepts nothing below what it promised. (R1, R2)
     AcceptNeedsPromise,
-    /// A promise survives a restart of its keeper. (R5)
+    /// A promise never falls. (R5)
     PromiseIsKept,
-    /// After a value that seals its epoch nothing is accepted in it. (R3)
+    /// Nothing is chosen in an epoch after its seal. (R3)
     SealEndsEpoch,
-    /// An epoch begins with exactly what the one before was sealed with. (R4)
+    /// A new epoch begins with exactly the sealed body. (R4)
     EpochStartsFromSeal,
-    /// A keeper takes over only once its predecessor has been silent for long enough. (S1)
+    /// A keeper takes over only after the steward's lease has surely run out. (S1)
     TakeoverWaits,
-    /// A steward that no quorum confirmed for its lease falls silent. (S1)
+    /// A steward acts only while its lease lasts. (S1)
     StewardFences,
-    /// A stewardship has a number that no other of its job has. (S2)
+    /// A take-over begins a new term. (S2)
     TermCounts,
-    /// What is told to a bidder is chosen before, and a process is in the record before it
-    /// is started. (X2)
-    RecordBeforeAct,
-    /// A process runs no longer than a steward granted. (X6)
+    /// A process ends when its lease does. (X6)
     LeaseBinds,
-    /// A rank whose end nobody saw is not run again before its lease has run out. (X1)
+    /// A rank is run again only when the last run has surely ended. (X1)
     RerunWaitsForLease,
-    /// A result counts only from the node and for the attempt that the record names. (X5)
+    /// A result is taken only from the node and attempt that the record names. (X5)
     ResultNamesAttempt,
-    /// A job is called submitted only once two nodes that are no clients have its inputs. (D1)
+    /// A job counts as submitted once its inputs are on two nodes. (D1)
     InputsOnTwoNodes,
 }
 
 impl Rule {
     /// All of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 18] = [
         Self::TakenIsNotFree,
         Self::CommitNeedsCertificate,
         Self::HoldsExpire,
@@ -63,7 +60,6 @@ impl Rule {
         Self::TakeoverWaits,
         Self::StewardFences,
         Self::TermCounts,
-        Self::RecordBeforeAct,
         Self::LeaseBinds,
         Self::RerunWaitsForLease,
         Self::ResultNamesAttempt,

@@ -9,7 +9,9 @@ use p2pit_node::{
 };
 use p2pit_protocol::{
     PeerId,
-    job::{Command, Grace},
+    job::{
+        Command, Grace, LOST_AFTER_MS, LOST_AFTER_MS_MAX, LOST_AFTER_MS_MIN, Policy, RETRIES_MAX,
+    },
     request::{Request, TEXT_BYTES_MAX},
 };
 
@@ -42,7 +44,8 @@ use crate::{
     where it was lost. Ctrl-C then leaves the job running.\n\n\
     Examples:\n  p2pit run \"My task\" 2:[8:gtx1070]\n  \
     p2pit run \"My command\" [] -d 'hostname; env' -l\n  \
-    p2pit run \"More epochs\" -c @last --time 12h --env EPOCHS=20")]
+    p2pit run \"More epochs\" -c @last --time 12h --env EPOCHS=20\n  \
+    p2pit run \"Sweep\" 4:[v100] --retries 3 --lost-after 2h")]
 pub(crate) struct Args {
     #[arg(value_parser = parse_title)]
     title: String,
@@ -72,12 +75,50 @@ pub(crate) struct Args {
     /// Between SIGTERM and SIGKILL when the job is ended [default: 30s]
     #[arg(long, value_name = "DURATION")]
     grace: Option<Period>,
+    /// Run the job again, up to N times, when a process of it fails or its node is lost: all of
+    /// its processes begin anew, and the GPU time they had is spent [default: 0]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        hide_default_value = true,
+        value_parser = clap::value_parser!(u32).range(..=i64::from(RETRIES_MAX))
+    )]
+    retries: u32,
+    /// What becomes of a process that its pool has not seen for three minutes [default: restart
+    /// with --retries, else continue]
+    #[arg(long, value_name = "POLICY", value_enum)]
+    on_partition: Option<OnPartition>,
+    /// Take a process for lost once its node has been silent for this long, 10min to 30d: the
+    /// shorter, the sooner a dead machine is given up, and one that is only cut off as well
+    /// [default: 24h]
+    #[arg(long, value_name = "DURATION", value_parser = parse_lost_after)]
+    lost_after: Option<Period>,
     /// Say what would be asked of whom, and submit nothing
     #[arg(long)]
     dry_run: bool,
     /// One JSON object instead of the id
     #[arg(long, conflicts_with = "log")]
     json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum OnPartition {
+    /// It is ended, so that it can run elsewhere: costs what it computed so far, although its
+    /// machine may be well
+    Restart,
+    /// It runs on and keeps its GPUs, and its result counts when it is seen again: if its
+    /// machine died, the job waits for that until `--lost-after`
+    Continue,
+}
+
+impl From<OnPartition> for Policy {
+    fn from(chosen: OnPartition) -> Self {
+        match chosen {
+            OnPartition::Restart => Self::Restart,
+            OnPartition::Continue => Self::Continue,
+        }
+    }
 }
 
 /// The default request of a directory.
@@ -88,6 +129,9 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     let snapshot = submission::start_snapshot(globals, &dir);
     let (follows, json, dry_run) = (args.log, args.json, args.dry_run);
     let wish = wish(args, &dir)?;
+    if let Some(note) = doubt(&wish) {
+        out.warn(note);
+    }
     let mut interrupts = Interrupts::new()?;
     let sent = Cell::new(None);
     let submitting = async {
@@ -140,7 +184,23 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
 }
 
 fn wish(args: Args, dir: &Path) -> anyhow::Result<Wish> {
-    let Args { title, request, direct, private, continues, artifact, env, time, grace, .. } = args;
+    let Args {
+        title,
+        request,
+        direct,
+        log: _,
+        private,
+        continues,
+        artifact,
+        env,
+        time,
+        grace,
+        retries,
+        on_partition,
+        lost_after,
+        dry_run: _,
+        json: _,
+    } = args;
     let (text, from) = match request {
         Some(text) => (text, None),
         None => (read_request_file(dir)?, Some(dir.join(REQUEST_FILE))),
@@ -163,7 +223,19 @@ fn wish(args: Args, dir: &Path) -> anyhow::Result<Wish> {
         private,
         time_limit_ms: time.map(milliseconds),
         grace: grace.map_or_else(Grace::default, |period| Grace(milliseconds(period))),
+        retries,
+        policy: on_partition.map_or_else(|| Policy::for_retries(retries), Policy::from),
+        lost_after_ms: lost_after.map_or(LOST_AFTER_MS, milliseconds),
     })
+}
+
+/// What can be asked for, and is hardly meant.
+fn doubt(wish: &Wish) -> Option<&'static str> {
+    let ended_for_nothing = wish.policy == Policy::Restart && wish.retries == 0;
+    ended_for_nothing.then_some(
+        "`--on-partition restart` without `--retries`: a process that is cut off is ended, and \
+         the job with it, since it may not run again",
+    )
 }
 
 /// Nothing where there is no such file.
@@ -231,6 +303,17 @@ fn parse_time(text: &str) -> Result<Period, String> {
     let period: Period = text.parse().map_err(|e: ParseUnitError| e.to_string())?;
     if period.0.as_millis() == 0 {
         return Err("a job that is ended at once does nothing".to_owned());
+    }
+    Ok(period)
+}
+
+fn parse_lost_after(text: &str) -> Result<Period, String> {
+    let period: Period = text.parse().map_err(|e: ParseUnitError| e.to_string())?;
+    let bounds = u128::from(LOST_AFTER_MS_MIN)..=u128::from(LOST_AFTER_MS_MAX);
+    if !bounds.contains(&period.0.as_millis()) {
+        return Err(
+            "a node may be silent for 10min to 30d before its processes count as lost".to_owned()
+        );
     }
     Ok(period)
 }
@@ -313,6 +396,41 @@ mod tests {
             (wish.private, wish.time_limit_ms, wish.grace),
             (true, Some(7_200_000), Grace(5_000))
         );
+    }
+
+    #[test]
+    fn a_job_that_may_run_again_is_ended_where_it_is_cut_off_unless_it_says_otherwise() {
+        let chosen = |line: &[&str]| {
+            let wish = wish(args(&[&["t"], line].concat()), Path::new("/nonexistent")).unwrap();
+            (wish.retries, wish.policy, wish.lost_after_ms, doubt(&wish).is_some())
+        };
+        let day = LOST_AFTER_MS;
+        assert_eq!(chosen(&[]), (0, Policy::Continue, day, false));
+        assert_eq!(chosen(&["--retries", "3"]), (3, Policy::Restart, day, false));
+        let waits = ["--retries", "1", "--on-partition", "continue", "--lost-after", "2h"];
+        assert_eq!(chosen(&waits), (1, Policy::Continue, 7_200_000, false));
+        assert_eq!(chosen(&["--on-partition", "restart"]), (0, Policy::Restart, day, true));
+    }
+
+    #[test]
+    fn what_help_says_of_bounds_is_what_is_checked() {
+        assert_eq!(LOST_AFTER_MS_MIN, 10 * 60_000);
+        assert_eq!(LOST_AFTER_MS_MAX, 30 * 86_400_000);
+        for (text, is_good) in
+            [("10min", true), ("599s", false), ("30d", true), ("30d 1s", false), ("2", false)]
+        {
+            assert_eq!(parse_lost_after(text).is_ok(), is_good, "{text}");
+        }
+        let refused = |line: &[&str]| {
+            let parsed = Line::try_parse_from([&["run", "t"], line].concat());
+            parsed.unwrap_err().to_string()
+        };
+        let said = refused(&["--retries", "101"]);
+        assert!(said.contains("101 is not in 0..=100"), "{said}");
+        let said = refused(&["--on-partition", "stop"]);
+        assert!(said.contains("[possible values: restart, continue]"), "{said}");
+        let said = refused(&["--lost-after", "5s"]);
+        assert!(said.contains("10min to 30d"), "{said}");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::{
     problem::Problem,
     session::{Session, pool_of},
     status::Status,
-    view::{self, Job, Live, MeAndNode, NodeGpu},
+    view::{self, Job, Live, MeAndNode, NodeGpu, eligible_keepers},
 };
 
 /// Show nodes, users or jobs of the pool
@@ -104,12 +104,15 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
 
 async fn me(session: &Session) -> anyhow::Result<MeAndNode> {
     let me = session.me().await?;
-    let users: Vec<UserInfo> = match me.pool {
-        Some(_) => session.client.get(path::USERS).await?,
-        None => Vec::new(),
-    };
     let user_id = session.user();
-    Ok(MeAndNode { me, user_id, user: users.into_iter().find(|user| user.user == user_id) })
+    if me.pool.is_none() {
+        return Ok(MeAndNode { me, user_id, user: None, eligible: None });
+    }
+    let nodes = session.client.get::<Vec<NodeInfo>>(path::NODES);
+    let users = session.client.get::<Vec<UserInfo>>(path::USERS);
+    let (nodes, users) = tokio::try_join!(nodes, users)?;
+    let user = users.into_iter().find(|user| user.user == user_id);
+    Ok(MeAndNode { me, user_id, user, eligible: Some(eligible_keepers(&nodes)) })
 }
 
 async fn jobs(session: &Session, out: &Output, filter: &Filter) -> anyhow::Result<view::Jobs> {

@@ -6,11 +6,7 @@ use p2pit_node::api::types::{NodeInfo, path};
 use p2pit_protocol::message::JobFilter;
 
 use crate::{
-    args::Globals,
-    jobs::{self, Gathered},
-    output::Output,
-    session::Session,
-    status::Status,
+    args::Globals, jobs, output::Output, session::Session, status::Status, view::Overview,
 };
 
 /// Finished jobs that are shown.
@@ -19,7 +15,8 @@ const WATCH_EVERY: Duration = Duration::from_secs(2);
 
 /// Show running, waiting and recently finished jobs
 ///
-/// UC% and UM% say how much of its GPUs' compute and memory a job uses.
+/// UC% and UM% say how much of its GPUs' compute and memory a job uses. A last line says so
+/// where the pool is too small for jobs to survive the loss of a node.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  p2pit status\n  p2pit status --watch\n  \
     p2pit status --json | jq '.[] | select(.state == \"RUNNING\") | .title'")]
@@ -27,7 +24,7 @@ pub(crate) struct Args {
     /// Show it anew every two seconds until Ctrl-C
     #[arg(long, conflicts_with = "json")]
     watch: bool,
-    /// One JSON array
+    /// One JSON array; in each job, `survives_losses` is how many of its keepers may be lost
     #[arg(long)]
     json: bool,
 }
@@ -36,9 +33,10 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     let session = Session::open(globals, out).await?;
     if !args.watch {
         let gathered = gather(&session).await?;
-        out.data(out.format(args.json).status(&gathered.jobs))?;
-        warn_of_silence(out, &gathered.silent);
-        if gathered.jobs.jobs.is_empty() && gathered.silent.is_empty() {
+        let Gathered { overview, silent } = gathered;
+        out.data(out.format(args.json).status(&overview))?;
+        warn_of_silence(out, &silent);
+        if overview.jobs.jobs.is_empty() && silent.is_empty() {
             warn_of_solitude(&session, out).await?;
         }
         return Ok(Status::DONE);
@@ -48,16 +46,22 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     loop {
         ticks.tick().await;
         let gathered = gather(&session).await?;
-        out.screen(&out.format(false).status(&gathered.jobs))?;
+        out.screen(&out.format(false).status(&gathered.overview))?;
         warn_of_silence(out, &gathered.silent);
     }
+}
+
+struct Gathered {
+    overview: Overview,
+    silent: Vec<String>,
 }
 
 async fn gather(session: &Session) -> anyhow::Result<Gathered> {
     let filter = JobFilter { owner: None, done_max: DONE_MAX };
     let mut gathered = jobs::gather(session, filter).await?;
     jobs::read_usage(session, &mut gathered).await?;
-    Ok(gathered)
+    let jobs::Gathered { jobs, silent, eligible, .. } = gathered;
+    Ok(Gathered { overview: Overview { jobs, eligible }, silent })
 }
 
 /// An empty list says little where nobody could be asked.

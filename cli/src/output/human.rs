@@ -4,13 +4,14 @@ use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Tab
 use p2pit_node::api::types::{GpuReading, NodeInfo, UserInfo};
 use p2pit_protocol::{
     inventory::Gpu,
-    job::{Command, Outcome, RankState, Source, State},
+    job::{Command, Outcome, Policy, RankState, Source, State},
     message::GpuState,
 };
 
 use super::{Format, bytes, duration_s, iso8601, plain, text::line};
 use crate::view::{
-    File, FileKind, Job, Jobs, MeAndNode, Node, NodeGpu, Plan, Rank, Submission, Wait, gpu_summary,
+    File, FileKind, Job, Jobs, MeAndNode, Node, NodeGpu, Overview, Plan, Rank, Submission, Wait,
+    gpu_summary, keepers_of, survived_losses,
 };
 
 /// Characters of a title in a table.
@@ -24,7 +25,7 @@ pub(super) struct Human {
 }
 
 impl Format for Human {
-    fn me(&self, MeAndNode { me, user_id, user }: &MeAndNode) -> String {
+    fn me(&self, MeAndNode { me, user_id, user, eligible }: &MeAndNode) -> String {
         let mut fields = Fields::default();
         match user {
             Some(user) => fields.add("User", user_text(user)),
@@ -46,6 +47,9 @@ impl Format for Human {
                 ),
             ),
             None => fields.add("Pool", "none".to_owned()),
+        }
+        if let Some(eligible) = eligible {
+            fields.add("Survives", survives(*eligible));
         }
         fields.add("Connected", count(me.connected, "node"));
         fields.add("GPUs", gpu_summary(&me.capacity.gpus));
@@ -168,8 +172,20 @@ impl Format for Human {
         trimmed(&table)
     }
 
-    fn jobs(&self, jobs: &Jobs) -> String {
-        self.status(jobs)
+    fn status(&self, Overview { jobs, eligible }: &Overview) -> String {
+        let mut text = self.jobs(jobs);
+        if survived_losses(keepers_of(*eligible)) == 0 {
+            let there = match eligible {
+                0 => "there is none".to_owned(),
+                1 => "there is one".to_owned(),
+                n => format!("there are {n}"),
+            };
+            text.push_str(&format!(
+                "\nThis pool survives no loss of a node: it takes three that keep its jobs, and \
+                 {there}.\n"
+            ));
+        }
+        text
     }
 
     fn job(&self, job: &Job, now_ms: u64) -> String {
@@ -198,7 +214,15 @@ impl Format for Human {
             };
             fields.add("Outcome", format!("{outcome}{}{reason}", by.unwrap_or_default()));
         }
+        fields.add("Retries", format!("{} of {} used", job.retried, job.retries));
+        fields.add("Partition", partition_text(job));
         fields.add("Kept by", job.keepers.join(", "));
+        fields.add("Steward", format!("{} (term {}, epoch {})", job.steward, job.term, job.epoch));
+        if job.recovered {
+            let text = "its record was restored without most of its keepers: it may have missed \
+                        changes";
+            fields.add("Recovered", text.to_owned());
+        }
         let mut text = fields.text();
         text.push_str("History:\n");
         for change in &job.history {
@@ -214,7 +238,7 @@ impl Format for Human {
         text
     }
 
-    fn status(&self, jobs: &Jobs) -> String {
+    fn jobs(&self, jobs: &Jobs) -> String {
         let header = ["JOB", "S", "SINCE", "UC%", "UM%", "USER", "TITLE", "RESOURCE"];
         let mut table = self.table(&header);
         for column in [2, 3, 4] {
@@ -487,6 +511,23 @@ fn command_text(command: &Command) -> String {
     }
 }
 
+/// What becomes of it when a node is cut off.
+fn partition_text(job: &Job) -> String {
+    let lost_after = duration_s(job.lost_after_ms / 1000);
+    let policy = match job.policy {
+        Policy::Restart => "restart: a process that is cut off is ended, to run elsewhere",
+        Policy::Continue => "continue: a process that is cut off runs on, and is waited for",
+    };
+    format!("{policy}; lost after {lost_after} of silence")
+}
+
+fn survives(eligible: usize) -> String {
+    match survived_losses(keepers_of(eligible)) {
+        0 => "no loss of a node".to_owned(),
+        n => format!("the loss of {}", count(n, "node")),
+    }
+}
+
 fn runs_jobs_of(owner_only: Option<&str>) -> String {
     match owner_only {
         None => "everybody in the pool".to_owned(),
@@ -556,7 +597,7 @@ mod tests {
         let mut running = samples::job(State::Running, None);
         running.usage = Usage { compute_percent: Some(97), memory_percent: None };
         let done = samples::job(State::Done, Some(Outcome::Failed { code: 3 }));
-        let text = PLAIN.status(&Jobs { now_ms: NOW_MS, jobs: vec![running, done] });
+        let text = PLAIN.jobs(&Jobs { now_ms: NOW_MS, jobs: vec![running, done] });
         let rows: Vec<Vec<&str>> =
             text.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(rows[0], ["JOB", "S", "SINCE", "UC%", "UM%", "USER", "TITLE", "RESOURCE"]);
@@ -569,8 +610,25 @@ mod tests {
     #[test]
     fn colour_is_there_only_when_wanted() {
         let jobs = Jobs { now_ms: NOW_MS, jobs: vec![samples::job(State::Running, None)] };
-        assert!(!PLAIN.status(&jobs).contains('\x1b'));
-        assert!(Human { colour: true }.status(&jobs).contains('\x1b'));
+        assert!(!PLAIN.jobs(&jobs).contains('\x1b'));
+        assert!(Human { colour: true }.jobs(&jobs).contains('\x1b'));
+    }
+
+    #[test]
+    fn status_says_in_a_line_that_a_small_pool_survives_no_loss() {
+        let jobs = Jobs { now_ms: NOW_MS, jobs: vec![samples::job(State::Running, None)] };
+        let last = |eligible: usize| {
+            let text = PLAIN.status(&Overview { jobs: jobs.clone(), eligible });
+            text.lines().last().unwrap().to_owned()
+        };
+        let said = "This pool survives no loss of a node: it takes three that keep its jobs, and";
+        assert_eq!(last(1), format!("{said} there is one."));
+        assert_eq!(last(2), format!("{said} there are 2."));
+        assert!(last(3).contains("First light"), "{}", last(3));
+        assert_eq!(
+            (survives(2).as_str(), survives(7).as_str()),
+            ("no loss of a node", "the loss of 2 nodes")
+        );
     }
 
     #[test]
@@ -582,9 +640,19 @@ mod tests {
             "  2025-06-15T15:05:10.000Z  NEW        submitted\n",
             "0 (group 0, process 0) on ",
             ": running; SIM-x-0\n",
+            "Retries:   1 of 3 used\n",
+            "Partition: restart: a process that is cut off is ended, to run elsewhere; \
+             lost after 1d of silence\n",
+            " (term 4, epoch 1)\n",
         ] {
             assert!(text.contains(part), "{part:?} in\n{text}");
         }
+        assert!(!text.contains("Recovered"), "{text}");
+        let recovered =
+            Job { recovered: true, policy: Policy::Continue, ..samples::job(State::Running, None) };
+        let text = PLAIN.job(&recovered, NOW_MS);
+        assert!(text.contains("Recovered: its record was restored"), "{text}");
+        assert!(text.contains("Partition: continue: "), "{text}");
     }
 
     #[test]

@@ -12,15 +12,15 @@ use serde_json::{Value, json};
 
 use super::{Format, iso8601};
 use crate::view::{
-    File, FileKind, Job, Jobs, Live, MeAndNode, Node, NodeGpu, NodeVerdict, Plan, Rank, Submission,
-    Usage, Wait,
+    File, FileKind, Job, Jobs, Live, MeAndNode, Node, NodeGpu, NodeVerdict, Overview, Plan, Rank,
+    Submission, Usage, Wait, keepers_of, survived_losses,
 };
 
 #[derive(Debug)]
 pub(super) struct Json;
 
 impl Format for Json {
-    fn me(&self, MeAndNode { me, user_id, user }: &MeAndNode) -> String {
+    fn me(&self, MeAndNode { me, user_id, user, eligible }: &MeAndNode) -> String {
         let Me {
             version,
             pid,
@@ -43,7 +43,14 @@ impl Format for Json {
             warnings,
         } = me;
         let pool = pool.as_ref().map(|PoolInfo { id, name, nodes, users }| {
-            json!({ "id": id, "name": name, "nodes": nodes, "users": users })
+            let survives = eligible.map(|eligible| survived_losses(keepers_of(eligible)));
+            json!({
+                "id": id,
+                "name": name,
+                "nodes": nodes,
+                "users": users,
+                "survives_losses": survives,
+            })
         });
         let Capacity { gpus, cpu_cores, ram_mib } = capacity;
         pretty(&json!({
@@ -134,7 +141,8 @@ impl Format for Json {
         pretty(&job(it, now_ms))
     }
 
-    fn status(&self, jobs: &Jobs) -> String {
+    /// An array, so each job says how many losses it survives, and `show me` it of the pool.
+    fn status(&self, Overview { jobs, eligible: _ }: &Overview) -> String {
         self.jobs(jobs)
     }
 
@@ -247,6 +255,14 @@ fn job(job: &Job, now_ms: u64) -> Value {
         outcome,
         stopped_by,
         keepers,
+        epoch,
+        steward,
+        term,
+        recovered,
+        retries,
+        retried,
+        policy,
+        lost_after_ms,
         attempt,
         ranks,
         usage: Usage { compute_percent, memory_percent },
@@ -278,6 +294,15 @@ fn job(job: &Job, now_ms: u64) -> Value {
         },
         "stopped_by": stopped_by,
         "keepers": keepers,
+        "epoch": epoch,
+        "survives_losses": survived_losses(keepers.len()),
+        "steward": steward,
+        "term": term,
+        "recovered": recovered,
+        "retries": retries,
+        "retried": retried,
+        "policy": policy.to_string(),
+        "lost_after_s": lost_after_ms / 1000,
         "attempt": attempt,
         "ranks": ranks.iter().map(rank).collect::<Vec<_>>(),
         "compute_percent": compute_percent,
@@ -444,7 +469,8 @@ mod tests {
                 samples::job(State::Done, Some(Outcome::Failed { code: 3 })),
             ],
         };
-        for text in [Json.jobs(&jobs), Json.status(&jobs)] {
+        let overview = Overview { jobs: jobs.clone(), eligible: 1 };
+        for text in [Json.jobs(&jobs), Json.status(&overview)] {
             let value: Value = serde_json::from_str(&text).unwrap();
             let [running, failed] = &value.as_array().unwrap()[..] else { panic!("{text}") };
             for key in ["id", "title", "user", "state", "outcome", "request", "resources"] {
@@ -464,6 +490,28 @@ mod tests {
                 (&json!("failed(3)"), &json!(3))
             );
         }
+    }
+
+    #[test]
+    fn a_job_says_who_keeps_and_drives_it_and_what_it_survives() {
+        let job = samples::job(State::Running, None);
+        let text = Json.job(&job, NOW_MS);
+        let value: Value = serde_json::from_str(&text).unwrap();
+        let part = |keys: &[&str]| {
+            let fields = keys.iter().map(|key| ((*key).to_owned(), value[*key].clone()));
+            Value::Object(fields.collect())
+        };
+        let numbers = part(&["epoch", "term", "attempt", "survives_losses", "lost_after_s"]);
+        let expected = json!({
+            "epoch": 1, "term": 4, "attempt": 1, "survives_losses": 1, "lost_after_s": 86_400
+        });
+        assert_eq!(numbers, expected);
+        let after_failure = part(&["retries", "retried", "policy", "recovered"]);
+        let expected =
+            json!({ "retries": 3, "retried": 1, "policy": "restart", "recovered": false });
+        assert_eq!(after_failure, expected);
+        assert_eq!(value["keepers"].as_array().unwrap().len(), 3);
+        assert_eq!(value["steward"], value["keepers"][1]);
     }
 
     #[test]

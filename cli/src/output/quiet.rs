@@ -3,7 +3,7 @@
 use p2pit_node::api::types::{NodeInfo, UserInfo};
 
 use super::{Format, plain};
-use crate::view::{File, Job, Jobs, MeAndNode, Node, Plan, Submission, Wait};
+use crate::view::{File, Job, Jobs, MeAndNode, Node, Overview, Plan, Submission, Wait};
 
 #[derive(Debug)]
 pub(super) struct Quiet;
@@ -33,8 +33,8 @@ impl Format for Quiet {
         format!("{}\n", job.id)
     }
 
-    fn status(&self, jobs: &Jobs) -> String {
-        self.jobs(jobs)
+    fn status(&self, overview: &Overview) -> String {
+        self.jobs(&overview.jobs)
     }
 
     fn wait(&self, wait: &Wait) -> String {

@@ -56,8 +56,8 @@ impl World {
     /// How long a steward lets processes run, by what it tells their node.
     pub(super) fn note_grant(&mut self, at: usize, message: &Message) {
         if let Message::Start(start) = message {
-            let until_ms = self.machines[at].clock.true_at(start.asked.boot_ms + LEASE_MS);
             let free = !start.binding && self.may_be_unbound(start.job, start.attempt);
+            let until_ms = self.machines[at].clock.true_at(start.asked.boot_ms + LEASE_MS);
             self.grant(at, start.job, start.attempt, if free { u64::MAX } else { until_ms });
         }
         let Message::Lease { asked, entries, .. } = message else { return };

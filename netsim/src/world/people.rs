@@ -192,7 +192,10 @@ impl World {
         let (at_ms, answer) = (self.now_ms, format!("{reply:?}"));
         self.trace.say(at_ms, Some(job), || format!("its owner stops it: {answer}"));
         match reply {
-            Some((Reply::Stopping { state, recorded: true }, Some(attempt))) => {
+            Some((Reply::Stopping { recorded: false, .. }, _)) => {
+                self.after(1_000, Occurrence::StopJob { task });
+            }
+            Some((Reply::Stopping { state, .. }, Some(attempt))) => {
                 if state != State::Done {
                     self.ledger.stops.entry(job).or_insert(attempt);
                 }

@@ -18,6 +18,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{Shared, bundle, clock};
 use crate::{
+    executor::Deadline,
     journal::{self, JournalHandle, Write},
     network::{self, Acceptance, Network},
 };
@@ -224,16 +225,16 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
         Event::Prepare { id, spec, assignment, certificate } => {
             shared.work.prepare(shared, id, spec, assignment, certificate);
         }
-        Event::Execute { id, spec, assignment, nodes, hosts, port, until_ms: _ } => {
+        Event::Execute { id, spec, assignment, nodes, hosts, port, until_ms } => {
             shared.work.execute(
                 shared,
                 id,
                 spec,
                 assignment,
-                super::work::Start { nodes, hosts, port },
+                super::work::Start { nodes, hosts, port, deadline: Deadline(until_ms) },
             );
         }
-        Event::Lease { .. } => {}
+        Event::Lease { id, until_ms } => shared.work.lease(shared, id, until_ms),
         Event::StopProcess { id, reason } => shared.work.stop(shared, id, reason),
         Event::Discard { id } => shared.work.discard(shared, id),
         Event::EndRecorded { id } => shared.work.forget(shared, id),

@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -22,7 +23,9 @@ use tracing::{info, warn};
 
 use super::{Shared, clock};
 use crate::{
-    executor::{self, Adopted, Control, ProcessEvent, ProcessId, Running, StartError},
+    executor::{
+        self, Adopted, Control, Deadline, ProcessEvent, ProcessId, ProcessSpec, Running, StartError,
+    },
     workspace::{Collected, Gang, PrepareError, Prepared},
 };
 
@@ -32,6 +35,8 @@ pub(crate) struct Start {
     pub(crate) nodes: Vec<PeerId>,
     pub(crate) hosts: Vec<String>,
     pub(crate) port: u16,
+    /// When its lease runs out.
+    pub(crate) deadline: Deadline,
 }
 
 /// The ranks of this node that have something running or going on.
@@ -48,9 +53,13 @@ struct Live {
     control: Option<Control>,
     /// Told to stop before there was anything to stop.
     stop: Option<String>,
+    /// What the peer said last of when its lease runs out, if anything.
+    deadline: Option<Deadline>,
 }
 
 const SPEC_FILE: &str = "spec";
+/// How long a supervisor may take to confirm a deadline before that is a matter for the log.
+const CONFIRM_WITHIN: Duration = Duration::from_secs(10);
 
 impl Work {
     /// Fetch inputs and set up directories; the peer hears how it went.
@@ -96,7 +105,7 @@ impl Work {
         assignment: RankAssignment,
         start: Start,
     ) {
-        self.live().entry(id).or_default();
+        self.live().entry(id).or_default().deadline = Some(start.deadline);
         let shared = Arc::clone(shared);
         tokio::spawn(async move {
             let Some(spec) = spec else {
@@ -115,8 +124,11 @@ impl Work {
                 Ok(locks) => locks,
                 Err(e) => return fail(&shared, id, format!("its GPU locks: {e}")).await,
             };
+            // It may have been moved meanwhile.
+            let deadline = shared.work.deadline(id).unwrap_or(start.deadline);
+            let process = ProcessSpec { deadline, ..process };
             match shared.executor.start_holding(&process_id(id), process, locks).await {
-                Ok(running) => follow(shared, id, running).await,
+                Ok(running) => follow(shared, id, running, Some(deadline)).await,
                 // Written into the book before it was started: a restart finds it running.
                 Err(StartError::AlreadyExists(_)) => {
                     let reason = "it was started here before".to_owned();
@@ -146,6 +158,22 @@ impl Work {
             }
             None => entry.stop = Some(reason),
         }
+    }
+
+    /// Move or lift the deadline that the supervisor of a rank keeps.
+    pub(crate) fn lease(&self, shared: &Arc<Shared>, id: WorkId, until_ms: Option<u64>) {
+        let mut live = self.live();
+        // Over already, and about to be reported so.
+        let Some(entry) = live.get_mut(&id) else { return };
+        let asked = Deadline(until_ms);
+        entry.deadline = Some(entry.deadline.map_or(asked, |known| known.moved(asked)));
+        // Without a supervisor yet: it is told at its start, or once it is adopted.
+        let Some(control) = entry.control.clone() else { return };
+        // Before anybody else can take the lock, so that orders stay in order.
+        control.set_deadline(asked);
+        drop(live);
+        let shared = Arc::clone(shared);
+        tokio::spawn(async move { confirm(&shared, id, &control).await });
     }
 
     /// Remove what was prepared for a rank that will not start.
@@ -208,7 +236,7 @@ impl Work {
             match (running, ended) {
                 (Some(running), _) => {
                     info!(job = %id.job, rank = %id.rank, "adopted");
-                    follow(shared, id, running).await;
+                    follow(shared, id, running, None).await;
                 }
                 (None, Some(ended)) => finish(&shared, id, ended).await,
                 (None, None) => {}
@@ -256,6 +284,10 @@ impl Work {
         if let Some(sender) = self.lock_activity().get(&job) {
             sender.send_modify(|count| *count += 1);
         }
+    }
+
+    fn deadline(&self, id: WorkId) -> Option<Deadline> {
+        self.live().get(&id).and_then(|live| live.deadline)
     }
 
     fn live(&self) -> MutexGuard<'_, BTreeMap<WorkId, Live>> {
@@ -325,14 +357,32 @@ async fn lay_out(
     .await?
 }
 
-/// Hand on what a supervisor says until nothing of the process is left.
-async fn follow(shared: Arc<Shared>, id: WorkId, mut running: Running) {
-    let stop = {
+/// The next renewal tries again, and the supervisor keeps what it has.
+async fn confirm(shared: &Shared, id: WorkId, control: &Control) {
+    if let Err(reason) = control.deadline_confirmed(CONFIRM_WITHIN).await
+        && shared.work.live().contains_key(&id)
+    {
+        warn!(job = %id.job, rank = %id.rank, %reason, "its lease could not be moved");
+    }
+}
+
+/// Hand on what a supervisor says until nothing of the process is left. `held` is the
+/// deadline it was started with, by this daemon.
+async fn follow(shared: Arc<Shared>, id: WorkId, mut running: Running, held: Option<Deadline>) {
+    let (stop, moved) = {
         let mut live = shared.work.live();
         let entry = live.entry(id).or_default();
         entry.control = Some(running.control.clone());
-        entry.stop.take()
+        let moved = entry.deadline.filter(|asked| held.is_none_or(|held| !held.covers(*asked)));
+        if let Some(asked) = moved {
+            running.control.set_deadline(asked);
+        }
+        (entry.stop.take(), moved.is_some())
     };
+    if moved {
+        let (shared, control) = (Arc::clone(&shared), running.control.clone());
+        tokio::spawn(async move { confirm(&shared, id, &control).await });
+    }
     if let Some(reason) = stop {
         running.control.stop(None, &reason).await;
     }
@@ -490,6 +540,7 @@ fn ending_of(ending: executor::Ending) -> Ending {
         executor::Ending::Exited { code } => Ending::Exited { code },
         executor::Ending::Signaled { signal } => Ending::Signaled { signal },
         executor::Ending::TimedOut { .. } => Ending::TimedOut,
+        executor::Ending::LeaseEnded { .. } => Ending::LeaseEnded,
         executor::Ending::Stopped { .. } => Ending::Stopped,
         executor::Ending::FailedToStart { reason } => Ending::FailedToStart { reason },
         executor::Ending::Lost { reason } => Ending::Lost { reason },

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::spec::Ended;
+use super::spec::{Deadline, Ended};
 
 /// No event or order is longer; the longest carries the reason of an ending.
 pub(super) const LINE_BYTES_MAX: usize = 64 << 10;
@@ -15,9 +15,20 @@ pub(super) const LINE_BYTES_MAX: usize = 64 << 10;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Event {
-    Started { pid: u32, boot_ms: u64 },
-    LogGrew { bytes: u64 },
-    LogTrouble { reason: String },
+    Started {
+        pid: u32,
+        boot_ms: u64,
+    },
+    LogGrew {
+        bytes: u64,
+    },
+    LogTrouble {
+        reason: String,
+    },
+    /// When the lease ends, said again after each order about it.
+    Deadline {
+        boot_ms: Deadline,
+    },
     Ended(Box<Ended>),
     Pong,
 }
@@ -35,9 +46,9 @@ pub(super) enum Order {
     Kill {
         reason: String,
     },
-    /// The lease ends then; `None`: there is none.
+    /// The lease ends then, or later if it did so before; `None`: there is none.
     SetDeadline {
-        boot_ms: Option<u64>,
+        boot_ms: Deadline,
     },
     /// The result is recorded elsewhere; stop trying to write it here.
     Release,
@@ -66,12 +77,23 @@ mod tests {
     fn lines_are_cut_off_one_by_one_and_unknown_ones_skipped() {
         let mut buffer = encode(&Order::Ping);
         buffer.extend_from_slice(b"{\"dance\":1}\n");
-        buffer.extend(encode(&Order::SetDeadline { boot_ms: None }));
+        buffer.extend(encode(&Order::SetDeadline { boot_ms: Deadline(None) }));
         buffer.extend_from_slice(b"{\"st");
         assert_eq!(next_line(&mut buffer), Some(Some(Order::Ping)));
         assert_eq!(next_line::<Order>(&mut buffer), Some(None));
-        assert_eq!(next_line(&mut buffer), Some(Some(Order::SetDeadline { boot_ms: None })));
+        let lifted = Order::SetDeadline { boot_ms: Deadline(None) };
+        assert_eq!(next_line(&mut buffer), Some(Some(lifted)));
         assert_eq!(next_line::<Order>(&mut buffer), None);
         assert_eq!(buffer, b"{\"st");
+    }
+
+    #[test]
+    fn an_older_supervisors_time_limit_is_understood() {
+        use crate::executor::spec::{Ending, ExitStatus};
+        let line = br#"{"timed_out":{"limit":"time","status":{"signal":15}}}"#;
+        let status = ExitStatus::Signal(15);
+        assert_eq!(serde_json::from_slice::<Ending>(line).unwrap(), Ending::TimedOut { status });
+        let line = encode(&Order::SetDeadline { boot_ms: Deadline(Some(7)) });
+        assert_eq!(line, b"{\"set_deadline\":{\"boot_ms\":7}}\n");
     }
 }

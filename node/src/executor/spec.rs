@@ -92,8 +92,10 @@ pub struct ProcessSpec {
     pub log_bytes_max: u64,
     /// How long the process may run, from its start, suspend of the machine included.
     pub time_limit_ms: Option<u64>,
-    /// When the lease given at the start runs out, on the boot clock.
-    pub deadline_boot_ms: Option<u64>,
+    /// When the lease given at the start runs out. If that is past, nothing is executed.
+    // Named so by older daemons, whose processes are adopted.
+    #[serde(rename = "deadline_boot_ms")]
+    pub deadline: Deadline,
     /// Between SIGTERM and SIGKILL where no other grace is given.
     pub grace_ms: u64,
     /// Who the process runs as; `None` keeps the daemon's uid.
@@ -198,8 +200,10 @@ pub enum Ending {
     Exited { code: i32 },
     /// By a signal that did not come from here.
     Signaled { signal: i32 },
-    /// Stopped because its time was over.
-    TimedOut { limit: Limit, status: ExitStatus },
+    /// Stopped because it had run for as long as its job may.
+    TimedOut { status: ExitStatus },
+    /// Stopped because its lease ran out; `None` where that was so before it could start.
+    LeaseEnded { status: Option<ExitStatus> },
     /// Stopped on request.
     Stopped { reason: String, status: ExitStatus },
     /// No instruction of the command was executed.
@@ -208,14 +212,28 @@ pub enum Ending {
     Lost { reason: String },
 }
 
-/// Which clock ended a process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Limit {
-    /// The time limit of the job.
-    Time,
-    /// The lease was not renewed.
-    Lease,
+/// When a supervisor ends its process, on the boot clock, which goes on while the machine is
+/// suspended; `None`: no lease binds it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Deadline(pub Option<u64>);
+
+impl Deadline {
+    /// What holds once `asked` was heard: of two times the later, since a renewal that comes
+    /// late must not take back another. No deadline stays none until one is set.
+    #[must_use]
+    pub fn moved(self, asked: Self) -> Self {
+        match (self.0, asked.0) {
+            (Some(held), Some(asked)) => Self(Some(held.max(asked))),
+            _ => asked,
+        }
+    }
+
+    /// Whether hearing `asked` would change nothing.
+    #[must_use]
+    pub fn covers(self, asked: Self) -> bool {
+        self.moved(asked) == self
+    }
 }
 
 /// What the kernel said about the main process.
@@ -295,6 +313,22 @@ mod tests {
     fn a_process_id_reads_back_from_its_directory_name() {
         let id = ProcessId { job: "k7-Q_x".into(), attempt: 3, rank: 12 };
         assert_eq!(id.to_string().parse(), Ok(id));
+    }
+
+    #[test]
+    fn a_deadline_only_moves_away_and_is_lifted_until_another_is_set() {
+        let [none, early, late] = [None, Some(5), Some(9)].map(Deadline);
+        for (held, asked, then) in [
+            (early, late, late),
+            (late, early, late),
+            (late, none, none),
+            (none, none, none),
+            (none, early, early),
+        ] {
+            assert_eq!(held.moved(asked), then, "{held:?} {asked:?}");
+            assert!(then.covers(asked), "{held:?} {asked:?}");
+            assert_eq!(held.covers(asked), held == then, "{held:?} {asked:?}");
+        }
     }
 
     #[test]

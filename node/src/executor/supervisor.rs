@@ -13,7 +13,8 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, bail};
+use p2pit_protocol::bidder::LEASE_GRACE_MS;
 use rustix::{
     event::{PollFd, PollFlags, poll},
     io::Errno,
@@ -32,13 +33,14 @@ use super::{
     log::JobLog,
     run_dir::{CONTROL_SOCKET, Launch, ResultSlot, RunDir, Tree},
     sandbox,
-    spec::{Ended, Ending, ExitStatus, Isolation, Limit, LogState, ProcessSpec, RunAs, Usage},
+    spec::{Deadline, Ended, Ending, ExitStatus, Isolation, LogState, ProcessSpec, RunAs, Usage},
     sys::{self, Side, Waited},
     tree::{self, Identity},
 };
 
-/// The grace after a lease has run out: peers count on nothing running longer past it.
-pub const LEASE_GRACE_MS: u64 = 10_000;
+/// The longest from the end of a lease to SIGKILL. Peers count on nothing running
+/// [`LEASE_GRACE_MS`] past it; the rest is for the tree to die in, if need be with its guard.
+const LEASE_KILL_MS: u64 = LEASE_GRACE_MS - 1_000;
 /// A daemon, its successor, and whoever looks on.
 const CLIENTS_MAX: usize = 8;
 /// Unread events of one client; a client further behind is dropped and may reconnect.
@@ -123,7 +125,7 @@ struct Supervisor {
     _lock: OwnedFd,
 
     started_boot_ms: Option<u64>,
-    deadline_boot_ms: Option<u64>,
+    deadline: Deadline,
     stop: Option<Stop>,
     outcome: Option<Outcome>,
     /// From then on the end is announced even if the tree is not over.
@@ -158,7 +160,9 @@ struct Stop {
 #[derive(Debug)]
 enum Cause {
     Order(String),
-    Limit(Limit),
+    /// The job's own.
+    TimeLimit,
+    Lease,
 }
 
 /// What is known about the main process.
@@ -192,7 +196,7 @@ impl Supervisor {
             output: None,
             guard: None,
             started_boot_ms: None,
-            deadline_boot_ms: launch.spec.deadline_boot_ms,
+            deadline: launch.spec.deadline,
             stop: None,
             outcome: None,
             drain_until: None,
@@ -243,6 +247,11 @@ impl Supervisor {
             sandbox::map_ids(pid, own, false)?;
         }
         self.run_dir.write_tree(&tree)?;
+        let now = boot_ms();
+        self.enforce_limits(now);
+        if self.stop.is_some() {
+            bail!("its lease ran out before it could start");
+        }
         self.tell_guard(ToGuard::Go);
         Ok(())
     }
@@ -297,10 +306,12 @@ impl Supervisor {
         }
         let grace = self.spec().grace_ms;
         if self.time_limit_at().is_some_and(|at| now >= at) {
-            self.begin_stop(Cause::Limit(Limit::Time), grace, now);
+            self.begin_stop(Cause::TimeLimit, now.saturating_add(grace));
         }
-        if self.deadline_boot_ms.is_some_and(|at| now >= at) {
-            self.begin_stop(Cause::Limit(Limit::Lease), grace.min(LEASE_GRACE_MS), now);
+        // From when it ran out, not from when that is seen: a machine that was suspended
+        // over it owes the rest at once.
+        if let Some(at) = self.deadline.0.filter(|at| now >= *at) {
+            self.begin_stop(Cause::Lease, lease_kill_at(at, grace));
         }
     }
 
@@ -315,8 +326,7 @@ impl Supervisor {
 
     /// The first cause stands; a later one, or the same one met again, can only shorten the
     /// grace.
-    fn begin_stop(&mut self, cause: Cause, grace_ms: u64, now: u64) {
-        let kill_at = now.saturating_add(grace_ms);
+    fn begin_stop(&mut self, cause: Cause, kill_at: u64) {
         match &mut self.stop {
             Some(stop) => stop.kill_at = stop.kill_at.min(kill_at),
             None => {
@@ -415,9 +425,11 @@ impl Supervisor {
             // The guard had to be killed for its tree to end.
             _ => ExitStatus::Signal(libc::SIGKILL),
         };
+        let executed = !matches!(self.outcome, Some(Outcome::Failed(_)));
         match self.stop.as_ref().map(|stop| &stop.cause) {
             Some(Cause::Order(reason)) => Ending::Stopped { reason: reason.clone(), status },
-            Some(Cause::Limit(limit)) => Ending::TimedOut { limit: *limit, status },
+            Some(Cause::TimeLimit) => Ending::TimedOut { status },
+            Some(Cause::Lease) => Ending::LeaseEnded { status: executed.then_some(status) },
             None => match status {
                 ExitStatus::Code(code) => Ending::Exited { code },
                 ExitStatus::Signal(signal) => Ending::Signaled { signal },
@@ -467,7 +479,7 @@ impl Supervisor {
             while rustix::io::read(&self.asked_to_end, &mut buffer).is_ok_and(|len| len > 0) {}
             let reason = "the machine is shutting down, or the supervisor was told to end";
             let grace = self.spec().grace_ms;
-            self.begin_stop(Cause::Order(reason.into()), grace, boot_ms());
+            self.begin_stop(Cause::Order(reason.into()), boot_ms().saturating_add(grace));
         }
         if ready.output {
             self.read_output();
@@ -489,7 +501,7 @@ impl Supervisor {
 
     fn arm_timer(&self) -> Result<()> {
         let stop = self.stop.as_ref();
-        let limits = [self.time_limit_at(), self.deadline_boot_ms];
+        let limits = [self.time_limit_at(), self.deadline.0];
         let limits = limits.into_iter().flatten().filter(|_| self.limits_count());
         let escalation = stop
             .map(|stop| stop.kill_guard_at.unwrap_or(stop.kill_at))
@@ -634,7 +646,8 @@ impl Supervisor {
         };
         let ended = self.ended_event();
         let log = Event::LogGrew { bytes: self.log.state().bytes };
-        let events: Vec<Event> = started.into_iter().chain([log]).chain(ended).collect();
+        let deadline = Event::Deadline { boot_ms: self.deadline };
+        let events: Vec<Event> = started.into_iter().chain([log, deadline]).chain(ended).collect();
         self.outlet.accept(&events);
     }
 
@@ -644,17 +657,20 @@ impl Supervisor {
         match order {
             Order::Stop { grace_ms, reason } if !over => {
                 let grace = grace_ms.unwrap_or(self.spec().grace_ms);
-                self.begin_stop(Cause::Order(reason), grace, now);
+                self.begin_stop(Cause::Order(reason), now.saturating_add(grace));
             }
             Order::Kill { reason } => {
                 if !over {
-                    self.begin_stop(Cause::Order(reason), 0, now);
+                    self.begin_stop(Cause::Order(reason), now);
                 } else if let Some(stop) = &mut self.stop {
                     stop.kill_at = stop.kill_at.min(now);
                 }
             }
             Order::Stop { .. } => {}
-            Order::SetDeadline { boot_ms } => self.deadline_boot_ms = boot_ms,
+            Order::SetDeadline { boot_ms } => {
+                self.deadline = self.deadline.moved(boot_ms);
+                self.outlet.announce(&Event::Deadline { boot_ms: self.deadline });
+            }
             Order::Release => self.released = self.ended.is_some(),
             Order::Ping => self.outlet.announce(&Event::Pong),
         }
@@ -677,6 +693,11 @@ fn clone_into_namespaces(user: bool) -> Result<Side<(Pid, OwnedFd)>> {
         Some(libc::ENOSPC) => anyhow!("this machine allows no (more) namespaces"),
         _ => anyhow!(error).context("cannot make namespaces"),
     })
+}
+
+/// When what is left of a tree gets SIGKILL whose lease ran out at `deadline`.
+fn lease_kill_at(deadline: u64, grace_ms: u64) -> u64 {
+    deadline.saturating_add(grace_ms.min(LEASE_KILL_MS))
 }
 
 fn number(pid: Pid) -> u32 {
@@ -806,5 +827,19 @@ impl Client {
             orders.extend(line);
         }
         self.gone |= self.incoming.len() > LINE_BYTES_MAX;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_grace_of_a_job_outlasts_that_of_a_lease() {
+        assert_eq!(lease_kill_at(5_000, 300), 5_300);
+        for grace_ms in [LEASE_GRACE_MS, 3_600_000, u64::MAX] {
+            let guard_killed_at = lease_kill_at(5_000, grace_ms) + GUARD_KILL_MS;
+            assert!(guard_killed_at < 5_000 + LEASE_GRACE_MS, "{guard_killed_at}");
+        }
     }
 }

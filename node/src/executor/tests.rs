@@ -8,11 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use p2pit_protocol::bidder::LEASE_GRACE_MS;
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 
 use super::*;
 
 const IS_SUPERVISOR: &str = "P2PIT_TEST_IS_SUPERVISOR";
+const IS_DAEMON: &str = "P2PIT_TEST_IS_DAEMON";
 /// For what happens within milliseconds unless it never does.
 const SOON: Duration = Duration::from_secs(20);
 
@@ -28,6 +30,30 @@ extern "C" fn become_supervisor() {
     if std::env::var_os(IS_SUPERVISOR).is_some() {
         let run_dir = std::env::args_os().next_back().unwrap();
         std::process::exit(supervise_main(Path::new(&run_dir)));
+    }
+    if std::env::var_os(IS_DAEMON).is_some() {
+        be_daemon(&std::env::args_os().collect::<Vec<_>>());
+    }
+}
+
+/// Starts the process of `RUN_ROOT ID SPEC` and listens to it until it is gone.
+fn be_daemon(args: &[OsString]) -> ! {
+    let [_, run_root, id, spec] = args else { panic!("{args:?}") };
+    let spec = serde_json::from_slice(&fs::read(spec).unwrap()).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let executor = Executor::new(Path::new(run_root), test_supervisor()).unwrap();
+        let id = id.to_str().unwrap().parse().unwrap();
+        let mut running = executor.start(&id, spec).await.unwrap();
+        while running.events.recv().await.is_some() {}
+    });
+    std::process::exit(0)
+}
+
+fn test_supervisor() -> SupervisorCommand {
+    SupervisorCommand {
+        env: vec![(IS_SUPERVISOR.into(), "1".into())],
+        ..SupervisorCommand::of_this_program().unwrap()
     }
 }
 
@@ -267,26 +293,204 @@ async fn the_time_limit_ends_a_process() {
     spec.time_limit_ms = Some(200);
     let ended = host.run_spec(spec).await;
     let status = ExitStatus::Signal(libc::SIGTERM);
-    assert_eq!(ended.ending, Ending::TimedOut { limit: Limit::Time, status });
+    assert_eq!(ended.ending, Ending::TimedOut { status });
+}
+
+/// Says `up`, then waits for the file `go` to end with code 4.
+const WAITS_FOR_GO: &str = "echo up; while [ ! -e go ]; do sleep 0.01; done; exit 4";
+const DEAF: &str = "trap '' TERM; echo up; while :; do sleep 0.05; done";
+
+#[tokio::test]
+async fn a_lease_that_ran_out_ends_the_whole_tree_though_no_daemon_is_there() {
+    for isolated in [true, false] {
+        let Some(host) = Host::with(isolated).await else { continue };
+        let mark = host.mark();
+        let tree = format!(
+            "sleep {mark} & setsid sleep {mark} & (setsid sh -c 'sleep {mark} & sleep {mark}' &)\n\
+             while [ $(pgrep -fxc 'sleep {mark}') -lt 4 ]; do sleep 0.01; done; echo up; wait"
+        );
+        let running = host.start(&tree).await;
+        host.log_has("up").await;
+        assert_eq!(host.count_sleeps(&mark), 4);
+        running.control.set_deadline(in_ms(200));
+        running.control.deadline_confirmed(SOON).await.unwrap();
+        drop(running);
+        let status = Some(ExitStatus::Signal(libc::SIGTERM));
+        assert_eq!(host.ending_told_to_the_next_daemon().await, Ending::LeaseEnded { status });
+        assert_eq!(host.count_sleeps(&mark), 0);
+    }
 }
 
 #[tokio::test]
-async fn a_lease_runs_out_without_a_daemon_and_may_be_extended_before() {
+async fn a_tree_that_is_deaf_to_sigterm_is_killed_within_the_grace_of_its_lease() {
+    for isolated in [true, false] {
+        let Some(host) = Host::with(isolated).await else { continue };
+        let mark = host.mark();
+        let far = format!("setsid sh -c \"trap '' TERM; sleep {mark}\" &");
+        let mut spec = host.spec(&format!("{far}\n{DEAF}"));
+        spec.grace_ms = 300;
+        let mut running = host.start_spec(spec).await;
+        host.log_has("up").await;
+        let Deadline(Some(at)) = in_ms(100) else { unreachable!() };
+        running.control.set_deadline(Deadline(Some(at)));
+        let ended = ended(&mut running).await;
+        let status = Some(ExitStatus::Signal(libc::SIGKILL));
+        assert_eq!(ended.ending, Ending::LeaseEnded { status });
+        assert!((at + 300..at + LEASE_GRACE_MS).contains(&ended.boot_ms), "{at}: {ended:?}");
+        gone(&mut running).await;
+        assert_eq!(host.count_sleeps(&mark), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_lease_renewed_in_time_ends_nothing() {
     let host = Host::new().await;
-    let mut spec = host.spec("trap '' TERM; echo up; while :; do sleep 0.05; done");
-    spec.deadline_boot_ms = Some(clock::boot_ms() + 600_000);
-    spec.grace_ms = 100;
-    let running = host.start_spec(spec).await;
+    let mut running = host.start(WAITS_FOR_GO).await;
     host.log_has("up").await;
-    running.control.set_deadline(Some(clock::boot_ms() + 1)).await;
-    host.until(|| host.executor.run_dir(&host.last_id()).read_ended().unwrap().is_some()).await;
-    drop(running);
-    let ended = match host.adopt_only().await {
-        Adopted::Ended(ended) => ended,
-        Adopted::Running(mut running) => ended(&mut running).await,
-    };
+    let first = in_ms(1_500);
+    running.control.set_deadline(first);
+    running.control.set_deadline(in_ms(600_000));
+    running.control.deadline_confirmed(SOON).await.unwrap();
+    assert!(clock::boot_ms() < first.0.unwrap(), "too slow a machine to say anything");
+    // One that was overtaken takes nothing back.
+    running.control.set_deadline(first);
+    host.past(first).await;
+    host.ends_by_itself(&mut running).await;
+}
+
+#[tokio::test]
+async fn a_lifted_deadline_stays_lifted_until_another_is_set() {
+    let host = Host::new().await;
+    let mut running = host.start(WAITS_FOR_GO).await;
+    host.log_has("up").await;
+    let first = in_ms(1_500);
+    running.control.set_deadline(first);
+    running.control.deadline_confirmed(SOON).await.unwrap();
+    running.control.set_deadline(Deadline(None));
+    running.control.deadline_confirmed(SOON).await.unwrap();
+    host.past(first).await;
+    assert_eq!(host.executor.run_dir(&host.last_id()).read_ended().unwrap(), None);
+    running.control.set_deadline(in_ms(1));
+    let ended = ended(&mut running).await;
+    assert!(matches!(ended.ending, Ending::LeaseEnded { .. }), "{ended:?}");
+}
+
+#[tokio::test]
+async fn a_process_whose_lease_ran_out_before_its_start_is_never_executed() {
+    for isolated in [true, false] {
+        let Some(host) = Host::with(isolated).await else { continue };
+        let mut spec = host.spec("echo ran; touch ran");
+        spec.deadline = Deadline(Some(clock::boot_ms() - 1));
+        let mut running = host.start_spec(spec).await;
+        let events = events_until_gone(&mut running).await;
+        let started = |event: &ProcessEvent| matches!(event, ProcessEvent::Started { .. });
+        assert!(!events.iter().any(started), "{events:?}");
+        assert_eq!(ending_in(&events).ending, Ending::LeaseEnded { status: None });
+        assert!(host.log().is_empty() && !host.work_dir().join("ran").exists());
+        let Adopted::Ended(found) = host.adopt_only().await else { panic!("still running") };
+        assert_eq!(found.ending, Ending::LeaseEnded { status: None });
+    }
+}
+
+#[tokio::test]
+async fn a_lease_cuts_the_grace_of_a_stop_short() {
+    let host = Host::new().await;
+    let mut spec = host.spec(DEAF);
+    spec.grace_ms = 100;
+    let mut running = host.start_spec(spec).await;
+    host.log_has("up").await;
+    running.control.stop(Some(600_000), "by alice").await;
+    running.control.set_deadline(in_ms(1));
+    let ended = ended(&mut running).await;
     let status = ExitStatus::Signal(libc::SIGKILL);
-    assert_eq!(ended.ending, Ending::TimedOut { limit: Limit::Lease, status });
+    assert_eq!(ended.ending, Ending::Stopped { reason: "by alice".into(), status });
+}
+
+#[tokio::test]
+async fn a_deadline_outlives_its_daemon_and_the_next_one_moves_it() {
+    let host = Host::new().await;
+    let running = host.start(WAITS_FOR_GO).await;
+    host.log_has("up").await;
+    let first = in_ms(2_000);
+    running.control.set_deadline(first);
+    running.control.deadline_confirmed(SOON).await.unwrap();
+    drop(running);
+    let Adopted::Running(mut running) = host.adopt_only().await else { panic!("ended") };
+    // Before there is a connection.
+    running.control.set_deadline(in_ms(600_000));
+    running.control.deadline_confirmed(SOON).await.unwrap();
+    assert!(clock::boot_ms() < first.0.unwrap(), "too slow a machine to say anything");
+    host.past(first).await;
+    host.ends_by_itself(&mut running).await;
+}
+
+#[tokio::test]
+async fn a_supervisor_that_does_not_answer_is_told_so_and_hears_the_next_renewal() {
+    let host = Host::new().await;
+    let mut running = host.start(WAITS_FOR_GO).await;
+    host.log_has("up").await;
+    let first = in_ms(600_000);
+    running.control.set_deadline(first);
+    running.control.deadline_confirmed(SOON).await.unwrap();
+    let supervisor = host.supervisor_pid();
+    kill_process(supervisor, Signal::STOP).unwrap();
+    running.control.set_deadline(in_ms(700_000));
+    let unconfirmed = running.control.deadline_confirmed(Duration::from_millis(100)).await;
+    assert_eq!(unconfirmed, Err(Unconfirmed { held: Some(first) }));
+    kill_process(supervisor, Signal::CONT).unwrap();
+    running.control.set_deadline(in_ms(800_000));
+    running.control.deadline_confirmed(SOON).await.unwrap();
+    host.ends_by_itself(&mut running).await;
+    // In vain, not wrong, once it is over.
+    running.control.set_deadline(in_ms(900_000));
+    assert_eq!(running.control.deadline_confirmed(SOON).await, Ok(()));
+}
+
+/// As when the machine was suspended: nothing of the grace is left to wait for.
+#[tokio::test]
+async fn a_supervisor_that_slept_over_deadline_and_grace_kills_at_once() {
+    let host = Host::new().await;
+    let grace_ms = 2_000;
+    let mut spec = host.spec(DEAF);
+    spec.grace_ms = grace_ms;
+    let mut running = host.start_spec(spec).await;
+    host.log_has("up").await;
+    let deadline = in_ms(300);
+    running.control.set_deadline(deadline);
+    running.control.deadline_confirmed(SOON).await.unwrap();
+    let supervisor = host.supervisor_pid();
+    kill_process(supervisor, Signal::STOP).unwrap();
+    host.past(Deadline(deadline.0.map(|at| at + grace_ms))).await;
+    let woken_ms = clock::boot_ms();
+    kill_process(supervisor, Signal::CONT).unwrap();
+    let ended = ended(&mut running).await;
+    let status = Some(ExitStatus::Signal(libc::SIGKILL));
+    assert_eq!(ended.ending, Ending::LeaseEnded { status });
+    assert!(ended.boot_ms < woken_ms + grace_ms, "{woken_ms}: {ended:?}");
+}
+
+#[tokio::test]
+async fn a_daemon_that_is_stopped_does_not_stop_the_clock_of_a_lease() {
+    let host = Host::new().await;
+    let mut spec = host.spec(DEAF);
+    spec.grace_ms = 100;
+    spec.deadline = in_ms(5_000);
+    let (id, spec_path) = (host.new_id(), host.dir.path().join("spec.json"));
+    spec.log_path = host.log_path();
+    fs::write(&spec_path, serde_json::to_vec(&spec).unwrap()).unwrap();
+    let daemon = std::process::Command::new("/proc/self/exe")
+        .args([host.executor.run_root.as_os_str(), id.to_string().as_ref(), spec_path.as_ref()])
+        .env(IS_DAEMON, "1")
+        .spawn()
+        .unwrap();
+    let daemon = KilledAtLast(daemon);
+    host.log_has("up").await;
+    kill_process(Pid::from_child(&daemon.0), Signal::STOP).unwrap();
+    let ending = host.ending_told_to_the_next_daemon().await;
+    let stopped = fs::read_to_string(format!("/proc/{}/stat", daemon.0.id())).unwrap();
+    let status = Some(ExitStatus::Signal(libc::SIGKILL));
+    assert_eq!(ending, Ending::LeaseEnded { status });
+    assert!(stopped.rsplit_once(") ").unwrap().1.starts_with('T'), "{stopped}");
 }
 
 #[tokio::test]
@@ -480,6 +684,15 @@ async fn the_supervisor_told_to_end_stops_its_process_in_order() {
     assert!(host.log().contains("bye"));
 }
 
+/// Stopped or not: whoever waits for the end of its output would wait for ever.
+struct KilledAtLast(std::process::Child);
+
+impl Drop for KilledAtLast {
+    fn drop(&mut self) {
+        self.0.kill().and_then(|()| self.0.wait()).unwrap();
+    }
+}
+
 /// A daemon's directories and its executor.
 struct Host {
     dir: tempfile::TempDir,
@@ -491,9 +704,9 @@ struct Host {
 impl Host {
     /// As isolated as this machine allows.
     async fn new() -> Self {
-        let host = Self::bare();
-        let isolation = host.executor.probe().await;
-        Self { isolation, ..host }
+        let mut host = Self::bare();
+        host.isolation = host.executor.probe().await;
+        host
     }
 
     /// `None`, with the reason printed, where it cannot be had and need not.
@@ -516,11 +729,7 @@ impl Host {
         // Without namespaces, the job's user enters its directories on the usual way.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
         let run_root = dir.path().join("run");
-        let supervisor = SupervisorCommand {
-            env: vec![(IS_SUPERVISOR.into(), "1".into())],
-            ..SupervisorCommand::of_this_program().unwrap()
-        };
-        let executor = Executor::new(&run_root, supervisor).unwrap();
+        let executor = Executor::new(&run_root, test_supervisor()).unwrap();
         let isolation = Isolation::Shared { reason: "asked for by a test".into() };
         let host = Self { dir, executor, isolation, next: 0.into() };
         for path in [host.work_dir(), host.job_dir(), host.tmp_dir()] {
@@ -571,7 +780,7 @@ impl Host {
             log_path: self.log_path(),
             log_bytes_max: LOG_BYTES_MAX,
             time_limit_ms: None,
-            deadline_boot_ms: None,
+            deadline: Deadline(None),
             grace_ms: 5_000,
             run_as: RunAs::for_this_daemon(),
             isolation: self.isolation.clone(),
@@ -612,6 +821,28 @@ impl Host {
         self.until(|| self.log().contains(text)).await;
     }
 
+    async fn past(&self, deadline: Deadline) {
+        self.until(|| deadline.0.is_some_and(|at| clock::boot_ms() > at + 50)).await;
+    }
+
+    /// What runs [`WAITS_FOR_GO`] still does.
+    async fn ends_by_itself(&self, running: &mut Running) {
+        fs::write(self.work_dir().join("go"), "").unwrap();
+        let ended = ended(running).await;
+        assert_eq!(ended.ending, Ending::Exited { code: 4 });
+        gone(running).await;
+    }
+
+    /// After a time in which no daemon asked.
+    async fn ending_told_to_the_next_daemon(&self) -> Ending {
+        self.until(|| self.executor.run_dir(&self.last_id()).read_ended().unwrap().is_some()).await;
+        let ended = match self.adopt_only().await {
+            Adopted::Ended(ended) => ended,
+            Adopted::Running(mut running) => ending_in(&events_until_gone(&mut running).await),
+        };
+        ended.ending
+    }
+
     async fn adopt_only(&self) -> Adopted {
         let mut found = self.executor.adopt().await.unwrap();
         let last = found.pop().expect("nothing to adopt").1;
@@ -645,6 +876,29 @@ impl Host {
                 .is_ok_and(|line| line == format!("sleep\0{mark}\0").as_bytes())
         };
         fs::read_dir("/proc").unwrap().flatten().filter(is_ours).count()
+    }
+}
+
+/// So many milliseconds from now.
+fn in_ms(ms: u64) -> Deadline {
+    Deadline(Some(clock::boot_ms() + ms))
+}
+
+/// A test that failed leaves nothing running.
+impl Drop for Host {
+    fn drop(&mut self) {
+        for attempt in 1..=self.next.get() {
+            let id = ProcessId { attempt, ..self.last_id() };
+            let tree = self.executor.run_dir(&id).read_tree();
+            let Ok(Some(guard)) = tree.map(|tree| tree.and_then(|tree| tree.guard.open().ok()))
+            else {
+                continue;
+            };
+            if let Some(guard) = guard {
+                // It may just have ended, which is as good.
+                let _ = rustix::process::pidfd_send_signal(&guard, Signal::KILL);
+            }
+        }
     }
 }
 

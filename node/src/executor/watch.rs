@@ -8,7 +8,7 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
     process::Child,
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 
 use super::{
@@ -16,7 +16,7 @@ use super::{
     clock::{boot_ms, wall_ms},
     control::{Event, LINE_BYTES_MAX, Order, encode, next_line},
     run_dir::{CONTROL_SOCKET, RunDir},
-    spec::{Ended, Ending, LogState, Usage},
+    spec::{Deadline, Ended, Ending, LogState, Usage},
     sys,
 };
 
@@ -37,6 +37,11 @@ pub(super) struct Watch {
     pub(super) boot_id: String,
     pub(super) events: mpsc::Sender<ProcessEvent>,
     pub(super) orders: mpsc::Receiver<Order>,
+    /// The deadline that the supervisor was last asked to keep, if any, to be said again
+    /// whenever it is reached anew.
+    pub(super) asked: watch::Receiver<Option<Deadline>>,
+    /// The one it has, once it said so.
+    pub(super) held: watch::Sender<Option<Deadline>>,
     /// To be reaped, where this daemon started it.
     pub(super) child: Option<Child>,
 }
@@ -89,6 +94,10 @@ impl Watch {
         use std::ops::ControlFlow::{Break, Continue};
         let mut incoming = Vec::new();
         let mut orders_open = true;
+        let mut asked_open = true;
+        if self.asked.borrow().is_some() {
+            self.asked.mark_changed();
+        }
         loop {
             tokio::select! {
                 biased;
@@ -97,6 +106,9 @@ impl Watch {
                         return Continue(());
                     }
                     while let Some(event) = next_line(&mut incoming) {
+                        if let Some(Event::Deadline { boot_ms }) = event {
+                            self.held.send_replace(Some(boot_ms));
+                        }
                         let Some(event) = event.and_then(|event| seen.translate(event)) else {
                             continue;
                         };
@@ -122,6 +134,17 @@ impl Watch {
                         let _ = stream.write_all(&encode(&order)).await;
                     }
                     None => orders_open = false,
+                },
+                changed = self.asked.changed(), if asked_open => match changed {
+                    Ok(()) => {
+                        let asked = *self.asked.borrow_and_update();
+                        if let Some(boot_ms) = asked {
+                            // See above; whoever asked sees that nothing is confirmed.
+                            let order = Order::SetDeadline { boot_ms };
+                            let _ = stream.write_all(&encode(&order)).await;
+                        }
+                    }
+                    Err(_) => asked_open = false,
                 },
                 () = self.events.closed() => return Break(()),
             }
@@ -171,7 +194,7 @@ impl Seen {
                 let new = !std::mem::replace(&mut self.ended, true);
                 new.then_some(ProcessEvent::Ended(*ended))
             }
-            Event::Pong => None,
+            Event::Deadline { .. } | Event::Pong => None,
         }
     }
 }
@@ -234,4 +257,47 @@ pub(super) async fn connect(run_dir: &Path) -> std::io::Result<UnixStream> {
     use std::os::fd::AsRawFd as _;
     let dir = std::fs::File::open(run_dir)?;
     UnixStream::connect(format!("/proc/self/fd/{}/{CONTROL_SOCKET}", dir.as_raw_fd())).await
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncBufReadExt as _, BufReader},
+        net::UnixListener,
+    };
+
+    use super::*;
+
+    /// For what happens within milliseconds unless it never does.
+    const SOON: Duration = Duration::from_secs(20);
+
+    #[tokio::test]
+    async fn a_deadline_is_asked_for_again_after_a_lost_connection() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::at(dir.path());
+        // As long as a supervisor lives.
+        let _lock = run_dir.try_lock().unwrap().unwrap();
+        let listener = UnixListener::bind(dir.path().join(CONTROL_SOCKET)).unwrap();
+        let (events, mut received) = mpsc::channel(64);
+        let (_orders, orders) = mpsc::channel(1);
+        let (asking, asked) = watch::channel(None);
+        let (held, mut known) = watch::channel(None);
+        let boot_id = String::new();
+        let watching = Watch { run_dir, boot_id, events, orders, asked, held, child: None };
+        let watching = tokio::spawn(watching.run(None));
+        let deadline = Deadline(Some(7));
+        asking.send_replace(Some(deadline));
+        for _ in 0..2 {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut lines = BufReader::new(stream).lines();
+            let line = tokio::time::timeout(SOON, lines.next_line()).await.expect("not asked");
+            let line = line.unwrap().unwrap();
+            assert_eq!(line, r#"{"set_deadline":{"boot_ms":7}}"#);
+        }
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(&encode(&Event::Deadline { boot_ms: deadline })).await.unwrap();
+        known.wait_for(|known| *known == Some(deadline)).await.unwrap();
+        received.close();
+        watching.await.unwrap();
+    }
 }

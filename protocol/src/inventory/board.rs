@@ -51,11 +51,17 @@ impl Board {
         if advert.node.0 != signed.signer || expired || future {
             return None;
         }
-        let order = |advert: &Advert| (advert.boot_count, advert.seq);
-        if let Some(old) = self.posted.get(&advert.node)
-            && order(&old.advert) >= order(&advert)
-        {
-            return Some(false);
+        if let Some(old) = self.posted.get(&advert.node).map(|old| &old.advert) {
+            let order = |advert: &Advert| (advert.boot_count, advert.seq);
+            // A node that lost its disk counts its starts anew, in another store.
+            let later = if old.store == advert.store {
+                order(&advert) > order(old)
+            } else {
+                advert.issued_at_ms > old.issued_at_ms
+            };
+            if !later {
+                return Some(false);
+            }
         }
         if self.posted.len() >= ADVERTS_MAX && !self.posted.contains_key(&advert.node) {
             return None;

@@ -7,7 +7,8 @@ use crate::{
     BlobId, JobId, PeerId, UserId,
     inventory::Gpu,
     job::{
-        Attempt, Change, Command as JobCommand, Outcome, Rank, RankEnd, RankState, Source, State,
+        Attempt, Change, Command as JobCommand, Outcome, Policy, Rank, RankEnd, RankState, Source,
+        State,
     },
     request::{Grant, Request},
 };
@@ -102,10 +103,24 @@ pub struct JobView {
     pub history: Vec<Change>,
     /// The record's sequence number.
     pub seq: u64,
+    /// Which keepers those are: counts their changes.
+    pub epoch: u32,
     /// Who keeps the record.
     pub keepers: Vec<PeerId>,
     /// Who drives it.
     pub steward: PeerId,
+    /// Counts stewardships from 1.
+    pub term: u64,
+    /// The majority of its keepers was lost, and somebody said so: it may have missed changes.
+    pub recovered: bool,
+    /// Attempts after the first that it may have, should one fail.
+    pub retries: u32,
+    /// Attempts that failed and were followed by another.
+    pub retried: u32,
+    /// What becomes of a process whose node is cut off.
+    pub policy: Policy,
+    /// How long a node may be silent before its ranks count as lost, in milliseconds.
+    pub lost_after_ms: u64,
     /// How it ended.
     pub outcome: Option<Outcome>,
     /// The current attempt.

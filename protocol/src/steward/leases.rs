@@ -31,7 +31,7 @@ impl Stewards {
         let mut by_keeper: BTreeMap<PeerId, Vec<Renewal>> = BTreeMap::new();
         let jobs: Vec<JobId> = self.drives.keys().copied().collect();
         let mut next_ms = STEWARD_RENEW_MS;
-        let fresh_ms = cx.now.boot_ms.saturating_sub(STEWARD_RENEW_MS / 2);
+        let fresh_ms = cx.now.boot_ms.saturating_sub(STEWARD_RENEW_MS / 10);
         for job in jobs {
             self.notice_lease(job, cx);
             let acts = self.acts(job, cx);
