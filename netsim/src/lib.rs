@@ -17,6 +17,7 @@ pub mod options;
 pub mod pool;
 pub mod random;
 pub mod run;
+pub mod scenario;
 pub mod search;
 pub mod trace;
 pub mod workload;

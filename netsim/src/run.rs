@@ -1,6 +1,7 @@
 //! One run: faults and safety, then healing and progress.
 
-use core::{fmt, time::Duration};
+use core::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::{
     check::Violation,
@@ -27,10 +28,6 @@ pub struct Report {
     pub counts: Counts,
     /// True time at its end.
     pub at_ms: u64,
-    /// What that is for all nodes that offer GPUs together, in hours.
-    pub node_hours: f64,
-    /// CPU time that it took, where the system tells.
-    pub cpu: Option<Duration>,
     /// The world as it stood.
     pub world: World,
 }
@@ -44,6 +41,8 @@ pub enum Ending {
     Violation(Violation),
     /// Faults ended, and still something did not come to its end.
     Stuck(Vec<String>),
+    /// A daemon or the simulator panicked, with these words.
+    Crashed(String),
 }
 
 /// Carry out the run of `options`.
@@ -51,30 +50,23 @@ pub enum Ending {
 /// # Errors
 /// The world cannot be made: a mistake of the simulator.
 pub fn run(options: Options, keep_lines: bool) -> anyhow::Result<Report> {
-    let cpu_before = cpu_time();
-    let nodes = u32::try_from(options.nodes).unwrap_or(u32::MAX);
     let mut world = World::new(options, keep_lines)?;
-    let ending = match phases(&mut world) {
+    let ending = caught(|| match phases(&mut world) {
         Ok(stuck) if stuck.is_empty() => Ending::Fine,
         Ok(stuck) => Ending::Stuck(stuck),
         Err(violation) => Ending::Violation(violation),
-    };
-    Ok(Report {
-        ending,
-        hash: world.trace.hash(),
-        counts: world.counts.clone(),
-        at_ms: world.now_ms(),
-        node_hours: f64::from(nodes) * Duration::from_millis(world.now_ms()).as_secs_f64()
-            / 3_600.0,
-        cpu: cpu_time().zip(cpu_before).map(|(after, before)| after.saturating_sub(before)),
-        world,
-    })
+    });
+    Ok(Report::of(ending, world))
 }
 
-/// CPU time of this thread so far, as Linux tells it.
-fn cpu_time() -> Option<Duration> {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
-    text.split_whitespace().next()?.parse().ok().map(Duration::from_nanos)
+/// How `act` ends; a panic of it is an ending, too, so that what the world saw until then
+/// can still be shown.
+pub(crate) fn caught(act: impl FnOnce() -> Ending) -> Ending {
+    catch_unwind(AssertUnwindSafe(act)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        Ending::Crashed(text.unwrap_or("without a word").to_owned())
+    })
 }
 
 /// What did not come to its end, in words.
@@ -122,11 +114,21 @@ fn unfinished(world: &World) -> Vec<String> {
 }
 
 impl Report {
-    /// Simulated node-hours for each minute of CPU time.
+    /// What came of `world`.
+    pub(crate) fn of(ending: Ending, world: World) -> Self {
+        Self {
+            ending,
+            hash: world.trace.hash(),
+            counts: world.counts.clone(),
+            at_ms: world.now_ms(),
+            world,
+        }
+    }
+
+    /// How much was simulated: the time of all nodes that offer GPUs together, in milliseconds.
     #[must_use]
-    pub fn node_hours_per_cpu_minute(&self) -> Option<f64> {
-        let cpu = self.cpu.filter(|cpu| !cpu.is_zero())?;
-        Some(self.node_hours * 60.0 / cpu.as_secs_f64())
+    pub fn node_ms(&self) -> u64 {
+        self.at_ms.saturating_mul(self.world.options.nodes as u64)
     }
 
     /// The exit code of a process that ran only this.
@@ -136,6 +138,7 @@ impl Report {
             Ending::Fine => 0,
             Ending::Violation(_) => 3,
             Ending::Stuck(_) => 4,
+            Ending::Crashed(_) => 101,
         }
     }
 
@@ -145,7 +148,7 @@ impl Report {
         match &self.ending {
             Ending::Violation(violation) => violation.job,
             Ending::Stuck(_) => self.world.ledger.unfinished().first().copied(),
-            Ending::Fine => None,
+            Ending::Fine | Ending::Crashed(_) => None,
         }
     }
 }
@@ -155,6 +158,7 @@ impl fmt::Display for Ending {
         match self {
             Self::Fine => f.write_str("every job came to its end"),
             Self::Violation(violation) => violation.fmt(f),
+            Self::Crashed(text) => write!(f, "crashed: {text}"),
             Self::Stuck(what) => {
                 write!(f, "no progress:")?;
                 what.iter().take(20).try_for_each(|what| write!(f, "\n  {what}"))

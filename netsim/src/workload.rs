@@ -6,7 +6,7 @@ use p2pit_protocol::{
     BlobId, JobId,
     identity::SignedBytes,
     inventory::{Capacity, gpu::parse_simulated},
-    job::Policy,
+    job::{LOST_AFTER_MS, Policy},
     request::{Request, satisfiable},
 };
 
@@ -30,6 +30,8 @@ pub struct Task {
     pub code: BlobId,
     /// How its processes behave.
     pub behaviour: Behaviour,
+    /// The machines that keep it first; whom its origin proposes where there are none.
+    pub keepers: Vec<usize>,
     /// The spec being submitted now.
     pub spec: Option<SignedBytes>,
     /// Its id once it is known to be kept.
@@ -43,6 +45,8 @@ pub struct Task {
 pub struct Behaviour {
     /// Never ends by itself.
     pub hangs: bool,
+    /// How long a process runs at least.
+    pub run_ms_min: u64,
     /// How long a process runs at most.
     pub run_ms_max: u64,
     /// Of a thousand processes, how many fail.
@@ -63,6 +67,8 @@ pub struct Behaviour {
     pub retries: u32,
     /// What becomes of a process whose node is cut off.
     pub policy: Policy,
+    /// How long the node of a rank may be silent before the rank is lost.
+    pub lost_after_ms: u64,
 }
 
 impl Behaviour {
@@ -71,6 +77,7 @@ impl Behaviour {
     pub fn plain(run_ms_max: u64) -> Self {
         Self {
             hangs: false,
+            run_ms_min: 1,
             run_ms_max,
             failure_permille: 0,
             deaf_percent: 0,
@@ -81,6 +88,7 @@ impl Behaviour {
             stop_after_ms: None,
             retries: 0,
             policy: Policy::Continue,
+            lost_after_ms: LOST_AFTER_MS,
         }
     }
 
@@ -169,6 +177,7 @@ fn draw_task(options: &Options, capacities: &[Capacity], random: &mut Random) ->
         code: BlobId::of(&code),
         behaviour: Behaviour {
             hangs,
+            run_ms_min: 1,
             run_ms_max: random.between(200, options.run_ms_max.max(200)),
             failure_permille: options.exit_failure_permille,
             deaf_percent: options.deaf_percent,
@@ -179,7 +188,9 @@ fn draw_task(options: &Options, capacities: &[Capacity], random: &mut Random) ->
             stop_after_ms: stopped.then(|| random.between(0, 90_000)),
             retries: 0,
             policy: Policy::Continue,
+            lost_after_ms: LOST_AFTER_MS,
         },
+        keepers: Vec::new(),
         spec: None,
         job: None,
         tries: 0,

@@ -84,6 +84,8 @@ pub struct World {
     touched: BTreeSet<usize>,
     checkers: Vec<Box<dyn Checker>>,
     interceptor: Option<Interceptor>,
+    /// The message that the last event brought to a daemon, if it was one.
+    pub delivered: Option<Delivery>,
     /// What waits for a machine that stands still.
     waiting: BTreeMap<usize, VecDeque<Occurrence>>,
     survey_ms: u64,
@@ -91,6 +93,19 @@ pub struct World {
     clones: BTreeMap<usize, usize>,
     /// What was done to the machines, for checkers that ask what might explain a loss.
     pub(crate) troubles: Troubles,
+}
+
+/// A direct message that reached a daemon.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Delivery {
+    /// The sending machine.
+    pub from: usize,
+    /// The receiving machine.
+    pub to: usize,
+    /// As [`Message::name`] calls it.
+    pub name: &'static str,
+    /// The job it is about, if it is about one.
+    pub job: Option<JobId>,
 }
 
 /// How often what happened in a run: a search in which nothing happened proves nothing.
@@ -313,6 +328,7 @@ impl World {
             happenings: Vec::new(),
             touched: BTreeSet::new(),
             interceptor: None,
+            delivered: None,
             waiting: BTreeMap::new(),
             survey_ms: 0,
             clones: BTreeMap::new(),
@@ -354,6 +370,7 @@ impl World {
         assert!(self.events_at_once < EVENTS_AT_ONCE_MAX, "time stands still at {at_ms} ms");
         self.now_ms = at_ms;
         self.counts.events += 1;
+        self.delivered = None;
         self.carry_out(occurrence);
         self.check()?;
         Ok(true)
@@ -532,13 +549,15 @@ impl World {
             return;
         }
         self.mix("deliver", to, &[&(from as u64).to_le_bytes(), message.name().as_bytes()]);
+        let job = job_of(&message);
         if self.trace.keeps_lines() {
             let names = (self.machines[from].name(), self.machines[to].name());
-            self.trace.say(self.now_ms, job_of(&message), || {
+            self.trace.say(self.now_ms, job, || {
                 format!("{} → {}: {}", names.0, names.1, describe(&message))
             });
         }
         self.note_grant(to, &message);
+        self.delivered = Some(Delivery { from, to, name: message.name(), job });
         let sender = self.machines[from].peer;
         // Mostly there is only this copy.
         let message = Arc::unwrap_or_clone(message);

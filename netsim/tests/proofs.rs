@@ -62,7 +62,7 @@ fn prove(rule: Rule, checker: &str, options: impl Fn(u64) -> Options) {
         let report = run(Options { removed_rule: Some(rule), ..options(seed) }, false).unwrap();
         match report.ending {
             Ending::Violation(violation) => Some((seed, violation)),
-            Ending::Fine | Ending::Stuck(_) => None,
+            Ending::Fine | Ending::Stuck(_) | Ending::Crashed(_) => None,
         }
     });
     let (seed, Violation { rule: noticed_by, text, .. }) =

@@ -15,6 +15,9 @@ use crate::{
 /// How long a daemon may stand still before others take it for gone.
 const STILL_NOTICED_MS: u64 = 20_000;
 
+/// How long what has no end counts as trouble.
+const NO_END_MS: u64 = 1 << 40;
+
 /// What was done to machines and links lately: what may explain that a lease ran out.
 #[derive(Debug, Default)]
 pub(crate) struct Troubles {
@@ -178,9 +181,7 @@ impl World {
             // Nothing goes on there, not even dying.
             return;
         }
-        if let Some(down_ms) = down_ms {
-            self.trouble(&[at], down_ms, false);
-        }
+        self.trouble(&[at], down_ms.unwrap_or(NO_END_MS), false);
         self.forget_still(at);
         let machine = &mut self.machines[at];
         let was_up = machine.daemon.take().is_some();

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use p2pit_protocol::{
     BlobId, JobId, UserId,
     identity::{Domain, SignedBytes},
-    job::{Command, Grace, JobSpec, LOST_AFTER_MS, Source, State, VerifiedSpec},
+    job::{Command, Grace, JobSpec, Source, State, VerifiedSpec},
     message::{Command as UserCommand, Reply},
     peer::SubmitError,
     record::Keeper,
@@ -31,6 +31,7 @@ impl World {
             request,
             code: BlobId::of(b"code"),
             behaviour,
+            keepers: Vec::new(),
             spec: None,
             job: None,
             tries: 0,
@@ -64,6 +65,9 @@ impl World {
         let proposed = machine.daemon.as_ref().filter(|_| machine.is_awake());
         let (nonce, pool): ([u8; 16], _) = (self.people.bytes(), self.pool.id);
         let keepers = proposed.map(|peer| peer.propose_keepers(&nonce)).unwrap_or_default();
+        let named = self.workload.tasks[task].keepers.iter().map(|at| &self.machines[*at]);
+        let named: Vec<Keeper> = named.map(|named| (named.peer, named.member.store)).collect();
+        let keepers = if named.is_empty() { keepers } else { named };
         let wanted = &mut self.workload.tasks[task];
         if keepers.is_empty() {
             return false;
@@ -86,7 +90,7 @@ impl World {
             grace: Grace(wanted.behaviour.grace_ms),
             retries: wanted.behaviour.retries,
             policy: wanted.behaviour.policy,
-            lost_after_ms: LOST_AFTER_MS,
+            lost_after_ms: wanted.behaviour.lost_after_ms,
             nonce,
             submitted_at_ms: now.wall_ms,
             keepers,

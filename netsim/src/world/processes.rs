@@ -77,7 +77,7 @@ impl World {
             (true, 0) => Ending::Signaled { signal: 11 },
             (true, _) => Ending::Exited { code: 3 },
         };
-        let run_ms = self.executors.between(1, behaviour.run_ms_max.max(1));
+        let run_ms = self.executors.between(behaviour.run_ms_min, behaviour.run_ms_max.max(1));
         let plan = Plan {
             run_ms: (!behaviour.hangs || fails).then_some(run_ms),
             exit,
