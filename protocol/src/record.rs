@@ -265,6 +265,12 @@ impl Registers {
         self.records.get(&job).map(|register| register.acceptor.spec())
     }
 
+    /// What leads from the spec's keepers to those of now, of a record that is or was kept here.
+    #[must_use]
+    pub fn links(&self, job: JobId) -> Option<&[Link]> {
+        self.records.get(&job).map(|register| register.acceptor.links())
+    }
+
     /// How many records are or were kept here.
     #[must_use]
     pub fn len(&self) -> usize {

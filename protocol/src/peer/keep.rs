@@ -57,7 +57,7 @@ impl Peer {
         certificate.verify(spec, self.may_recover(spec.spec.owner)).map_err(|e| e.to_string())
     }
 
-    fn check_links(&self, links: &[Link], spec: &VerifiedSpec) -> Result<Vec<Keeper>, String> {
+    pub(super) fn check_links(&self, links: &[Link], spec: &VerifiedSpec) -> Result<Vec<Keeper>, String> {
         follow(spec, links, self.may_recover(spec.spec.owner)).map_err(|e| e.to_string())
     }
 
@@ -76,6 +76,7 @@ impl Peer {
             }
             Message::NotInit { job, epoch } => self.registers.handle_not_init(from, job, epoch),
             Message::Moved { job, links } => {
+                self.submission_moved(job, &links);
                 let Some(spec) = self.registers.spec(job).map(Arc::clone) else { return };
                 match self.check_links(&links, &spec) {
                     Ok(keepers) => self.registers.handle_moved(job, links, keepers, now),
