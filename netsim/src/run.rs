@@ -185,7 +185,7 @@ impl fmt::Display for Counts {
             lease_ends,
             reboots,
             wipes,
-            refused_stores,
+            stores_refused,
             full_disks,
             pauses,
             suspends,
@@ -200,7 +200,8 @@ impl fmt::Display for Counts {
             "{jobs} jobs, {processes} processes, {assigns} assignments, {unassigns} withdrawn, \
              {wounds} wounds, {takeovers} takeovers, {seals} seals, {silences} stewards silenced \
              and {lease_ends} processes ended by their lease, {crashes} crashes ({write_crashes} \
-             while writing), {reboots} reboots ({wipes} with an empty disk), {refused_stores} stores refused, {full_disks} full \
+             while writing), {reboots} reboots ({wipes} with an empty disk), {stores_refused} \
+             stores given up, {full_disks} full \
              disks, {pauses} pauses, {suspends} suspends, {cuts} cuts, {wall_steps} steps of wall \
              clocks, {restarts} restarts, {messages} messages, {lost} lost, {duplicates} \
              duplicated, {events} events"
@@ -226,7 +227,7 @@ impl Counts {
         self.lease_ends += other.lease_ends;
         self.reboots += other.reboots;
         self.wipes += other.wipes;
-        self.refused_stores += other.refused_stores;
+        self.stores_refused += other.stores_refused;
         self.full_disks += other.full_disks;
         self.pauses += other.pauses;
         self.suspends += other.suspends;

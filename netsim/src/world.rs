@@ -141,8 +141,8 @@ pub struct Counts {
     pub reboots: u64,
     /// Of those, with everything on their disk.
     pub wipes: u64,
-    /// Stores that their daemons gave up, because another life of them was heard of.
-    pub refused_stores: u64,
+    /// Stores that daemons gave up, since others knew of another life of them.
+    pub stores_refused: u64,
     /// Daemons that stopped because nothing could be written.
     pub full_disks: u64,
     /// Daemons that stood still.
@@ -212,7 +212,6 @@ enum Occurrence {
     Gathered { at: usize, start: u64, id: WorkId },
     Crash { at: usize, down: Down, down_ms: u64 },
     Start { at: usize },
-    Refuse { at: usize },
     Wipe { at: usize, down_ms: u64 },
     Still { at: usize, still: Still, for_ms: u64 },
     Wake { at: usize },
@@ -262,7 +261,6 @@ impl Occurrence {
             | Self::Start { at } => Some((*at, Whose::Machine)),
             Self::Crash { .. }
             | Self::Wipe { .. }
-            | Self::Refuse { .. }
             | Self::Still { .. }
             | Self::Wake { .. }
             | Self::Fill { .. }
@@ -517,7 +515,6 @@ impl World {
                 directions.iter().for_each(|(from, to)| self.network.slow(*from, *to, 0));
             }
             Occurrence::Start { at } => self.start(at),
-            Occurrence::Refuse { at } => self.crash_and_wipe(at, 1_000),
             Occurrence::Cut { directions, for_ms } => self.cut(directions, for_ms),
             Occurrence::Mend { directions } => self.mend(&directions),
             Occurrence::Foreign { at, gpu, for_ms } => self.foreign(at, gpu, for_ms),
@@ -615,7 +612,7 @@ impl World {
         }
         self.arm(at);
         self.note_acting(at);
-        true
+        self.is_up(at)
     }
 
     fn make_durable(&mut self, at: usize, write: Write) {
@@ -697,12 +694,7 @@ impl World {
                 self.trace.say(now_ms, Some(job), || format!("{name} gave its hold to {by:?}"));
                 self.happenings.push(Happening::Wounded { job, by, pinned });
             }
-            Event::StoreRefused { reason } => {
-                let (now_ms, name) = (self.now_ms, self.machines[at].name());
-                self.trace.say(now_ms, None, || format!("{name} refuses its store: {reason}"));
-                self.counts.refused_stores += 1;
-                self.after(0, Occurrence::Refuse { at });
-            }
+            Event::StoreRefused { reason } => self.refuse_store(at, &reason),
             Event::RecordChanged { .. } | Event::RosterChanged | Event::BoardChanged { .. } => {}
         }
     }

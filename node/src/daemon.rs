@@ -5,6 +5,7 @@
 //! and asks them, `join` founds and joins pools, and `crate::api` serves this
 //! machine's users. They share `Shared` and speak to the core through closures.
 
+mod anew;
 pub(crate) mod bundle;
 mod clock;
 mod core;
@@ -55,7 +56,7 @@ use crate::{
     executor::{Executor, Isolation, SupervisorCommand},
     gpu::{GpuLock, GpuLocks, GpuMonitor, GpuReading, GpuSource, Health, foreign_use},
     home::{Home, KeyKind, Ports, load_or_create_key},
-    journal::{Journal, JournalHandle},
+    journal::{Entries, JournalHandle},
     network::{Network, NetworkConfig},
     store::{PeerEntry, Store},
     transfer::{
@@ -167,7 +168,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
     if std::env::var_os("SSLKEYLOGFILE").is_some() {
         anyhow::bail!("SSLKEYLOGFILE is set: unset it, or the pool's traffic could be read");
     }
-    let (journal, recovered) = Journal::open(&home.journal())?;
+    let (journal, mut recovered) = anew::open_journal(&home)?;
     for note in &recovered.notes {
         warn!(note, "journal");
     }
@@ -238,7 +239,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         unlocked_gpus: Mutex::new(unlocked),
     });
     let mut core = tokio::spawn(core::run(Arc::clone(&shared), journal, received));
-    resume(&shared, &recovered.entries).await?;
+    resume(&shared, std::mem::take(&mut recovered.entries)).await?;
     tokio::spawn(serve::accept(Arc::clone(&shared)));
     tokio::spawn(reach::tend(Arc::clone(&shared)));
     watch_gpus(&shared, source)?;
@@ -276,16 +277,23 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
 }
 
 /// Build the peer from the journal, if the node is in a pool.
-async fn resume(shared: &Arc<Shared>, entries: &BTreeMap<Vec<u8>, Vec<u8>>) -> anyhow::Result<()> {
-    let Some(genesis) = entries.get(&Slot::Genesis.to_bytes()) else { return Ok(()) };
+async fn resume(shared: &Arc<Shared>, entries: Entries) -> anyhow::Result<()> {
+    let Some(genesis) = entries.get(&Slot::Genesis.to_bytes()) else {
+        // Whatever runs here was started under a journal that is gone.
+        for (id, running, _) in shared.work.adopt(shared).await? {
+            shared.work.dismiss(shared, id, running);
+        }
+        return Ok(());
+    };
     let now = clock::now();
     let mut peer = shared.new_peer(genesis.clone())?;
     let unreadable = |reason: String| {
         anyhow::anyhow!("the journal holds what this version cannot read: {reason}")
     };
-    for (key, value) in entries {
+    for (key, value) in &entries {
         peer.restore(key, value, now).map_err(unreadable)?;
     }
+    drop(entries);
     peer.restored().map_err(unreadable)?;
     for (_, kept) in peer.records().map(|(job, kept)| (*job, kept.clone())).collect::<Vec<_>>() {
         for tree in kept.spec.inputs().filter(|tree| shared.store.has(tree)) {

@@ -6,21 +6,40 @@
 //! - A torn tail is cut and noted. Damage before the last durable group is
 //!   [`OpenError::Damaged`]: what this node once promised is not known any more, so
 //!   its store id must never be used again; [`Journal::reset_as_new_store`] starts
-//!   over under a new one.
+//!   over under a new one, with what the caller finds to prove itself in the rest.
 //! - An error of `fsync` poisons the journal: the kernel may have dropped the pages
-//!   it could not write, so nothing later can be trusted and the caller shuts down.
-//!   A write that failed before it (a full disk) is taken back and may be retried.
+//!   it could not write, so nothing later can be trusted and the caller shuts down. The
+//!   kernel also shows those pages to the next opening as if they were on the disk; so
+//!   each opening writes the last group again before anything relies on it.
+//! - A write that failed before its fsync (a full disk) is taken back and may be
+//!   retried. Where not even that is possible (the file system went read-only), the
+//!   journal is poisoned.
 //! - Files are `log.<generation>`. A log that has grown is replaced by a snapshot of
-//!   the live entries: written as `log.new`, made durable, renamed to the next
-//!   generation, the directory made durable, and only then appended to. So the highest
-//!   generation is always the whole truth, whatever step a crash interrupts.
+//!   the live entries: written as `log.new` step by step between commits, made durable,
+//!   renamed to the next generation, the directory made durable, and only then appended
+//!   to. So the highest generation is always the whole truth, whatever step a crash
+//!   interrupts. A snapshot that finds no room is given up and begun again later.
+//! - Size: a log has at most 3 times the live bytes (keys and values, at the largest they
+//!   had since the last snapshot was begun) and 64 MiB, as long as snapshots find room;
+//!   while one is written, all files together at most 5 times and 96 MiB. Memory holds
+//!   keys, not values: where a value is, is remembered, and a snapshot reads it back.
+//!
+//! What the journal cannot see: that a whole home was put back from an older copy. It then
+//! opens as it once was, with a boot counter that others have seen already. So the boot
+//! counter ([`Recovered::boot_counter`]) is advertised; who remembers a higher one of the
+//! same store id, or the same one under another boot id, knows that promises were lost.
 
+#[cfg(test)]
+mod crashes;
 mod disk;
 #[cfg(test)]
 mod faulty;
 mod frame;
 mod handle;
 mod recover;
+mod snapshot;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::BTreeMap,
@@ -33,8 +52,9 @@ use thiserror::Error;
 
 use self::{
     disk::{Disk, LockedDirectory, LogFile},
-    frame::{Encoder, FIRST_SEQ, Header},
-    recover::{Damage, Scan},
+    frame::{Encoder, Header},
+    recover::{Damage, Scan, ScanError},
+    snapshot::{CopyError, Copying},
 };
 
 pub use self::handle::{JournalHandle, JournalThread};
@@ -46,13 +66,19 @@ pub struct Write {
     pub value: Option<Vec<u8>>,
 }
 
+/// Values by key.
+pub type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
+
 /// What a journal held when it was opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recovered {
-    pub entries: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub entries: Entries,
     /// Which store this is; made with the journal, never reused.
     pub store_id: StoreId,
-    /// How often the journal has been opened, this time included.
+    /// How often the journal has been opened, this time included. Durable before the
+    /// opening returns, and never the same twice for one store id, unless an older copy
+    /// of the whole directory is put back: which only those can notice who saw a higher
+    /// one, or this one with another boot id.
     pub boot_counter: u64,
     /// What a user may want to know about the opening, such as a tail that was cut.
     pub notes: Vec<String>,
@@ -90,66 +116,125 @@ pub struct Journal {
     disk: Box<dyn Disk>,
     file: Box<dyn LogFile>,
     header: Header,
-    entries: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// What `entries` take on disk without frame heads.
+    limits: Limits,
+    /// Where the live values are in `file`.
+    index: BTreeMap<Vec<u8>, Place>,
+    /// What the live entries take on disk without frame heads.
     live_bytes: u64,
     boot_counter: u64,
     /// Everything before this offset is durable.
     good_bytes: u64,
     next_seq: u64,
-    /// The file length from which a snapshot is worth its writing.
-    snapshot_at_bytes: u64,
+    /// After a failed snapshot: the file length from which the next is tried.
+    snapshot_not_before_bytes: u64,
+    /// The snapshot on its way.
+    copying: Option<Copying>,
     poisoned: Option<String>,
+}
+
+/// Where a value is in a log file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    offset: u64,
+    bytes: usize,
+    /// CRC32C of the value: what is copied into a snapshot must be what was written.
+    crc: u32,
+}
+
+/// When and how snapshots are taken.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// A log is rewritten when it is larger than this and than [`SNAPSHOT_LIVE_FACTOR`]
+    /// times its live entries.
+    min_bytes: u64,
+    /// How much a log grows before a failed snapshot is tried again.
+    retry_bytes: u64,
+    /// Copied at once, while commits wait.
+    step_bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { min_bytes: 4 << 20, retry_bytes: 1 << 20, step_bytes: 1 << 20 }
+    }
 }
 
 impl Journal {
     /// Opens or creates the journal in `directory` and counts the boot.
     pub fn open(directory: &Path) -> Result<(Self, Recovered), OpenError> {
-        Self::open_on(Box::new(LockedDirectory::open(directory)?))
+        Self::open_on(Box::new(LockedDirectory::open(directory)?), Limits::default())
     }
 
-    /// Gives up what the journal in `directory` holds and begins a new store. The old
-    /// files stay beside it as `damaged.<n>`, for whoever wants to look.
-    pub fn reset_as_new_store(directory: &Path) -> Result<(Self, Recovered), OpenError> {
-        let mut disk = LockedDirectory::open(directory)?;
-        set_logs_aside(&mut disk)
-            .map_err(|source| OpenError::Io { path: directory.to_owned(), source })?;
-        Self::open_on(Box::new(disk))
+    /// Gives up what the journal in `directory` promised and begins a new store, under a
+    /// new id. `keep` gets what can still be read of the old one, some of it outdated, and
+    /// returns the entries that hold whatever was lost: the new store begins with these.
+    ///
+    /// The old files stay beside it as `damaged.<n>`, for whoever wants to look; a note
+    /// says where. A crash on the way leaves either the damaged journal or the new one.
+    pub fn reset_as_new_store(
+        directory: &Path,
+        keep: impl FnOnce(Entries) -> Entries,
+    ) -> Result<(Self, Recovered), OpenError> {
+        let disk = Box::new(LockedDirectory::open(directory)?);
+        Self::reset_on(disk, Limits::default(), keep)
     }
 
-    fn open_on(mut disk: Box<dyn Disk>) -> Result<(Self, Recovered), OpenError> {
+    fn reset_on(
+        mut disk: Box<dyn Disk>,
+        limits: Limits,
+        keep: impl FnOnce(Entries) -> Entries,
+    ) -> Result<(Self, Recovered), OpenError> {
+        let reset = (|| {
+            let names = disk.list()?;
+            let newest = names.iter().filter_map(|name| generation(name)).max();
+            let kept = match newest {
+                Some(newest) => keep(recover::salvage(&*disk.open(&log_name(newest))?)?),
+                None => Entries::new(),
+            };
+            found_store(&mut *disk, newest.unwrap_or(0) + 1, &kept)
+        })();
+        reset.map_err(|source| OpenError::Io { path: disk.path(""), source })?;
+        // Sets the old files aside, as does whoever opens it after a crash here.
+        Self::open_on(disk, limits)
+    }
+
+    fn open_on(mut disk: Box<dyn Disk>, limits: Limits) -> Result<(Self, Recovered), OpenError> {
         let failed = |disk: &dyn Disk, name: &str| {
             let path = disk.path(name);
             move |source| OpenError::Io { path, source }
         };
-        let names = disk.list().map_err(failed(&*disk, ""))?;
+        let mut names = disk.list().map_err(failed(&*disk, ""))?;
+        if !names.iter().any(|name| generation(name).is_some()) {
+            let name = log_name(FIRST_GENERATION);
+            found_store(&mut *disk, FIRST_GENERATION, &Entries::new())
+                .map_err(failed(&*disk, &name))?;
+            names = vec![name];
+        }
         let newest = names.iter().filter_map(|name| generation(name)).max();
+        let name = log_name(newest.unwrap_or(FIRST_GENERATION));
         let mut notes = Vec::new();
-        let mut journal = match newest {
-            None => Self::create(disk)?,
-            Some(generation) => {
-                let name = log_name(generation);
-                let bytes = disk.read(&name).map_err(failed(&*disk, &name))?;
-                let scan = recover::scan(&bytes).map_err(|e| damaged(&*disk, &name, &bytes, e))?;
-                let mut file = disk.open(&name).map_err(failed(&*disk, &name))?;
-                let torn_bytes = bytes.len() - scan.good_bytes;
-                if torn_bytes > 0 {
-                    cut(&mut *file, scan.good_bytes).map_err(failed(&*disk, &name))?;
-                    notes.push(format!(
-                        "cut {torn_bytes} bytes that a crash left unfinished at the end of {}",
-                        disk.path(&name).display()
-                    ));
-                }
-                Self::from_scan(disk, file, scan)
-            }
-        };
-        let name = log_name(journal.header.generation);
+        let mut file = disk.open(&name).map_err(failed(&*disk, &name))?;
+        let mut scan = recover::scan(&*file).map_err(|e| refused(&*disk, &name, &*file, e))?;
+        let torn_bytes = scan.bytes - scan.good_bytes;
+        settle(&mut *file, &scan).map_err(failed(&*disk, &name))?;
+        // Else a power cut after a kill between renaming and this would bring back the log
+        // before, without what was appended to this one.
+        disk.sync_dir().map_err(failed(&*disk, ""))?;
+        if torn_bytes > 0 {
+            notes.push(format!(
+                "cut {torn_bytes} bytes that a crash left unfinished at the end of {}",
+                disk.path(&name).display()
+            ));
+        }
+        let entries = std::mem::take(&mut scan.entries);
+        let mut journal = Self::from_scan(disk, file, limits, scan);
         journal.count_boot().map_err(failed(&*journal.disk, &name))?;
         for name in outdated(&names, newest) {
-            journal.disk.remove(name).map_err(failed(&*journal.disk, name))?;
+            let cleared = clear_away(&mut *journal.disk, name, journal.header.store_id);
+            notes.extend(cleared.map_err(failed(&*journal.disk, name))?);
         }
         let recovered = Recovered {
-            entries: journal.entries.clone(),
+            entries,
             store_id: journal.header.store_id,
             boot_counter: journal.boot_counter,
             notes,
@@ -157,39 +242,20 @@ impl Journal {
         Ok((journal, recovered))
     }
 
-    fn create(mut disk: Box<dyn Disk>) -> Result<Self, OpenError> {
-        let name = log_name(FIRST_GENERATION);
-        let mut store_id = [0; 16];
-        let created = getrandom::fill(&mut store_id).map_err(io::Error::other).and_then(|()| {
-            let mut header = Header {
-                store_id: StoreId(store_id),
-                generation: FIRST_GENERATION,
-                boot_counter: 0,
-                snapshot_frames: 0,
-            };
-            let (file, bytes) = begin_log(&mut *disk, &mut header, &BTreeMap::new())?;
-            name_log(&mut *disk, header.generation)?;
-            Ok((file, header, bytes))
-        });
-        let (file, header, good_bytes) =
-            created.map_err(|source| OpenError::Io { path: disk.path(&name), source })?;
-        let entries = BTreeMap::new();
-        let scan = Scan { header, entries, boot_counter: 0, good_bytes, next_seq: FIRST_SEQ };
-        Ok(Self::from_scan(disk, file, scan))
-    }
-
-    fn from_scan(disk: Box<dyn Disk>, file: Box<dyn LogFile>, scan: Scan) -> Self {
-        let live_bytes = scan.entries.iter().map(|(key, value)| entry_bytes(key, value)).sum();
+    fn from_scan(disk: Box<dyn Disk>, file: Box<dyn LogFile>, limits: Limits, scan: Scan) -> Self {
+        let live_bytes = scan.index.iter().map(|(key, place)| place.live_bytes(key)).sum();
         Self {
             disk,
             file,
             header: scan.header,
-            entries: scan.entries,
+            limits,
+            index: scan.index,
             live_bytes,
             boot_counter: scan.boot_counter,
-            good_bytes: scan.good_bytes as u64,
+            good_bytes: scan.good_bytes,
             next_seq: scan.next_seq,
-            snapshot_at_bytes: snapshot_at(live_bytes),
+            snapshot_not_before_bytes: 0,
+            copying: None,
             poisoned: None,
         }
     }
@@ -218,6 +284,7 @@ impl Journal {
             return Err(io::Error::other(Poisoned(cause.clone())));
         }
         let mut encoder = Encoder::new(&self.header, self.next_seq);
+        let mut places = Vec::new();
         for batch in batches.iter().filter(|batch| !batch.is_empty()) {
             if !frame::writes_fit(batch) {
                 return Err(io::Error::new(
@@ -225,76 +292,153 @@ impl Journal {
                     format!("a batch may have at most {} bytes", frame::PAYLOAD_BYTES_MAX),
                 ));
             }
-            encoder.writes(batch.iter().map(|w| (w.key.as_slice(), w.value.as_deref())));
+            let upserts = batch.iter().map(|w| (w.key.as_slice(), w.value.as_deref()));
+            places.extend(encoder.writes(upserts));
         }
         let (bytes, next_seq) = (std::mem::take(&mut encoder.bytes), encoder.next_seq());
         if bytes.is_empty() {
             return Ok(());
         }
+        let start = self.good_bytes;
         self.make_durable(&bytes, next_seq)?;
-        batches.iter().flat_map(|batch| batch.iter()).for_each(|write| self.apply(write));
-        self.snapshot_if_grown();
+        for (write, at) in batches.iter().flat_map(|batch| batch.iter()).zip(places) {
+            self.apply(write, start + at as u64);
+        }
+        self.advance_snapshot(bytes.len() as u64);
         Ok(())
     }
 
     fn make_durable(&mut self, bytes: &[u8], next_seq: u64) -> io::Result<()> {
-        if let Err(error) = self.file.write_at(self.good_bytes, bytes) {
-            return match self.file.set_len(self.good_bytes) {
-                Ok(()) => Err(error),
-                Err(e) => Err(self.poison(error.kind(), format!("{error}; not taken back: {e}"))),
-            };
+        let mut written = self.write_or_take_back(bytes);
+        // What a snapshot on its way takes of the disk may be what is lacking.
+        if let Err(error) = &written
+            && is_full(error)
+            && self.poisoned.is_none()
+            && self.give_up_snapshot(error)
+        {
+            written = self.write_or_take_back(bytes);
         }
+        written?;
         self.file.sync().map_err(|e| self.poison(e.kind(), format!("fsync failed: {e}")))?;
         self.good_bytes += bytes.len() as u64;
         self.next_seq = next_seq;
         Ok(())
     }
 
-    fn apply(&mut self, write: &Write) {
-        let before = match &write.value {
-            Some(value) => {
-                self.live_bytes += entry_bytes(&write.key, value);
-                self.entries.insert(write.key.clone(), value.clone())
-            }
-            None => self.entries.remove(&write.key),
-        };
-        self.live_bytes -= before.map_or(0, |value| entry_bytes(&write.key, &value));
+    fn write_or_take_back(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let Err(error) = self.file.write_at(self.good_bytes, bytes) else { return Ok(()) };
+        match self.file.set_len(self.good_bytes) {
+            Ok(()) => Err(error),
+            Err(e) => Err(self.poison(error.kind(), format!("{error}; not taken back: {e}"))),
+        }
     }
 
-    /// The batch that led here is durable already: a snapshot that cannot be written
-    /// is put off, one that may or may not have taken effect poisons the journal.
-    fn snapshot_if_grown(&mut self) {
-        if self.good_bytes <= self.snapshot_at_bytes {
+    /// `offset` is that of the value, if there is one.
+    fn apply(&mut self, write: &Write, offset: u64) {
+        let before = match &write.value {
+            Some(value) => {
+                let place = Place::of(offset, value);
+                self.live_bytes += place.live_bytes(&write.key);
+                self.index.insert(write.key.clone(), place)
+            }
+            None => self.index.remove(&write.key),
+        };
+        self.live_bytes -= before.map_or(0, |place| place.live_bytes(&write.key));
+        if let Some(copying) = &mut self.copying {
+            copying.note(&write.key);
+        }
+    }
+
+    /// Whether [`Self::advance_snapshot`] has something to do.
+    fn is_snapshot_due(&self) -> bool {
+        let from_bytes =
+            self.limits.snapshot_at(self.live_bytes).max(self.snapshot_not_before_bytes);
+        let is_due = self.copying.is_some() || self.good_bytes > from_bytes;
+        is_due && self.poisoned.is_none()
+    }
+
+    /// Takes a step of a snapshot that is due, larger where `written_bytes` were committed
+    /// since the last one.
+    ///
+    /// Whatever led here is durable already: a snapshot that cannot be written is put off,
+    /// one that may or may not have taken effect poisons the journal.
+    fn advance_snapshot(&mut self, written_bytes: u64) {
+        if !self.is_snapshot_due() {
             return;
         }
-        let old_generation = self.header.generation;
-        let mut header = Header {
-            generation: old_generation + 1,
-            boot_counter: self.boot_counter,
-            ..self.header
-        };
-        let (file, bytes) = match begin_log(&mut *self.disk, &mut header, &self.entries) {
-            Ok(begun) => begun,
-            Err(error) => {
-                tracing::warn!(%error, "the journal's snapshot failed; it will be tried again");
-                self.snapshot_at_bytes = self.good_bytes + SNAPSHOT_RETRY_BYTES;
-                return;
+        let mut copying = match self.copying.take() {
+            Some(copying) => copying,
+            None => {
+                let header = Header {
+                    generation: self.header.generation + 1,
+                    boot_counter: self.boot_counter,
+                    ..self.header
+                };
+                match Copying::begin(&mut *self.disk, header) {
+                    Ok(begun) => begun,
+                    Err(error) => return self.put_off_snapshot(&error),
+                }
             }
         };
-        if let Err(error) = name_log(&mut *self.disk, header.generation) {
-            // Ends with the next append: this one's batch is durable in either file.
-            let poisoned = self.poison(error.kind(), format!("renaming a snapshot: {error}"));
-            tracing::error!(error = %poisoned, "the journal cannot be used any more");
-            return;
+        let budget_bytes = self.limits.step_bytes.max(2 * written_bytes);
+        match copying.step(&*self.file, &self.index, budget_bytes) {
+            Ok(true) => self.take_effect(copying),
+            Ok(false) => self.copying = Some(copying),
+            Err(CopyError::Given(error)) => self.put_off_snapshot(&error),
+            Err(CopyError::Rotten(offset)) => {
+                let path = self.disk.path(&log_name(self.header.generation));
+                let cause = format!("{} is damaged at byte {offset}", path.display());
+                let poisoned = self.poison(io::ErrorKind::InvalidData, cause);
+                tracing::error!(error = %poisoned, "the journal cannot be used any more");
+            }
         }
-        self.file = file;
-        self.header = header;
-        self.good_bytes = bytes as u64;
-        self.next_seq = FIRST_SEQ + header.snapshot_frames;
-        self.snapshot_at_bytes = snapshot_at(self.live_bytes);
+    }
+
+    /// From here on the copy is the log that counts.
+    fn take_effect(&mut self, mut copying: Copying) {
+        if let Err(error) = copying.finish() {
+            return self.put_off_snapshot(&error);
+        }
+        let old_generation = self.header.generation;
+        match name_log(&mut *self.disk, copying.header.generation) {
+            Ok(()) => {}
+            Err(NameError::NotNamed(error)) => return self.put_off_snapshot(&error),
+            Err(NameError::InDoubt(error)) => {
+                // Ends with the next append: what is durable is so in either file.
+                let poisoned = self.poison(error.kind(), format!("renaming a snapshot: {error}"));
+                tracing::error!(error = %poisoned, "the journal cannot be used any more");
+                return;
+            }
+        }
+        self.file = copying.file;
+        self.header = copying.header;
+        self.index = copying.index;
+        self.good_bytes = copying.bytes;
+        self.next_seq = copying.next_seq;
+        self.snapshot_not_before_bytes = 0;
         // A leftover is removed at the next opening.
         if let Err(error) = self.disk.remove(&log_name(old_generation)) {
             tracing::warn!(%error, "the journal's previous file was not removed");
+        }
+    }
+
+    /// Gives back the room that an unfinished snapshot takes; whether there was one.
+    fn give_up_snapshot(&mut self, cause: &io::Error) -> bool {
+        let was_on_its_way = self.copying.take().is_some();
+        if was_on_its_way {
+            self.put_off_snapshot(cause);
+        }
+        was_on_its_way
+    }
+
+    fn put_off_snapshot(&mut self, error: &io::Error) {
+        tracing::warn!(%error, "the journal's snapshot failed; it will be tried again");
+        self.snapshot_not_before_bytes = self.good_bytes + self.limits.retry_bytes;
+        match self.disk.remove(NEW_LOG) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%error, "the journal's unfinished snapshot was not removed");
+            }
+            _ => {}
         }
     }
 
@@ -313,61 +457,104 @@ pub fn is_poisoned(error: &io::Error) -> bool {
 #[error("the journal is unusable until the daemon restarts ({0})")]
 struct Poisoned(String);
 
-/// A log is rewritten when it is both larger than this and than
-/// [`SNAPSHOT_LIVE_FACTOR`] times its live entries: then at least three quarters of
-/// what is read at the next start would be outdated, and rewriting costs at most a
-/// third of what has been written since.
-const SNAPSHOT_BYTES_MIN: u64 = 4 << 20;
-const SNAPSHOT_LIVE_FACTOR: u64 = 4;
-
-/// How much a log grows before a failed snapshot is tried again.
-const SNAPSHOT_RETRY_BYTES: u64 = 1 << 20;
+/// A log this many times as large as its live entries is rewritten: then at least half of
+/// what is read at the next start would be outdated, and rewriting costs at most as much as
+/// has been written since.
+const SNAPSHOT_LIVE_FACTOR: u64 = 2;
 
 const FIRST_GENERATION: u64 = 1;
 const LOG_PREFIX: &str = "log.";
 const NEW_LOG: &str = "log.new";
+const SET_ASIDE_PREFIX: &str = "damaged.";
 
-fn snapshot_at(live_bytes: u64) -> u64 {
-    SNAPSHOT_BYTES_MIN.max(live_bytes * SNAPSHOT_LIVE_FACTOR)
+impl Limits {
+    fn snapshot_at(&self, live_bytes: u64) -> u64 {
+        self.min_bytes.max(live_bytes * SNAPSHOT_LIVE_FACTOR)
+    }
 }
 
-fn entry_bytes(key: &[u8], value: &[u8]) -> u64 {
-    frame::write_bytes(key, Some(value)) as u64
+impl Place {
+    fn live_bytes(&self, key: &[u8]) -> u64 {
+        (frame::write_bytes(key, None) + self.bytes) as u64
+    }
 }
 
-/// A log of `entries` under its temporary name, durable; and its length.
-fn begin_log(
-    disk: &mut dyn Disk,
-    header: &mut Header,
-    entries: &BTreeMap<Vec<u8>, Vec<u8>>,
-) -> io::Result<(Box<dyn LogFile>, usize)> {
-    let bytes = frame::snapshot(header, entries);
-    let mut file = disk.create(NEW_LOG)?;
-    file.write_at(0, &bytes)?;
-    file.sync()?;
-    Ok((file, bytes.len()))
+/// Begins a store of a new id, as a log of this generation with these entries.
+fn found_store(disk: &mut dyn Disk, generation: u64, entries: &Entries) -> io::Result<()> {
+    let mut store_id = [0; 16];
+    getrandom::fill(&mut store_id).map_err(io::Error::other)?;
+    let store_id = StoreId(store_id);
+    let header = Header { store_id, generation, boot_counter: 0, snapshot_frames: 0 };
+    let mut copying = Copying::begin(disk, header)?;
+    copying.put_all(entries)?;
+    copying.finish()?;
+    name_log(disk, generation).map_err(|e| match e {
+        NameError::NotNamed(error) | NameError::InDoubt(error) => error,
+    })
 }
 
-/// From here on the new log is the one that counts.
-fn name_log(disk: &mut dyn Disk, generation: u64) -> io::Result<()> {
-    disk.rename(NEW_LOG, &log_name(generation))?;
-    disk.sync_dir()
+/// Why a new log may not count.
+#[derive(Debug)]
+enum NameError {
+    /// It does not, and never will.
+    NotNamed(io::Error),
+    /// After a crash it may or may not.
+    InDoubt(io::Error),
 }
 
-fn cut(file: &mut dyn LogFile, good_bytes: usize) -> io::Result<()> {
-    file.set_len(good_bytes as u64)?;
+/// Without an error the new log is the one that counts.
+fn name_log(disk: &mut dyn Disk, generation: u64) -> Result<(), NameError> {
+    let name = log_name(generation);
+    match disk.rename(NEW_LOG, &name) {
+        Ok(()) => disk.sync_dir().map_err(NameError::InDoubt),
+        // For want of room nothing was begun; seen by the names, not only believed.
+        Err(error) if is_full(&error) => match disk.list() {
+            Ok(names) if !names.contains(&name) => Err(NameError::NotNamed(error)),
+            Ok(_) | Err(_) => Err(NameError::InDoubt(error)),
+        },
+        Err(error) => Err(NameError::InDoubt(error)),
+    }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Makes what was read durable, and nothing else.
+///
+/// The last group is written once more: after an fsync error in an earlier process it may
+/// be in the kernel's memory only, and no later fsync would write it.
+fn settle(file: &mut dyn LogFile, scan: &Scan) -> io::Result<()> {
+    let group_bytes = usize::try_from(scan.good_bytes - scan.last_group_at);
+    let mut group = vec![0; group_bytes.map_err(io::Error::other)?];
+    file.read_at(scan.last_group_at, &mut group)?;
+    file.write_at(scan.last_group_at, &group)?;
+    if scan.bytes > scan.good_bytes {
+        file.set_len(scan.good_bytes)?;
+    }
     file.sync()
 }
 
-fn set_logs_aside(disk: &mut dyn Disk) -> io::Result<()> {
-    let names = disk.list()?;
-    let mut free = (1_u64..).map(|n| format!("damaged.{n}")).filter(|n| !names.contains(n));
-    for name in names.iter().filter(|name| is_log(name)) {
-        if let Some(aside) = free.next() {
-            disk.rename(name, &aside)?;
-        }
+/// Removes what a crash left behind; a log of another store is set aside instead, and a
+/// note says so.
+fn clear_away(disk: &mut dyn Disk, name: &str, store_id: StoreId) -> io::Result<Option<String>> {
+    let is_ours = name == NEW_LOG
+        || recover::header(&*disk.open(name)?)?.is_some_and(|header| header.store_id == store_id);
+    if is_ours {
+        disk.remove(name)?;
+        return Ok(None);
     }
-    disk.sync_dir()
+    let names = disk.list()?;
+    let mut free = (1_u64..).map(|n| format!("{SET_ASIDE_PREFIX}{n}"));
+    let Some(aside) = free.find(|it| !names.contains(it)) else { return Ok(None) };
+    disk.rename(name, &aside)?;
+    disk.sync_dir()?;
+    Ok(Some(format!(
+        "the journal was damaged, so what this node had promised to others is not known any \
+         more: it goes on as another store, without the jobs it kept and ran; the damaged file \
+         is kept as {}",
+        disk.path(&aside).display()
+    )))
 }
 
 fn log_name(generation: u64) -> String {
@@ -385,409 +572,24 @@ fn outdated(names: &[String], newest: Option<u64>) -> impl Iterator<Item = &Stri
     })
 }
 
-fn is_log(name: &str) -> bool {
-    name.starts_with(LOG_PREFIX)
-}
-
-fn damaged(disk: &dyn Disk, name: &str, bytes: &[u8], damage: Damage) -> OpenError {
+fn refused(disk: &dyn Disk, name: &str, file: &dyn LogFile, error: ScanError) -> OpenError {
     let path = disk.path(name);
+    let damage = match error {
+        ScanError::Io(source) => return OpenError::Io { path, source },
+        ScanError::Damage(damage) => damage,
+    };
     let place = match damage {
         Damage::Version(version) => return OpenError::NewerFormat { path, version },
         Damage::Header => "in its first bytes".to_owned(),
-        Damage::At(offset) => format!("at byte {offset} of {}", bytes.len()),
+        Damage::At(offset) => match file.bytes() {
+            Ok(bytes) => format!("at byte {offset} of {bytes}"),
+            Err(_) => format!("at byte {offset}"),
+        },
     };
-    OpenError::Damaged { path, place, store_id: Header::decode(bytes).ok().map(|h| h.store_id) }
+    let store_id = recover::header(file).ok().flatten().map(|header| header.store_id);
+    OpenError::Damaged { path, place, store_id }
 }
 
 fn with_pid(pid: Option<u32>) -> String {
     pid.map_or_else(String::new, |pid| format!(" (pid {pid})"))
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::{
-        faulty::{Fault, FaultyDisk},
-        *,
-    };
-
-    type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
-
-    #[test]
-    fn what_was_appended_is_there_after_reopening() {
-        let directory = tempfile::tempdir().unwrap();
-        let (mut journal, first) = Journal::open(directory.path()).unwrap();
-        assert_eq!((first.boot_counter, first.entries.len()), (1, 0));
-        journal.append(&[put("a", "1"), put("b", "2")]).unwrap();
-        journal.append(&[put("a", "3"), remove("b")]).unwrap();
-        journal.append(&[]).unwrap();
-        drop(journal);
-        let (_, second) = Journal::open(directory.path()).unwrap();
-        assert_eq!(second.entries, entries(&[("a", "3")]));
-        assert_eq!(second.store_id, first.store_id);
-        assert_eq!(second.boot_counter, 2);
-        assert_eq!(second.notes, Vec::<String>::new());
-    }
-
-    #[test]
-    fn a_second_daemon_on_the_same_directory_is_told_who_is_there() {
-        let directory = tempfile::tempdir().unwrap();
-        let open = Journal::open(directory.path()).unwrap();
-        let error = Journal::open(directory.path()).unwrap_err();
-        let OpenError::InUse { pid, .. } = &error else { panic!("{error}") };
-        assert_eq!(*pid, Some(std::process::id()));
-        assert!(error.to_string().contains(&format!("(pid {})", std::process::id())), "{error}");
-        drop(open);
-        Journal::open(directory.path()).unwrap();
-    }
-
-    #[test]
-    fn a_log_cut_at_any_byte_of_its_last_batch_loses_exactly_that_batch() {
-        let directory = tempfile::tempdir().unwrap();
-        let (mut journal, _) = Journal::open(directory.path()).unwrap();
-        journal.append(&[put("kept", "1")]).unwrap();
-        let kept_bytes = journal.good_bytes as usize;
-        // Longer than what is written over it, so that a tail not cut would show.
-        let more = "3".repeat(200);
-        journal.append(&[put("lost", "2"), remove("kept"), put("more", &more)]).unwrap();
-        drop(journal);
-        let log = directory.path().join("log.1");
-        let whole = std::fs::read(&log).unwrap();
-        for length in kept_bytes..=whole.len() {
-            std::fs::write(&log, &whole[..length]).unwrap();
-            let (mut journal, recovered) = Journal::open(directory.path()).unwrap();
-            let expected = match length == whole.len() {
-                true => entries(&[("lost", "2"), ("more", &more)]),
-                false => entries(&[("kept", "1")]),
-            };
-            assert_eq!(recovered.entries, expected, "cut at {length}");
-            let torn = length != whole.len() && length != kept_bytes;
-            assert_eq!(recovered.notes.len(), usize::from(torn), "cut at {length}");
-            journal.append(&[put("next", "4")]).unwrap();
-            drop(journal);
-            let (_, again) = Journal::open(directory.path()).unwrap();
-            assert_eq!(again.entries.len(), expected.len() + 1, "cut at {length}");
-            assert_eq!(again.notes, Vec::<String>::new(), "cut at {length}");
-        }
-    }
-
-    #[test]
-    fn a_flipped_bit_before_the_last_frame_is_damage_and_in_it_a_torn_tail() {
-        let disk = FaultyDisk::new(1);
-        let (mut journal, _) = Journal::open_on(disk.boxed()).unwrap();
-        for n in 0..4 {
-            journal.append(&[put(&format!("key{n}"), "value")]).unwrap();
-        }
-        let before_last = journal.good_bytes as usize;
-        journal.append(&[put("last", "value")]).unwrap();
-        let whole = disk.read("log.1").unwrap();
-        for at in 0..whole.len() {
-            for bit in [0x01, 0x80] {
-                let mut flipped = whole.clone();
-                flipped[at] ^= bit;
-                match recover::scan(&flipped) {
-                    Err(damage) => assert!(at < before_last, "{damage:?} for byte {at}"),
-                    Ok(scan) => {
-                        assert!(at >= before_last, "byte {at} went unnoticed");
-                        assert_eq!(scan.good_bytes, before_last);
-                        assert_eq!(scan.entries.len(), 4);
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn commits_of_one_fsync_may_reach_the_disk_in_any_order() {
-        let disk = FaultyDisk::new(1);
-        let (mut journal, _) = Journal::open_on(disk.boxed()).unwrap();
-        journal.append(&[put("kept", "1")]).unwrap();
-        let kept_bytes = journal.good_bytes as usize;
-        let batches = [[put("a", "1")], [put("b", "2")], [put("c", "3")]];
-        journal.append_group(&[&batches[0], &batches[1], &batches[2]]).unwrap();
-        let mut bytes = disk.read("log.1").unwrap();
-        bytes[kept_bytes] = 0;
-        let scan = recover::scan(&bytes).unwrap();
-        assert_eq!(scan.entries, entries(&[("kept", "1")]));
-        assert_eq!(scan.good_bytes, kept_bytes);
-        journal.append(&[put("later", "4")]).unwrap();
-        let mut bytes = disk.read("log.1").unwrap();
-        bytes[kept_bytes] = 0;
-        assert_eq!(recover::scan(&bytes).unwrap_err(), Damage::At(kept_bytes));
-    }
-
-    #[test]
-    fn a_damaged_store_is_refused_and_can_only_begin_anew_under_another_id() {
-        let directory = tempfile::tempdir().unwrap();
-        let (mut journal, first) = Journal::open(directory.path()).unwrap();
-        journal.append(&[put("promise", "1")]).unwrap();
-        journal.append(&[put("promise", "2")]).unwrap();
-        drop(journal);
-        let log = directory.path().join("log.1");
-        let mut bytes = std::fs::read(&log).unwrap();
-        bytes[frame::HEADER_BYTES + 45] ^= 1;
-        std::fs::write(&log, &bytes).unwrap();
-        for _ in 0..2 {
-            let error = Journal::open(directory.path()).unwrap_err();
-            let OpenError::Damaged { store_id, .. } = &error else { panic!("{error}") };
-            assert_eq!(*store_id, Some(first.store_id));
-            assert!(error.to_string().contains("log.1"), "{error}");
-        }
-        let (_, second) = Journal::reset_as_new_store(directory.path()).unwrap();
-        assert_ne!(second.store_id, first.store_id);
-        assert_eq!((second.boot_counter, second.entries.len()), (1, 0));
-        assert_eq!(std::fs::read(directory.path().join("damaged.1")).unwrap(), bytes);
-    }
-
-    #[test]
-    fn a_snapshot_that_is_not_whole_is_damage_even_at_the_end_of_the_file() {
-        let directory = tempfile::tempdir().unwrap();
-        let (mut journal, _) = Journal::open(directory.path()).unwrap();
-        grow_until_snapshot(&mut journal);
-        let snapshot_bytes = journal.good_bytes;
-        drop(journal);
-        let log = directory.path().join("log.2");
-        let whole = std::fs::read(&log).unwrap();
-        assert_eq!(whole.len() as u64, snapshot_bytes);
-        std::fs::write(&log, &whole[..whole.len() - 1]).unwrap();
-        assert!(matches!(Journal::open(directory.path()), Err(OpenError::Damaged { .. })));
-    }
-
-    #[test]
-    fn a_grown_log_is_replaced_by_its_live_entries() {
-        let disk = FaultyDisk::new(1);
-        let (mut journal, first) = Journal::open_on(disk.boxed()).unwrap();
-        journal.append(&[put("small", "kept")]).unwrap();
-        grow_until_snapshot(&mut journal);
-        assert_eq!(disk.names(), ["log.2"]);
-        assert!(journal.good_bytes < SNAPSHOT_BYTES_MIN / 2, "{}", journal.good_bytes);
-        journal.append(&[put("after", "kept too")]).unwrap();
-        let (_, recovered) = Journal::open_on(disk.crashed(7)).unwrap();
-        assert_eq!(recovered.entries.len(), 3);
-        assert_eq!(recovered.entries, journal.entries);
-        assert_eq!((recovered.store_id, recovered.boot_counter), (first.store_id, 2));
-    }
-
-    #[test]
-    fn a_newer_format_is_not_taken_for_damage() {
-        let directory = tempfile::tempdir().unwrap();
-        drop(Journal::open(directory.path()).unwrap());
-        let log = directory.path().join("log.1");
-        let mut bytes = std::fs::read(&log).unwrap();
-        bytes[8] = 9;
-        let covered = frame::HEADER_BYTES - 4;
-        let crc = crc32c::crc32c(&bytes[..covered]);
-        bytes[covered..covered + 4].copy_from_slice(&crc.to_le_bytes());
-        std::fs::write(&log, &bytes).unwrap();
-        let error = Journal::open(directory.path()).unwrap_err();
-        assert!(matches!(error, OpenError::NewerFormat { version: 9, .. }), "{error}");
-    }
-
-    #[test]
-    fn after_a_failed_fsync_nothing_can_be_appended() {
-        let disk = FaultyDisk::new(1);
-        let (mut journal, _) = Journal::open_on(disk.boxed()).unwrap();
-        journal.append(&[put("a", "1")]).unwrap();
-        disk.fail_next(Fault::Sync);
-        assert!(is_poisoned(&journal.append(&[put("b", "2")]).unwrap_err()));
-        let error = journal.append(&[put("c", "3")]).unwrap_err();
-        assert!(is_poisoned(&error) && error.to_string().contains("fsync"), "{error}");
-        let (_, recovered) = Journal::open_on(disk.crashed(3)).unwrap();
-        assert_eq!(recovered.entries.get(b"a".as_slice()), Some(&b"1".to_vec()));
-    }
-
-    #[test]
-    fn a_full_disk_is_an_error_that_may_be_tried_again() {
-        for through in 0..60 {
-            let disk = FaultyDisk::new(1);
-            let (mut journal, _) = Journal::open_on(disk.boxed()).unwrap();
-            journal.append(&[put("a", "1")]).unwrap();
-            disk.fail_next(Fault::ShortWrite(through));
-            let big = put("b", &"2".repeat(100));
-            let error = journal.append(std::slice::from_ref(&big)).unwrap_err();
-            assert!(!is_poisoned(&error), "{error}");
-            journal.append(&[big]).unwrap();
-            let (_, recovered) = Journal::open_on(disk.crashed(3)).unwrap();
-            assert_eq!(recovered.entries.len(), 2);
-        }
-    }
-
-    #[test]
-    fn a_failed_write_that_cannot_be_taken_back_poisons() {
-        let disk = FaultyDisk::new(1);
-        let (mut journal, _) = Journal::open_on(disk.boxed()).unwrap();
-        disk.fail_next(Fault::ShortWrite(5));
-        disk.fail_next(Fault::SetLen);
-        assert!(is_poisoned(&journal.append(&[put("a", "1")]).unwrap_err()));
-        assert!(is_poisoned(&journal.append(&[put("a", "1")]).unwrap_err()));
-    }
-
-    #[test]
-    fn a_snapshot_that_cannot_be_begun_is_put_off_and_one_in_doubt_poisons() {
-        for (fault, doubt) in [
-            (Fault::Create, false),
-            (Fault::ShortWrite(100), false),
-            (Fault::Rename, true),
-            (Fault::SyncDir, true),
-        ] {
-            let disk = FaultyDisk::new(1);
-            let (mut journal, _) = Journal::open_on(disk.boxed()).unwrap();
-            while journal.good_bytes + 2 * FILLER_BYTES < SNAPSHOT_BYTES_MIN {
-                journal.append(&[filler()]).unwrap();
-            }
-            journal.append(&[filler()]).unwrap();
-            // The short write must hit the snapshot, not the batch that leads to it.
-            let full = matches!(fault, Fault::ShortWrite(_));
-            journal.snapshot_at_bytes = u64::MAX;
-            journal.append(&[filler()]).unwrap();
-            journal.snapshot_at_bytes = SNAPSHOT_BYTES_MIN;
-            disk.fail_next(fault);
-            if full {
-                journal.snapshot_if_grown();
-            } else {
-                journal.append(&[put("last", "kept")]).unwrap();
-            }
-            let next = journal.append(&[put("next", "value")]);
-            assert_eq!(next.is_err(), doubt, "{fault:?}");
-            let expected = journal.entries.clone();
-            for seed in 0..8 {
-                let (_, recovered) = Journal::open_on(disk.crashed(seed)).unwrap();
-                assert_eq!(recovered.entries, expected, "{fault:?}");
-            }
-            if !doubt {
-                let limit = SNAPSHOT_BYTES_MIN + 2 * SNAPSHOT_RETRY_BYTES;
-                while journal.header.generation == 1 {
-                    assert!(journal.good_bytes < limit, "the snapshot was not tried again");
-                    journal.append(&[filler()]).unwrap();
-                }
-            }
-        }
-    }
-
-    /// Every step of opening, appending and snapshotting, interrupted in turn.
-    #[test]
-    fn a_crash_at_any_step_loses_nothing_that_was_acknowledged() {
-        let mut steps = 0;
-        for dies_after in 0.. {
-            let disk = FaultyDisk::new(dies_after);
-            disk.die_after(dies_after as usize);
-            let (acknowledged, tried) = work_until_death(&disk);
-            steps = steps.max(disk.operations());
-            for seed in 0..4 {
-                let Ok((_, recovered)) = Journal::open_on(disk.crashed(dies_after * 4 + seed))
-                else {
-                    panic!("not opened after dying at step {dies_after}")
-                };
-                let state = recovered.entries;
-                assert!(
-                    state == acknowledged || state == tried,
-                    "after step {dies_after}: {:?} is neither {:?} nor {:?}",
-                    state.keys(),
-                    acknowledged.keys(),
-                    tried.keys()
-                );
-            }
-            if disk.operations() < dies_after as usize {
-                break;
-            }
-        }
-        assert!(steps > 20, "only {steps} steps seen");
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-
-        #[test]
-        fn a_log_cut_anywhere_holds_a_prefix_of_its_batches(
-            batches in prop::collection::vec(
-                prop::collection::vec((0_u8..6, prop::option::of(any::<u16>())), 1..5),
-                1..12,
-            ),
-            cut_at in any::<prop::sample::Index>(),
-        ) {
-            let disk = FaultyDisk::new(1);
-            let (mut journal, _) = Journal::open_on(disk.boxed()).unwrap();
-            let born_bytes = journal.good_bytes as usize;
-            let mut states = vec![Entries::new()];
-            for batch in &batches {
-                let batch: Vec<Write> = batch
-                    .iter()
-                    .map(|(key, value)| Write {
-                        key: vec![*key],
-                        value: value.map(|v| v.to_le_bytes().to_vec()),
-                    })
-                    .collect();
-                journal.append(&batch).unwrap();
-                states.push(journal.entries.clone());
-            }
-            let bytes = disk.read("log.1").unwrap();
-            let length = born_bytes + cut_at.index(bytes.len() - born_bytes + 1);
-            let scan = recover::scan(&bytes[..length]).unwrap();
-            prop_assert!(states.contains(&scan.entries));
-            prop_assert_eq!(recover::scan(&bytes).unwrap().entries, states.pop().unwrap());
-        }
-
-        #[test]
-        fn any_bytes_at_all_are_read_without_a_panic(
-            bytes in prop::collection::vec(any::<u8>(), 0..300),
-            with_header in any::<bool>(),
-        ) {
-            let store_id = StoreId([1; 16]);
-            let header =
-                Header { store_id, generation: 1, boot_counter: 0, snapshot_frames: 0 };
-            let bytes = if with_header { [header.encode(), bytes].concat() } else { bytes };
-            prop_assert_eq!(recover::scan(&bytes).is_ok(), with_header);
-        }
-    }
-
-    /// Opens, appends, snapshots and reopens until the disk is dead: the state that was
-    /// acknowledged last, and the one under way at that moment.
-    fn work_until_death(disk: &FaultyDisk) -> (Entries, Entries) {
-        let mut acknowledged = Entries::new();
-        for round in 0..3 {
-            let Ok((mut journal, recovered)) = Journal::open_on(disk.boxed()) else {
-                return (acknowledged.clone(), acknowledged);
-            };
-            assert_eq!(recovered.entries, acknowledged);
-            for step in 0..3 {
-                if step == 1 {
-                    // So that the next append takes a snapshot.
-                    journal.snapshot_at_bytes = 0;
-                }
-                let batch = [put(&format!("{round}.{step}"), "value"), put("last", "value")];
-                let mut tried = journal.entries.clone();
-                tried.extend(batch.iter().map(|w| (w.key.clone(), w.value.clone().unwrap())));
-                if journal.append(&batch).is_err() {
-                    return (acknowledged, tried);
-                }
-                acknowledged = tried;
-            }
-        }
-        (acknowledged.clone(), acknowledged)
-    }
-
-    const FILLER_BYTES: u64 = 256 << 10;
-
-    fn filler() -> Write {
-        put("filler", &"x".repeat(FILLER_BYTES as usize))
-    }
-
-    fn grow_until_snapshot(journal: &mut Journal) {
-        while journal.header.generation == 1 {
-            journal.append(&[filler()]).unwrap();
-        }
-    }
-
-    fn put(key: &str, value: &str) -> Write {
-        Write { key: key.into(), value: Some(value.into()) }
-    }
-
-    fn remove(key: &str) -> Write {
-        Write { key: key.into(), value: None }
-    }
-
-    fn entries(pairs: &[(&str, &str)]) -> Entries {
-        pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect()
-    }
 }

@@ -11,7 +11,10 @@ use std::{
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -26,6 +29,9 @@ pub struct Store {
     path: PathBuf,
     /// `None` only after a rebuild failed.
     open: Mutex<Option<Open>>,
+    /// Changes since the size was looked at.
+    changes: AtomicU64,
+    bytes_max: u64,
 }
 
 #[derive(Debug, Error)]
@@ -50,27 +56,36 @@ pub enum StoreError {
 impl Store {
     /// Opens or creates the indexes in `path`, anew where what is there is unusable.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let reason = match Open::patiently_at(path) {
-            Ok(open) if open.bytes() <= INDEX_BYTES_MAX => {
-                return Ok(Self { path: path.to_owned(), open: Mutex::new(Some(open)) });
-            }
-            Ok(open) => too_large(&open),
-            Err(OpenFailure::Refused(error)) => return Err(error),
-            Err(OpenFailure::Broken(reason)) => reason,
-        };
-        let open = begin_anew(path, &reason)?;
-        Ok(Self { path: path.to_owned(), open: Mutex::new(Some(open)) })
+        Self::open_below(path, INDEX_BYTES_MAX)
     }
 
-    /// To be called now and then: begins anew where the index has outgrown its bound.
-    pub fn tidy(&self) -> Result<(), StoreError> {
+    fn open_below(path: &Path, bytes_max: u64) -> Result<Self, StoreError> {
+        let open = match Open::patiently_at(path) {
+            Ok(open) if open.bytes() <= bytes_max => open,
+            Ok(open) => {
+                let reason = too_large(&open, bytes_max);
+                // Closed first: closing writes into the directory by its path.
+                drop(open);
+                begin_anew(path, &reason)?
+            }
+            Err(OpenFailure::Refused(error)) => return Err(error),
+            Err(OpenFailure::Broken(reason)) => begin_anew(path, &reason)?,
+        };
+        let open = Mutex::new(Some(open));
+        Ok(Self { path: path.to_owned(), open, changes: AtomicU64::new(0), bytes_max })
+    }
+
+    /// Begins anew, now and then, where the index has outgrown its bound.
+    fn changed(&self) -> Result<(), StoreError> {
+        if self.changes.fetch_add(1, Ordering::Relaxed) % SIZE_CHECK_CHANGES != 0 {
+            return Ok(());
+        }
         let mut guard = self.lock();
         let reason = match guard.as_ref() {
-            Some(open) if open.bytes() <= INDEX_BYTES_MAX => return Ok(()),
-            Some(open) => too_large(open),
+            Some(open) if open.bytes() <= self.bytes_max => return Ok(()),
+            Some(open) => too_large(open, self.bytes_max),
             None => "an earlier rebuild failed".to_owned(),
         };
-        // Closed first: closing writes into the directory by its path.
         *guard = None;
         *guard = Some(begin_anew(&self.path, &reason)?);
         Ok(())
@@ -79,6 +94,7 @@ impl Store {
     /// Remembers where a peer is. Of more peers than [`PEERS_MAX`] those seen longest
     /// ago are forgotten; of more addresses than [`ADDRESSES_MAX`] the last ones.
     pub fn put_peer(&self, peer: &PeerId, entry: &PeerEntry) -> Result<(), StoreError> {
+        self.changed()?;
         self.with(|open| {
             let bytes = encode(&entry.bounded());
             let addresses_changed = match open.peers.tree.insert(peer.0.0, bytes)? {
@@ -117,6 +133,7 @@ impl Store {
     /// Keeps what a node's advert said, as opaque bytes.
     pub fn put_board(&self, node: &PeerId, advert: &[u8]) -> Result<(), StoreError> {
         check_size("an advert", advert, BOARD_ENTRY_BYTES_MAX)?;
+        self.changed()?;
         let full = StoreError::Full { what: "adverts", max: BOARD_ENTRIES_MAX };
         self.with(|open| {
             if open.board.count >= BOARD_ENTRIES_MAX && !open.board.tree.contains_key(node.0.0)? {
@@ -144,6 +161,7 @@ impl Store {
     /// Adds a line to the history; beyond [`HISTORY_LINES_MAX`] the oldest go.
     pub fn append_history(&self, line: &[u8]) -> Result<(), StoreError> {
         check_size("a history line", line, HISTORY_LINE_BYTES_MAX)?;
+        self.changed()?;
         self.with(|open| {
             let last = open.history.tree.last()?.and_then(|(key, _)| sequence_of(&key));
             let next = last.map_or(0, |last| last + 1);
@@ -197,6 +215,9 @@ pub const HISTORY_LINE_BYTES_MAX: usize = 16 << 10;
 
 /// All bounds above together stay below half of it; beyond it the database leaks.
 const INDEX_BYTES_MAX: u64 = 1 << 30;
+/// So many changes write at most 4 MiB before the size is looked at, which takes
+/// microseconds.
+const SIZE_CHECK_CHANGES: u64 = 256;
 
 /// Changes with every stored type.
 const VERSION: &[u8] = b"p2pit index 1";
@@ -358,8 +379,8 @@ fn is_environmental(error: &io::Error) -> bool {
     )
 }
 
-fn too_large(open: &Open) -> String {
-    format!("it has {} bytes, more than {INDEX_BYTES_MAX}", open.bytes())
+fn too_large(open: &Open, bytes_max: u64) -> String {
+    format!("it has {} bytes, more than {bytes_max}", open.bytes())
 }
 
 fn begin_anew(path: &Path, reason: &str) -> Result<Open, StoreError> {
@@ -484,6 +505,33 @@ mod tests {
             assert_eq!(store.peers().unwrap(), []);
             assert_eq!(siblings(&path), ["index".to_owned(), broken]);
         }
+    }
+
+    #[test]
+    fn an_index_that_outgrows_its_bound_is_begun_anew_while_open_and_when_opened() {
+        const BYTES_MAX: u64 = 3 << 20;
+        let (_directory, path) = index();
+        let store = Store::open_below(&path, BYTES_MAX).unwrap();
+        store.put_peer(&peer(1), &entry(1000, 5)).unwrap();
+        let line = [7; HISTORY_LINE_BYTES_MAX];
+        let lines = (1..2000).find(|_| {
+            store.append_history(&line).unwrap();
+            siblings(&path).len() == 2
+        });
+        assert!(lines.is_some(), "{:?}", siblings(&path));
+        assert_eq!(store.peers().unwrap(), []);
+        assert!(store.history(9).unwrap().len() <= 1);
+        store.put_peer(&peer(2), &entry(1000, 5)).unwrap();
+        drop(store);
+        let store = Store::open(&path).unwrap();
+        for _ in 0..3 * BYTES_MAX / line.len() as u64 {
+            store.append_history(&line).unwrap();
+        }
+        store.flush().unwrap();
+        drop(store);
+        let store = Store::open_below(&path, BYTES_MAX).unwrap();
+        assert_eq!(store.peers().unwrap(), []);
+        assert_eq!(siblings(&path), ["index", "index.broken-2"]);
     }
 
     #[test]

@@ -3,8 +3,14 @@
 //! Only this module (and the node's store) names bincode. What is signed or hashed
 //! is always the received bytes, never a second encoding of the decoded value.
 
+mod bounded;
+
+use core::marker::PhantomData;
+
 use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
+
+use self::bounded::{Allowance, Bounded};
 
 /// The version of everything said on the wire; peers of another are told so.
 ///
@@ -14,6 +20,13 @@ pub const WIRE_VERSION: u16 = 3;
 
 /// The largest message between peers, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
+
+/// What decoding allocates at most, for each byte of its input and beside that.
+///
+/// A list of empty texts takes 24 bytes where each has one on the wire, twice that while it
+/// grows; what peers really send stays far below: the widest is a process without GPUs in
+/// [`crate::message::JobView`].
+pub const ALLOCATED_BYTES_MAX: (usize, usize) = (16, 64 << 10);
 
 /// Why bytes are not the value they should be.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -65,7 +78,12 @@ pub fn decode_limited<T: DeserializeOwned, const MAX: usize>(
         return Err(DecodeError::TooLong { got: bytes.len(), max: MAX });
     }
     let config = bincode::config::standard().with_limit::<MAX>();
-    let (value, used) = bincode::serde::decode_from_slice(bytes, config)
+    let (per_byte, beside) = ALLOCATED_BYTES_MAX;
+    // Texts, never longer than the input, need no allowance.
+    let allowance = Allowance::new((per_byte - 1).saturating_mul(bytes.len()) + beside);
+    // A seed and not a type: only so does bincode say how many bytes it used.
+    let seed = Bounded::new(PhantomData::<T>, &allowance);
+    let (value, used) = bincode::serde::seed_decode_from_slice(seed, bytes, config)
         .map_err(|e| DecodeError::Malformed(e.to_string()))?;
     if used == bytes.len() { Ok(value) } else { Err(DecodeError::Trailing(bytes.len() - used)) }
 }

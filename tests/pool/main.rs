@@ -12,6 +12,7 @@ mod first_hour;
 mod gang;
 mod home;
 mod isolation;
+mod journal;
 mod queue;
 mod requests;
 mod scripts;

@@ -234,14 +234,8 @@ impl World {
     /// A machine dies and comes back after `down_ms` with an empty disk, as another store.
     pub fn crash_and_wipe(&mut self, at: usize, down_ms: u64) {
         self.crash(at, Down::Machine, Some(down_ms));
-        let machine = &mut self.machines[at];
-        machine.wipes += 1;
-        let stream = format!("store {at} {}", machine.wipes);
-        machine.member.store = StoreId(Random::of(self.options.seed, &stream).bytes());
-        machine.journal = self.pool.journal.iter().cloned().collect();
-        machine.trees.clear();
-        machine.tombstones = 0;
-        machine.boots = 0;
+        self.new_store(at);
+        self.machines[at].trees.clear();
         self.counts.wipes += 1;
     }
 
@@ -256,10 +250,12 @@ impl World {
             let left = keepers.iter().filter(|keeper| !lost(keeper)).count();
             left >= p2pit_protocol::record::quorum_of(keepers.len())
         };
-        let open = self.ledger.open.iter().filter_map(|job| self.ledger.registers.get(job));
+        // Of jobs that are over, too: somebody may not have heard of it yet.
+        let records = self.ledger.registers.values();
         let asked = self.workload.tasks.iter().filter(|task| task.job.is_none());
         let asked = asked.filter_map(|task| self.keepers_named(task.spec.as_ref()?));
-        open.map(|register| register.keepers().to_vec())
+        records
+            .map(|register| register.keepers().to_vec())
             .chain(asked)
             .all(|keepers| survives(&keepers))
     }
@@ -292,6 +288,28 @@ impl World {
         machine.journal = disk.journal;
         machine.trees = disk.trees;
         machine.boots = disk.boots;
+    }
+
+    /// A daemon found that its store has another life: it starts again as another store, with
+    /// nothing of what the old one kept.
+    pub(super) fn refuse_store(&mut self, at: usize, reason: &str) {
+        let name = self.machines[at].name();
+        let text = format!("{name} gives its store up: {reason}");
+        self.trace.say(self.now_ms, None, || text);
+        self.crash(at, Down::Daemon, Some(1_000));
+        self.new_store(at);
+        self.counts.stores_refused += 1;
+    }
+
+    /// The machine's journal is another's, with nothing in it but who is in the pool.
+    fn new_store(&mut self, at: usize) {
+        let machine = &mut self.machines[at];
+        machine.wipes += 1;
+        let stream = format!("store {at} {}", machine.wipes);
+        machine.member.store = StoreId(Random::of(self.options.seed, &stream).bytes());
+        machine.journal = self.pool.journal.iter().cloned().collect();
+        machine.tombstones = 0;
+        machine.boots = 0;
     }
 
     /// Where a message to a machine goes: to it or to its double.

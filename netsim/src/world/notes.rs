@@ -5,7 +5,7 @@ use p2pit_protocol::{
     bidder::LEASE_MS,
     identity::{Domain, SignedBytes},
     job::{Attempt, Policy, State},
-    message::{LeaseGrant, Message},
+    message::{LeaseGrant, Message, Start},
     record::ReceiptBody,
     wire,
 };
@@ -25,9 +25,7 @@ impl World {
             }),
             Message::Accepted { job, receipt, .. } => self.note_receipt(*job, store, receipt),
             Message::Inited { job, receipts, .. } => {
-                for receipt in receipts {
-                    self.note_receipt(*job, store, receipt);
-                }
+                receipts.iter().for_each(|receipt| self.note_receipt(*job, store, receipt));
             }
             Message::Commit(commit) => {
                 let value = *blake3::hash(&commit.certificate.value_bytes).as_bytes();
@@ -55,14 +53,17 @@ impl World {
 
     /// How long a steward lets processes run, by what it tells their node.
     pub(super) fn note_grant(&mut self, at: usize, message: &Message) {
-        if let Message::Start(start) = message {
-            let free = !start.binding && self.may_be_unbound(start.job, start.attempt);
-            let until_ms = self.machines[at].clock.true_at(start.asked.boot_ms + LEASE_MS);
-            self.grant(at, start.job, start.attempt, if free { u64::MAX } else { until_ms });
-        }
-        let Message::Lease { asked, entries, .. } = message else { return };
+        let (asked, grants) = match message {
+            Message::Lease { asked, entries, .. } => (asked, &entries[..]),
+            Message::Start(start) => {
+                let Start { job, attempt, binding, asked, .. } = start;
+                let first = LeaseGrant { job: *job, attempt: *attempt, binding: *binding };
+                (asked, &[first][..])
+            }
+            _ => return,
+        };
         let until_ms = self.machines[at].clock.true_at(asked.boot_ms + LEASE_MS);
-        for LeaseGrant { job, attempt, binding } in entries {
+        for LeaseGrant { job, attempt, binding } in grants {
             let free = !binding && self.may_be_unbound(*job, *attempt);
             self.grant(at, *job, *attempt, if free { u64::MAX } else { until_ms });
         }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use p2pit_protocol::{
-    BlobId, JobId, Peer, UserId,
+    BlobId, JobId, UserId,
     identity::{Domain, SignedBytes},
     job::{Command, Grace, JobSpec, Source, State, VerifiedSpec},
     message::{Command as UserCommand, Reply},
@@ -64,8 +64,7 @@ impl World {
         let now = machine.clock.now(self.now_ms);
         let proposed = machine.daemon.as_ref().filter(|_| machine.is_awake());
         let (nonce, pool): ([u8; 16], _) = (self.people.bytes(), self.pool.id);
-        let keepers: Vec<Keeper> =
-            proposed.map(|peer| propose_keepers(peer, &nonce)).unwrap_or_default();
+        let keepers = proposed.map(|peer| peer.propose_keepers(&nonce)).unwrap_or_default();
         let named = self.workload.tasks[task].keepers.iter().map(|at| &self.machines[*at]);
         let named: Vec<Keeper> = named.map(|named| (named.peer, named.member.store)).collect();
         let keepers = if named.is_empty() { keepers } else { named };
@@ -192,15 +191,12 @@ impl World {
         let (at_ms, answer) = (self.now_ms, format!("{reply:?}"));
         self.trace.say(at_ms, Some(job), || format!("its owner stops it: {answer}"));
         match reply {
-            Some((Reply::Stopping { recorded: false, .. }, _)) => {
-                self.after(1_000, Occurrence::StopJob { task });
-            }
-            Some((Reply::Stopping { state, .. }, Some(attempt))) => {
+            Some((Reply::Stopping { state, recorded: true }, Some(attempt))) => {
                 if state != State::Done {
                     self.ledger.stops.entry(job).or_insert(attempt);
                 }
             }
-            // It is down, or died over it, or restarted and has not the record yet.
+            // It is down, or died over it, or drives the job no more, or has not recorded it.
             _ => self.after(2_000, Occurrence::StopJob { task }),
         }
     }
@@ -209,9 +205,4 @@ impl World {
     pub(super) fn keepers_named(&self, signed: &SignedBytes) -> Option<Vec<Keeper>> {
         VerifiedSpec::verify(signed.clone()).ok().map(|spec| spec.spec.keepers)
     }
-}
-
-/// The keepers a node would name for a job submitted at it now.
-fn propose_keepers(peer: &Peer, salt: &[u8]) -> Vec<Keeper> {
-    peer.propose_keepers(salt)
 }

@@ -255,6 +255,9 @@ impl Work {
                 while running.events.recv().await.is_some() {}
             }
             shared.work.forget(&shared, id);
+            if shared.workspace(id).is_unclean() {
+                clean(&shared, id, Vec::new());
+            }
         });
     }
 
@@ -476,6 +479,10 @@ pub(super) async fn sweep(shared: &Arc<Shared>) {
         Err(reason) => return warn!(%reason, "directories of old jobs cannot be listed"),
     };
     for id in found {
+        // Still running without being in the book: removed when it is ended.
+        if shared.work.live().contains_key(&id) {
+            continue;
+        }
         let over = shared.act(move |peer, _| !peer.has_rank(id)).await.unwrap_or(false);
         if over && shared.workspace(id).is_unclean() {
             clean(shared, id, Vec::new());

@@ -15,7 +15,6 @@ use crate::home::{LOCK_PATIENCE, lock_file};
 /// One directory of files.
 pub(super) trait Disk: Debug + Send {
     fn list(&self) -> io::Result<Vec<String>>;
-    fn read(&self, name: &str) -> io::Result<Vec<u8>>;
     /// An empty file of that name, in place of any other.
     fn create(&mut self, name: &str) -> io::Result<Box<dyn LogFile>>;
     fn open(&mut self, name: &str) -> io::Result<Box<dyn LogFile>>;
@@ -27,8 +26,12 @@ pub(super) trait Disk: Debug + Send {
     fn path(&self, name: &str) -> PathBuf;
 }
 
-/// One file open for writing.
+/// One file open for reading and writing.
 pub(super) trait LogFile: Debug + Send {
+    /// Its length.
+    fn bytes(&self) -> io::Result<u64>;
+    /// Fills `into` from `offset`; that it ends before is an error.
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
     /// Writes all of `bytes`; after an error any part of them may be there.
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()>;
     fn set_len(&mut self, bytes: u64) -> io::Result<()>;
@@ -48,6 +51,10 @@ impl LockedDirectory {
     pub(super) fn open(path: &Path) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Io { path: path.to_owned(), source };
         std::fs::create_dir_all(path).map_err(failed)?;
+        // Else a power cut could take the directory with all that was acknowledged in it.
+        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            File::open(parent).and_then(|parent| parent.sync_all()).map_err(failed)?;
+        }
         let mut lock = OpenOptions::new()
             .read(true)
             .write(true)
@@ -81,18 +88,14 @@ impl Disk for LockedDirectory {
         Ok(names)
     }
 
-    fn read(&self, name: &str) -> io::Result<Vec<u8>> {
-        std::fs::read(self.path.join(name))
-    }
-
     fn create(&mut self, name: &str) -> io::Result<Box<dyn LogFile>> {
         let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
+        options.read(true).write(true).create(true).truncate(true).mode(0o600);
         Ok(Box::new(options.open(self.path.join(name))?))
     }
 
     fn open(&mut self, name: &str) -> io::Result<Box<dyn LogFile>> {
-        Ok(Box::new(OpenOptions::new().write(true).open(self.path.join(name))?))
+        Ok(Box::new(OpenOptions::new().read(true).write(true).open(self.path.join(name))?))
     }
 
     fn rename(&mut self, from: &str, to: &str) -> io::Result<()> {
@@ -113,6 +116,14 @@ impl Disk for LockedDirectory {
 }
 
 impl LogFile for File {
+    fn bytes(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.read_exact_at(into, offset)
+    }
+
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.write_all_at(bytes, offset)
     }

@@ -7,8 +7,6 @@
 //! in any order, while a whole frame of a later group proves that everything before
 //! that group had been durable.
 
-use std::collections::BTreeMap;
-
 use p2pit_protocol::StoreId;
 
 use super::Write;
@@ -20,7 +18,7 @@ pub(super) const FORMAT_VERSION: u32 = 1;
 pub(super) const PAYLOAD_BYTES_MAX: usize = 16 << 20;
 
 pub(super) const HEADER_BYTES: usize = 56;
-const FRAME_HEAD_BYTES: usize = 28;
+pub(super) const FRAME_HEAD_BYTES: usize = 28;
 const HEADER_MAGIC: [u8; 8] = *b"p2pitjnl";
 const FRAME_MAGIC: [u8; 4] = [0xb1, 0x50, 0x17, 0xfe];
 
@@ -93,13 +91,21 @@ impl Header {
 
 /// What a frame says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Payload {
-    Writes(Vec<Write>),
+pub(super) enum Payload<'a> {
+    Writes(Vec<Entry<'a>>),
     Boot(u64),
 }
 
-impl Payload {
-    fn decode(bytes: &[u8]) -> Option<Self> {
+/// One write as it stands in a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Entry<'a> {
+    pub(super) key: &'a [u8],
+    /// The value, and where in the frame it begins.
+    pub(super) value: Option<(usize, &'a [u8])>,
+}
+
+impl<'a> Payload<'a> {
+    fn decode(bytes: &'a [u8]) -> Option<Self> {
         let mut reader = Reader(bytes);
         match reader.array::<1>()? {
             [KIND_BOOT] => {
@@ -111,12 +117,13 @@ impl Payload {
                 while !reader.0.is_empty() {
                     let key_bytes = u32::from_le_bytes(reader.array()?);
                     let value_bytes = u32::from_le_bytes(reader.array()?);
-                    let key = reader.take(key_bytes as usize)?.to_vec();
+                    let key = reader.take(key_bytes as usize)?;
+                    let at = FRAME_HEAD_BYTES + bytes.len() - reader.0.len();
                     let value = match value_bytes {
                         REMOVED => None,
-                        length => Some(reader.take(length as usize)?.to_vec()),
+                        length => Some((at, reader.take(length as usize)?)),
                     };
-                    writes.push(Write { key, value });
+                    writes.push(Entry { key, value });
                 }
                 Some(Self::Writes(writes))
             }
@@ -125,50 +132,44 @@ impl Payload {
     }
 }
 
-/// One frame as it stands in a file.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Frame<'a> {
+/// What stands before a payload, as far as it can be known without reading that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct FrameHead {
     pub(super) seq: u64,
     pub(super) group: u64,
-    payload: &'a [u8],
+    /// Of the whole frame.
     pub(super) bytes: usize,
+    crc: u32,
 }
 
-impl<'a> Frame<'a> {
-    /// The whole frame at the start of `bytes`; `None` where there is none.
-    pub(super) fn read(header: &Header, bytes: &'a [u8]) -> Option<Self> {
+impl FrameHead {
+    /// The head at the start of `bytes`; `None` where there is none.
+    pub(super) fn read(bytes: &[u8]) -> Option<Self> {
         let mut reader = Reader(bytes);
         let magic: [u8; 4] = reader.array()?;
-        let covered = reader.0;
         let payload_bytes = u32::from_le_bytes(reader.array()?) as usize;
         let seq = u64::from_le_bytes(reader.array()?);
         let group = u64::from_le_bytes(reader.array()?);
         let crc = u32::from_le_bytes(reader.array()?);
-        if magic != FRAME_MAGIC || payload_bytes > PAYLOAD_BYTES_MAX {
-            return None;
-        }
-        let payload = reader.take(payload_bytes)?;
-        let whole = crc == frame_crc(header, &covered[..FRAME_HEAD_BYTES - 8], payload);
-        whole.then_some(Self { seq, group, payload, bytes: FRAME_HEAD_BYTES + payload_bytes })
+        let is_head = magic == FRAME_MAGIC && payload_bytes <= PAYLOAD_BYTES_MAX;
+        is_head.then_some(Self { seq, group, bytes: FRAME_HEAD_BYTES + payload_bytes, crc })
     }
 
-    pub(super) fn payload(&self) -> Option<Payload> {
-        Payload::decode(self.payload)
+    /// Whether `frame`, which begins with this head, is whole and of this file.
+    pub(super) fn fits(&self, header: &Header, frame: &[u8]) -> bool {
+        let (head, payload) = frame.split_at(FRAME_HEAD_BYTES);
+        self.crc == frame_crc(header, &head[FRAME_MAGIC.len()..FRAME_HEAD_BYTES - 4], payload)
     }
+}
 
-    /// The first whole frame anywhere in `bytes` that `wanted` accepts.
-    pub(super) fn find(
-        header: &Header,
-        bytes: &'a [u8],
-        wanted: impl Fn(&Self) -> bool,
-    ) -> Option<Self> {
-        bytes
-            .windows(FRAME_MAGIC.len())
-            .enumerate()
-            .filter(|(_, window)| *window == FRAME_MAGIC)
-            .filter_map(|(offset, _)| Self::read(header, &bytes[offset..]))
-            .find(wanted)
-    }
+/// What a frame says; `None` where no build of this format can have written it.
+pub(super) fn payload(frame: &[u8]) -> Option<Payload<'_>> {
+    Payload::decode(frame.get(FRAME_HEAD_BYTES..)?)
+}
+
+/// Where in `bytes` something begins that looks like a frame.
+pub(super) fn find_magic(bytes: &[u8]) -> Option<usize> {
+    bytes.windows(FRAME_MAGIC.len()).position(|window| window == FRAME_MAGIC)
 }
 
 /// A key and its value; `None` removes it.
@@ -194,33 +195,40 @@ impl<'a> Encoder<'a> {
     }
 
     pub(super) fn boot(&mut self, counter: u64) {
-        self.frame(KIND_BOOT, &counter.to_le_bytes());
+        self.frame(KIND_BOOT, |bytes| bytes.extend_from_slice(&counter.to_le_bytes()));
     }
 
-    /// The caller has checked [`writes_fit`].
-    pub(super) fn writes<'w>(&mut self, writes: impl IntoIterator<Item = Upsert<'w>>) {
-        let mut body = Vec::new();
-        for (key, value) in writes {
-            body.extend_from_slice(&length(key).to_le_bytes());
-            body.extend_from_slice(&value.map_or(REMOVED, length).to_le_bytes());
-            body.extend_from_slice(key);
-            body.extend_from_slice(value.unwrap_or_default());
-        }
-        self.frame(KIND_WRITES, &body);
+    /// Where in [`Self::bytes`] each value begins. The caller has checked [`writes_fit`].
+    pub(super) fn writes<'w>(
+        &mut self,
+        writes: impl IntoIterator<Item = Upsert<'w>>,
+    ) -> Vec<usize> {
+        let mut places = Vec::new();
+        self.frame(KIND_WRITES, |bytes| {
+            for (key, value) in writes {
+                bytes.extend_from_slice(&length(key).to_le_bytes());
+                bytes.extend_from_slice(&value.map_or(REMOVED, length).to_le_bytes());
+                bytes.extend_from_slice(key);
+                places.push(bytes.len());
+                bytes.extend_from_slice(value.unwrap_or_default());
+            }
+        });
+        places
     }
 
-    fn frame(&mut self, kind: u8, body: &[u8]) {
-        let payload = [&[kind], body].concat();
-        debug_assert!(payload.len() <= PAYLOAD_BYTES_MAX);
-        let mut covered = Vec::with_capacity(FRAME_HEAD_BYTES - 8);
-        covered.extend_from_slice(&length(&payload).to_le_bytes());
-        covered.extend_from_slice(&self.next_seq.to_le_bytes());
-        covered.extend_from_slice(&self.group.to_le_bytes());
-        let crc = frame_crc(self.header, &covered, &payload);
+    fn frame(&mut self, kind: u8, fill: impl FnOnce(&mut Vec<u8>)) {
+        let start = self.bytes.len();
         self.bytes.extend_from_slice(&FRAME_MAGIC);
-        self.bytes.extend_from_slice(&covered);
-        self.bytes.extend_from_slice(&crc.to_le_bytes());
-        self.bytes.extend_from_slice(&payload);
+        self.bytes.resize(start + FRAME_HEAD_BYTES, 0);
+        self.bytes.push(kind);
+        fill(&mut self.bytes);
+        let (head, payload) = self.bytes[start..].split_at_mut(FRAME_HEAD_BYTES);
+        debug_assert!(payload.len() <= PAYLOAD_BYTES_MAX);
+        head[4..8].copy_from_slice(&length(payload).to_le_bytes());
+        head[8..16].copy_from_slice(&self.next_seq.to_le_bytes());
+        head[16..24].copy_from_slice(&self.group.to_le_bytes());
+        let crc = frame_crc(self.header, &head[4..24], payload);
+        head[24..28].copy_from_slice(&crc.to_le_bytes());
         self.next_seq += 1;
     }
 }
@@ -235,33 +243,6 @@ pub(super) fn writes_fit(writes: &[Write]) -> bool {
     let body: usize = writes.iter().map(|w| write_bytes(&w.key, w.value.as_deref())).sum();
     body < PAYLOAD_BYTES_MAX
 }
-
-/// The frames that recreate `entries`, of about [`SNAPSHOT_CHUNK_BYTES`] each.
-pub(super) fn snapshot(header: &mut Header, entries: &BTreeMap<Vec<u8>, Vec<u8>>) -> Vec<u8> {
-    let mut chunks: Vec<Vec<Upsert<'_>>> = Vec::new();
-    let mut room = 0;
-    for (key, value) in entries {
-        let bytes = write_bytes(key, Some(value));
-        if bytes > room {
-            chunks.push(Vec::new());
-            room = SNAPSHOT_CHUNK_BYTES.max(bytes);
-        }
-        room -= bytes;
-        if let Some(chunk) = chunks.last_mut() {
-            chunk.push((key, Some(value)));
-        }
-    }
-    header.snapshot_frames = chunks.len() as u64;
-    let mut encoder = Encoder::new(header, FIRST_SEQ);
-    for chunk in chunks {
-        encoder.writes(chunk);
-    }
-    let frames = encoder.bytes;
-    [header.encode(), frames].concat()
-}
-
-/// Small enough that one damaged place is narrowed down, large enough to cost nothing.
-const SNAPSHOT_CHUNK_BYTES: usize = 256 << 10;
 
 /// The sequence of a file's first frame.
 pub(super) const FIRST_SEQ: u64 = 1;
@@ -323,11 +304,23 @@ mod tests {
     fn a_frame_of_another_store_or_generation_is_none_of_ours() {
         let mut encoder = Encoder::new(&HEADER, 1);
         encoder.boot(9);
-        let frame = Frame::read(&HEADER, &encoder.bytes).unwrap();
-        assert_eq!(frame.payload(), Some(Payload::Boot(9)));
+        let head = FrameHead::read(&encoder.bytes).unwrap();
+        assert_eq!(head.bytes, encoder.bytes.len());
+        assert!(head.fits(&HEADER, &encoder.bytes));
+        assert_eq!(payload(&encoder.bytes), Some(Payload::Boot(9)));
         let other_store = Header { store_id: StoreId([8; 16]), ..HEADER };
         let other_generation = Header { generation: 4, ..HEADER };
-        assert_eq!(Frame::read(&other_store, &encoder.bytes), None);
-        assert_eq!(Frame::read(&other_generation, &encoder.bytes), None);
+        assert!(!head.fits(&other_store, &encoder.bytes));
+        assert!(!head.fits(&other_generation, &encoder.bytes));
+    }
+
+    #[test]
+    fn a_value_is_found_where_the_encoder_said_that_it_put_it() {
+        let mut encoder = Encoder::new(&HEADER, 1);
+        let places = encoder.writes([(b"k".as_slice(), Some(b"one".as_slice())), (b"l", None)]);
+        assert_eq!(&encoder.bytes[places[0]..places[0] + 3], b"one");
+        let Some(Payload::Writes(writes)) = payload(&encoder.bytes) else { panic!("no writes") };
+        assert_eq!(writes[0], Entry { key: b"k", value: Some((places[0], b"one")) });
+        assert_eq!(writes[1], Entry { key: b"l", value: None });
     }
 }

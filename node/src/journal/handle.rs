@@ -1,8 +1,18 @@
 //! The journal on a thread of its own, for callers that must not block.
 
-use std::{io, thread};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{
+    mpsc::{self, error::TryRecvError},
+    oneshot,
+};
 
 use super::{Journal, Poisoned, Write, frame};
 
@@ -11,6 +21,7 @@ use super::{Journal, Poisoned, Write, frame};
 #[derive(Debug, Clone)]
 pub struct JournalHandle {
     commits: mpsc::Sender<Commit>,
+    groups: Arc<AtomicU64>,
 }
 
 /// The thread behind a [`JournalHandle`].
@@ -29,12 +40,19 @@ impl JournalHandle {
     pub fn spawn(journal: Journal) -> io::Result<(Self, JournalThread)> {
         let (commits, receiver) = mpsc::channel(WAITING_COMMITS_MAX);
         let (finished, done) = oneshot::channel();
+        let groups = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&groups);
         thread::Builder::new().name("journal".to_owned()).spawn(move || {
-            run(journal, receiver);
+            run(journal, receiver, &counted);
             // Nobody may be waiting for the end.
             let _ = finished.send(());
         })?;
-        Ok((Self { commits }, JournalThread { done }))
+        Ok((Self { commits, groups }, JournalThread { done }))
+    }
+
+    /// How many groups of commits were written so far, each with one fsync.
+    pub fn groups(&self) -> u64 {
+        self.groups.load(Ordering::Relaxed)
     }
 
     /// Returns once `writes` are durable, all or none. Commits that are waiting
@@ -64,11 +82,27 @@ impl JournalThread {
 /// Commits that may queue up; more wait in [`JournalHandle::commit`].
 const WAITING_COMMITS_MAX: usize = 1024;
 
-/// What one fsync may cover: beyond it, waiting longer helps nobody.
+/// What one fsync may cover, and one commit more: beyond it, waiting longer helps nobody.
 const GROUP_BYTES_MAX: usize = 4 << 20;
 
-fn run(mut journal: Journal, mut commits: mpsc::Receiver<Commit>) {
-    while let Some(first) = commits.blocking_recv() {
+fn run(mut journal: Journal, mut commits: mpsc::Receiver<Commit>, groups: &AtomicU64) {
+    loop {
+        let first = if journal.is_snapshot_due() {
+            match commits.try_recv() {
+                Ok(first) => first,
+                Err(TryRecvError::Empty) => {
+                    journal.advance_snapshot(0);
+                    continue;
+                }
+                // An unfinished snapshot is begun anew by the next opening.
+                Err(TryRecvError::Disconnected) => return,
+            }
+        } else {
+            match commits.blocking_recv() {
+                Some(first) => first,
+                None => return,
+            }
+        };
         let mut group = vec![first];
         let mut bytes = group[0].bytes();
         while bytes < GROUP_BYTES_MAX
@@ -85,6 +119,7 @@ fn run(mut journal: Journal, mut commits: mpsc::Receiver<Commit>) {
         }
         let batches: Vec<&[Write]> = fitting.iter().map(|c| c.writes.as_slice()).collect();
         let result = journal.append_group(&batches);
+        groups.fetch_add(1, Ordering::Relaxed);
         for commit in fitting {
             commit.answer(result.as_ref().copied().map_err(copy_of));
         }
@@ -117,6 +152,7 @@ fn copy_of(error: &io::Error) -> io::Error {
 mod tests {
     use super::*;
     use crate::journal::{
+        Limits,
         faulty::{Fault, FaultyDisk},
         is_poisoned,
     };
@@ -128,7 +164,7 @@ mod tests {
     #[tokio::test]
     async fn commits_that_wait_together_share_an_fsync_and_all_last() {
         let disk = FaultyDisk::new(1);
-        let (journal, _) = Journal::open_on(disk.boxed()).unwrap();
+        let (journal, _) = Journal::open_on(disk.boxed(), Limits::default()).unwrap();
         let (handle, thread) = JournalHandle::spawn(journal).unwrap();
         let before = (disk.syncs(), disk.operations());
         disk.stall(true);
@@ -152,14 +188,68 @@ mod tests {
         assert_eq!(disk.syncs() - before.0, 2);
         drop(handle);
         thread.closed().await;
-        let (_, recovered) = Journal::open_on(disk.crashed(2)).unwrap();
+        let (_, recovered) = Journal::open_on(disk.crashed(2), Limits::default()).unwrap();
         assert_eq!(recovered.entries.len(), 50);
+    }
+
+    #[tokio::test]
+    async fn what_one_fsync_covers_is_bounded() {
+        const COMMITS: usize = 13;
+        let disk = FaultyDisk::new(1);
+        // Without snapshots, which have fsyncs of their own.
+        let limits = Limits { min_bytes: u64::MAX, ..Limits::default() };
+        let (journal, _) = Journal::open_on(disk.boxed(), limits).unwrap();
+        let (handle, _thread) = JournalHandle::spawn(journal).unwrap();
+        let before = (disk.syncs(), disk.operations());
+        disk.stall(true);
+        let commit = |n: usize| {
+            let handle = handle.clone();
+            let value = Some(vec![0; GROUP_BYTES_MAX / 4]);
+            let write = Write { key: n.to_string().into(), value };
+            tokio::spawn(async move { handle.commit(vec![write]).await })
+        };
+        let mut commits = vec![commit(0)];
+        while disk.operations() == before.1 {
+            tokio::task::yield_now().await;
+        }
+        commits.extend((1..COMMITS).map(commit));
+        while handle.commits.capacity() > WAITING_COMMITS_MAX - (COMMITS - 1) {
+            tokio::task::yield_now().await;
+        }
+        disk.stall(false);
+        for commit in commits {
+            commit.await.unwrap().unwrap();
+        }
+        // The first, and then four together.
+        assert_eq!(disk.syncs() - before.0, 1 + (COMMITS - 1) / 4);
+        assert_eq!(handle.groups(), 1 + (COMMITS as u64 - 1) / 4);
+    }
+
+    #[tokio::test]
+    async fn a_grown_log_is_rewritten_while_nobody_commits() {
+        let disk = FaultyDisk::new(1);
+        let limits = Limits { min_bytes: 2000, retry_bytes: 100, step_bytes: 50 };
+        let (journal, _) = Journal::open_on(disk.boxed(), limits).unwrap();
+        let (handle, thread) = JournalHandle::spawn(journal).unwrap();
+        let value = Some(vec![1; 3000]);
+        let keys = (0..9).map(|n| Write { key: vec![n], value: Some(vec![n; 40]) });
+        let big = Write { key: b"big".to_vec(), value };
+        handle.commit(keys.chain([big]).collect()).await.unwrap();
+        handle.commit(vec![Write { key: b"big".to_vec(), value: None }]).await.unwrap();
+        // The thread steps on without being asked.
+        while disk.names() != ["log.2"] {
+            tokio::task::yield_now().await;
+        }
+        drop(handle);
+        thread.closed().await;
+        let (_, recovered) = Journal::open_on(disk.crashed(2), limits).unwrap();
+        assert_eq!(recovered.entries.len(), 9);
     }
 
     #[tokio::test]
     async fn a_failed_fsync_fails_every_commit_from_then_on() {
         let disk = FaultyDisk::new(1);
-        let (journal, _) = Journal::open_on(disk.boxed()).unwrap();
+        let (journal, _) = Journal::open_on(disk.boxed(), Limits::default()).unwrap();
         let (handle, _thread) = JournalHandle::spawn(journal).unwrap();
         handle.commit(vec![write("kept")]).await.unwrap();
         disk.fail_next(Fault::Sync);
@@ -171,7 +261,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_oversized_commit_fails_alone() {
-        let (journal, _) = Journal::open_on(FaultyDisk::new(1).boxed()).unwrap();
+        let (journal, _) = Journal::open_on(FaultyDisk::new(1).boxed(), Limits::default()).unwrap();
         let (handle, _thread) = JournalHandle::spawn(journal).unwrap();
         let value = Some(vec![0; frame::PAYLOAD_BYTES_MAX]);
         let error = handle.commit(vec![Write { key: vec![1], value }]).await.unwrap_err();

@@ -17,6 +17,7 @@ mod beside_slurm;
 mod data;
 mod figures;
 mod idle;
+mod journal;
 mod latency;
 mod load;
 mod quic;
@@ -51,6 +52,7 @@ const PARTS: &[Part] = &[
     Part { name: "load", run: |options| load::run(options).map(|()| Vec::new()) },
     Part { name: "ready", run: |options| ready::run(options).map(|()| Vec::new()) },
     Part { name: "idle", run: |options| idle::run(options).map(|()| Vec::new()) },
+    Part { name: "journal", run: |options| journal::run(options).map(|()| Vec::new()) },
     Part { name: "start", run: start::run },
     Part { name: "slurm", run: beside_slurm::run },
     Part { name: "transfer", run: transfer::run },

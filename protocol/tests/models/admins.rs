@@ -1,0 +1,437 @@
+//! Three admins, each with a replica of the roster: they remove each other's machines at the
+//! same time, let people in by one invite, contradict themselves and back-date, and what they
+//! say arrives everywhere in every order, later statements before earlier ones.
+
+use core::hash::{Hash, Hasher};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
+};
+
+use p2pit_protocol::{
+    PeerId, StatementId, UserId,
+    identity::{Domain, KeyPair, SignedBytes},
+    roster::{
+        Accept, AdmitNode, Author, DeviceId, Founder, Genesis, Invite, JoinClaim, Kind, Leave,
+        Name, Profile, Rights, Roster, SignedClaim, Statement, prove_invite,
+    },
+    wire,
+};
+use stateright::{Model, Property};
+
+use crate::search;
+
+const WALL_MS: u64 = 1_700_000_000_000;
+const INVITE_SEED: [u8; 32] = [0x50; 32];
+
+fn user_key(n: u8) -> KeyPair {
+    KeyPair::from_seed(&[n; 32])
+}
+
+fn node_key(n: u8) -> KeyPair {
+    KeyPair::from_seed(&[n | 0x80; 32])
+}
+
+fn user(n: u8) -> UserId {
+    UserId(user_key(n).public())
+}
+
+fn node(n: u8) -> PeerId {
+    PeerId(node_key(n).public())
+}
+
+fn name(text: &str) -> Name {
+    Name::new(text).unwrap()
+}
+
+fn device(n: u8) -> DeviceId {
+    DeviceId([n; 16])
+}
+
+/// One thing that is done at most once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Act {
+    /// Admin 1 removes the machine of admin 2.
+    OneRemovesTwo,
+    /// Admin 2 removes the machine of admin 1.
+    TwoRemovesOne,
+    /// The machine of admin 2 admits itself once more by the claim that was ended, and says so
+    /// as if it had not seen its removal, with a date from before.
+    TwoReturnsBackDated,
+    /// The machine of admin 1 lets somebody in, with the invite's only use.
+    OneAdmits,
+    /// The machine of admin 3 lets somebody else in with the same.
+    ThreeAdmits,
+    /// Admin 3 says two things under one number.
+    ThreeContradicts,
+}
+
+/// All six at once would be millions of states. What removal has to do with:
+const REMOVALS: [Act; 4] =
+    [Act::OneRemovesTwo, Act::TwoRemovesOne, Act::TwoReturnsBackDated, Act::OneAdmits];
+
+/// What competes.
+const RIVALS: [Act; 4] =
+    [Act::TwoRemovesOne, Act::OneAdmits, Act::ThreeAdmits, Act::ThreeContradicts];
+
+impl Act {
+    /// The replica it is done at.
+    fn at(self) -> usize {
+        match self {
+            Self::OneRemovesTwo | Self::OneAdmits => 0,
+            Self::TwoRemovesOne | Self::TwoReturnsBackDated => 1,
+            Self::ThreeAdmits | Self::ThreeContradicts => 2,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Step {
+    Do(Act),
+    /// The statement, by its place in [`World::said`], arrives at this replica.
+    Deliver(usize, usize),
+}
+
+#[derive(Debug, Clone)]
+struct World {
+    rosters: [Arc<Roster>; 3],
+    /// What was done, with what was said by it: empty where the roster did not let them.
+    done: Vec<(Act, Vec<SignedBytes>)>,
+    /// What arrived at each replica, whether it is placed or waits.
+    arrived: [BTreeSet<StatementId>; 3],
+    fingerprint: [u8; 32],
+}
+
+impl PartialEq for World {
+    fn eq(&self, other: &Self) -> bool {
+        self.fingerprint == other.fingerprint
+    }
+}
+
+impl Hash for World {
+    fn hash<H: Hasher>(&self, hasher: &mut H) {
+        self.fingerprint.hash(hasher);
+    }
+}
+
+impl World {
+    fn said(&self) -> Vec<&SignedBytes> {
+        self.done.iter().flat_map(|(_, said)| said).collect()
+    }
+
+    /// Also of what the replicas make of what arrived: were it to depend on the order, the
+    /// search would meet both outcomes.
+    fn stamp(mut self) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        for (act, said) in &self.done {
+            hasher.update(&[*act as u8, said.len() as u8]);
+            said.iter().for_each(|signed| _ = hasher.update(&Statement::id(signed).0));
+        }
+        for (roster, arrived) in self.rosters.iter().zip(&self.arrived) {
+            hasher.update(&[arrived.len() as u8]);
+            arrived.iter().for_each(|id| _ = hasher.update(&id.0));
+            hasher.update(outcome(roster).as_bytes());
+        }
+        self.fingerprint = *hasher.finalize().as_bytes();
+        self
+    }
+}
+
+/// All that a roster says, in words.
+fn outcome(roster: &Roster) -> String {
+    let (state, contradictions) = (roster.state(), roster.contradictions());
+    format!("{:?} {state:?} {contradictions:?} {}", roster.digest(), roster.waiting())
+}
+
+struct Admins {
+    base: Arc<Roster>,
+    invite: StatementId,
+    acts: [Act; 4],
+    /// What follows from a set of statements, taken in the order of their ids.
+    afresh: Mutex<BTreeMap<BTreeSet<StatementId>, String>>,
+}
+
+impl Admins {
+    fn new(acts: [Act; 4]) -> Self {
+        let founder =
+            |n: u8| Founder { user: user(n), username: name(&format!("user{n}")), full_name: None };
+        let genesis = Genesis {
+            name: name("lab"),
+            founders: (1..=3).map(founder).collect(),
+            threshold: 1,
+            created_wall_ms: WALL_MS,
+            nonce: [7; 16],
+        };
+        let mut base = Roster::new(genesis.to_bytes().unwrap()).unwrap();
+        for n in 1..=3 {
+            let kind = Kind::AdmitNode(AdmitNode {
+                claim: claim(&base, n),
+                node_name: name(&format!("node{n}")),
+            });
+            say(&mut base, Author::Node(node(n)), n, kind).unwrap();
+        }
+        let invite = Kind::Invite(Invite {
+            key: KeyPair::from_seed(&INVITE_SEED).public(),
+            rights: Rights::User,
+            uses: Some(1),
+            expires_wall_ms: u64::MAX,
+        });
+        let invite = say(&mut base, Author::User(user(1)), 1, invite).unwrap();
+        let invite = Statement::id(&invite);
+        Self { base: Arc::new(base), invite, acts, afresh: Mutex::default() }
+    }
+
+    fn accept(&self, roster: &Roster, newcomer: u8) -> Kind {
+        let claim = claim(roster, newcomer);
+        let key = KeyPair::from_seed(&INVITE_SEED);
+        let invite_proof = prove_invite(&key, roster.pool(), self.invite, claim.id());
+        let node_name = name(&format!("node{newcomer}"));
+        Kind::Accept(Accept { invite: self.invite, claim, invite_proof, node_name })
+    }
+
+    fn removal(&self, n: u8) -> Kind {
+        let claims = self.base.state().nodes[&node(n)].claims.clone();
+        Kind::Leave(Leave { node: node(n), claims })
+    }
+
+    /// What is said, after what this replica knows; nothing where it must not be.
+    fn said(&self, act: Act, roster: &mut Roster) -> Vec<SignedBytes> {
+        let one = |said: Option<SignedBytes>| said.into_iter().collect();
+        match act {
+            Act::OneRemovesTwo => {
+                let kind = self.removal(2);
+                one(say(roster, Author::User(user(1)), 1, kind))
+            }
+            Act::TwoRemovesOne => {
+                let kind = self.removal(1);
+                one(say(roster, Author::User(user(2)), 2, kind))
+            }
+            Act::TwoReturnsBackDated => {
+                let claim = claim(&self.base, 2);
+                let kind = Kind::AdmitNode(AdmitNode { claim, node_name: name("node2") });
+                let forged = self.forge(Author::Node(node(2)), 2, kind);
+                roster.insert(forged.clone()).unwrap();
+                vec![forged]
+            }
+            Act::OneAdmits => {
+                let kind = self.accept(roster, 4);
+                one(say(roster, Author::Node(node(1)), 1, kind))
+            }
+            Act::ThreeAdmits => {
+                let kind = self.accept(roster, 5);
+                one(say(roster, Author::Node(node(3)), 3, kind))
+            }
+            Act::ThreeContradicts => ["ann", "bea"]
+                .map(|wished| {
+                    let profile = Profile { username: Some(name(wished)), ..Profile::default() };
+                    self.forge(Author::User(user(3)), 3, Kind::Profile(profile))
+                })
+                .map(|forged| {
+                    roster.insert(forged.clone()).unwrap();
+                    forged
+                })
+                .into(),
+        }
+    }
+
+    /// Said around all checks, as if nothing since the beginning had been seen.
+    fn forge(&self, author: Author, n: u8, kind: Kind) -> SignedBytes {
+        let statement = Statement {
+            pool: self.base.pool(),
+            author,
+            device: device(n),
+            seq: self.base.next_seq(author, device(n)),
+            parents: self.base.heads(),
+            kind,
+            not_before_ms: 0,
+            not_after_ms: u64::MAX,
+        };
+        let key = if matches!(author, Author::User(_)) { user_key(n) } else { node_key(n) };
+        SignedBytes::sign(&key, Domain::Statement, wire::encode(&statement))
+    }
+
+    fn afresh(&self, world: &World, replica: usize) -> String {
+        let arrived = &world.arrived[replica];
+        let mut known = self.afresh.lock().unwrap();
+        let made = known.entry(arrived.clone()).or_insert_with(|| {
+            let mut roster = Roster::clone(&self.base);
+            for id in arrived {
+                let said = world.said();
+                let signed = said.into_iter().find(|signed| Statement::id(signed) == *id);
+                roster.insert(signed.unwrap().clone()).unwrap();
+            }
+            outcome(&roster)
+        });
+        made.clone()
+    }
+
+    fn knows(&self, world: &World, replica: usize, act: Act) -> bool {
+        let roster = &world.rosters[replica];
+        let said = world.done.iter().find(|(done, _)| *done == act).map(|(_, said)| said);
+        said.is_some_and(|said| {
+            !said.is_empty() && said.iter().all(|s| roster.contains(Statement::id(s)))
+        })
+    }
+}
+
+fn claim(roster: &Roster, n: u8) -> SignedClaim {
+    let claim = JoinClaim {
+        pool: roster.pool(),
+        user: user(n),
+        username: name(&format!("user{n}")),
+        full_name: None,
+        node: node(n),
+        node_name: name(&format!("node{n}")),
+        client: false,
+        wall_ms: WALL_MS,
+        nonce: [0; 16],
+    };
+    let by_user = JoinClaim::sign(claim.to_bytes(), &user_key(n)).unwrap();
+    SignedClaim::countersign(by_user, &node_key(n)).unwrap()
+}
+
+fn say(roster: &mut Roster, author: Author, n: u8, kind: Kind) -> Option<SignedBytes> {
+    let draft = roster.draft(author, device(n), kind, WALL_MS).ok()?;
+    let key = if matches!(author, Author::User(_)) { user_key(n) } else { node_key(n) };
+    let signed = draft.sign(&key).unwrap();
+    roster.insert_drafted(signed.clone()).unwrap();
+    Some(signed)
+}
+
+impl Model for Admins {
+    type State = World;
+    type Action = Step;
+
+    fn init_states(&self) -> Vec<World> {
+        let world = World {
+            rosters: [self.base.clone(), self.base.clone(), self.base.clone()],
+            done: Vec::new(),
+            arrived: Default::default(),
+            fingerprint: [0; 32],
+        };
+        vec![world.stamp()]
+    }
+
+    fn actions(&self, world: &World, steps: &mut Vec<Step>) {
+        let is_done = |act| world.done.iter().any(|(done, _)| *done == act);
+        steps.extend(self.acts.into_iter().filter(|act| !is_done(*act)).map(Step::Do));
+        for (index, signed) in world.said().into_iter().enumerate() {
+            let id = Statement::id(signed);
+            let lacking = (0..3).filter(|&replica| !world.arrived[replica].contains(&id));
+            steps.extend(lacking.map(|replica| Step::Deliver(index, replica)));
+        }
+    }
+
+    fn next_state(&self, world: &World, step: Step) -> Option<World> {
+        let mut world = world.clone();
+        match step {
+            Step::Do(act) => {
+                let replica = act.at();
+                let roster = Arc::make_mut(&mut world.rosters[replica]);
+                let said = self.said(act, roster);
+                world.arrived[replica].extend(said.iter().map(Statement::id));
+                world.done.push((act, said));
+                // In what order things were done shows in what they were said after.
+                world.done.sort_by_key(|(act, _)| *act);
+            }
+            Step::Deliver(index, replica) => {
+                let signed = world.said()[index].clone();
+                world.arrived[replica].insert(Statement::id(&signed));
+                Arc::make_mut(&mut world.rosters[replica]).insert(signed).unwrap();
+            }
+        }
+        Some(world.stamp())
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        let mut properties = vec![
+            Property::always("same statements, same state", |model: &Self, world: &World| {
+                (0..3)
+                    .all(|replica| model.afresh(world, replica) == outcome(&world.rosters[replica]))
+            }),
+            Property::always(
+                "who was removed does not come back",
+                |model: &Self, world: &World| {
+                    (0..3).all(|replica| {
+                        let removed = [(Act::OneRemovesTwo, 2), (Act::TwoRemovesOne, 1)];
+                        removed.into_iter().all(|(act, n)| {
+                            let gone = !world.rosters[replica].state().is_member_node(node(n));
+                            !model.knows(world, replica, act) || gone
+                        })
+                    })
+                },
+            ),
+            Property::always("who was removed has no say", |model: &Self, world: &World| {
+                world.rosters.iter().all(|roster| {
+                    [1, 2].into_iter().all(|n| {
+                        let kind = model.accept(roster, 6);
+                        let draft = roster.draft(Author::Node(node(n)), device(n), kind, WALL_MS);
+                        roster.state().is_member_node(node(n)) || draft.is_err()
+                    })
+                })
+            }),
+            Property::always("an invite lets in as many as it may", |_, world: &World| {
+                world.rosters.iter().all(|roster| roster.state().users.len() <= 4)
+            }),
+            Property::always(
+                "who contradicts itself said nothing",
+                |model: &Self, world: &World| {
+                    (0..3).all(|replica| {
+                        let roster = &world.rosters[replica];
+                        let voided = || {
+                            roster.contradictions().len() == 1
+                                && roster.state().users[&user(3)].username == name("user3")
+                        };
+                        !model.knows(world, replica, Act::ThreeContradicts) || voided()
+                    })
+                },
+            ),
+            Property::always("founders stay admins", |_, world: &World| {
+                let stay = |roster: &Arc<Roster>| (1..=3).all(|n| roster.state().is_admin(user(n)));
+                world.rosters.iter().all(stay)
+            }),
+            Property::sometimes("everybody knows everything", |model: &Self, world: &World| {
+                let all = world.said().len();
+                world.done.len() == model.acts.len()
+                    && world.arrived.iter().all(|arrived| arrived.len() == all)
+            }),
+            Property::sometimes("a statement waits for its parents", |_, world: &World| {
+                world.rosters.iter().any(|roster| roster.waiting() > 0)
+            }),
+            Property::sometimes("a removal forestalls an accept", |_, world: &World| {
+                world.done.iter().any(|(act, said)| *act == Act::OneAdmits && said.is_empty())
+            }),
+        ];
+        let has = |act| self.acts.contains(&act);
+        if has(Act::OneRemovesTwo) {
+            properties.push(Property::sometimes("both are removed", |_, world: &World| {
+                let gone = |roster: &Arc<Roster>, n| !roster.state().is_member_node(node(n));
+                world.rosters.iter().all(|roster| gone(roster, 1) && gone(roster, 2))
+            }));
+        }
+        if has(Act::ThreeAdmits) {
+            properties.push(Property::sometimes(
+                "two accepts compete for one use",
+                |model: &Self, world: &World| {
+                    (0..3).any(|replica| {
+                        model.knows(world, replica, Act::OneAdmits)
+                            && model.knows(world, replica, Act::ThreeAdmits)
+                    })
+                },
+            ));
+        }
+        properties
+    }
+}
+
+#[test]
+fn three_admins_remove_each_other_and_come_to_one_roster() {
+    let unique = search("three admins, removals", Admins::new(REMOVALS));
+    assert!(unique > 1_000, "{unique}");
+}
+
+#[test]
+fn three_admins_compete_and_come_to_one_roster() {
+    let unique = search("three admins, rivals", Admins::new(RIVALS));
+    assert!(unique > 1_000, "{unique}");
+}
