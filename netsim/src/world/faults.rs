@@ -236,6 +236,8 @@ impl World {
         self.crash(at, Down::Machine, Some(down_ms));
         self.new_store(at);
         self.machines[at].trees.clear();
+        let name = self.machines[at].name();
+        self.trace.say(self.now_ms, None, || format!("the disk of {name} is emptied"));
         self.counts.wipes += 1;
     }
 
