@@ -45,6 +45,36 @@ fn without_waiting_for_all_ranks_a_part_of_a_gang_is_started() {
 }
 
 #[test]
+fn without_refusing_what_is_below_its_promise_a_keeper_promises_less_than_before() {
+    prove(Rule::AcceptNeedsPromise, "R5", Options::stress);
+}
+
+#[test]
+fn without_keeping_promises_a_keeper_promises_less_than_before() {
+    prove(Rule::PromiseIsKept, "R5", Options::stress);
+}
+
+#[test]
+fn without_exactly_the_sealed_body_an_epoch_begins_with_another() {
+    prove(Rule::EpochStartsFromSeal, "R4", Options::stress);
+}
+
+#[test]
+fn without_waiting_a_keeper_takes_over_while_the_steward_acts() {
+    prove(Rule::TakeoverWaits, "S1", Options::stress);
+}
+
+#[test]
+fn without_new_terms_two_stewards_have_the_same() {
+    prove(Rule::TermCounts, "S2", Options::stress);
+}
+
+#[test]
+fn without_a_second_copy_of_its_inputs_a_job_is_called_submitted() {
+    prove(Rule::InputsOnTwoNodes, "D1", Options::stress);
+}
+
+#[test]
 fn without_seeded_randomness_the_same_seed_comes_out_differently() {
     let seeds = 0..SEEDS;
     let differs = seeds.into_iter().find(|seed| {
