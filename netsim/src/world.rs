@@ -891,9 +891,6 @@ fn describe(message: &Message) -> String {
         | Message::Withdraw { attempt, .. }
         | Message::Stop { attempt, .. }
         | Message::Ask { attempt, .. } => format!("{} {attempt}", message.name()),
-        Message::InitRefused { reason, retry, .. } => {
-            format!("init-refused, again {retry}: {reason}")
-        }
         Message::Commit(commit) => format!("commit {}", commit.attempt),
         Message::Start(start) => format!("start {}", start.attempt),
         Message::CommitRefused { attempt, reason, .. } => {

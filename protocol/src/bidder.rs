@@ -54,8 +54,9 @@ pub const COMMITTED_MS: u64 = 120_000;
 pub const PREPARE_MS_MAX: u64 = 3_600_000;
 /// How long a process lease lasts from when it was asked for.
 pub const LEASE_MS: u64 = 180_000;
-/// How often a process lease is renewed.
-pub const LEASE_RENEW_MS: u64 = 45_000;
+/// How often a process lease is renewed: a cut of 150 s right after one leaves time for the
+/// next.
+pub const LEASE_RENEW_MS: u64 = 25_000;
 /// From the end of a lease to when nothing of the process is left.
 pub const LEASE_GRACE_MS: u64 = 10_000;
 /// Most trees a node remembers to have whole.

@@ -229,7 +229,9 @@ impl Peer {
             return Err((refusal.reason.clone(), false));
         }
         if let Some(mut reason) = refused {
-            reason.truncate(reason.floor_char_boundary(REFUSAL_BYTES_MAX));
+            while reason.len() > REFUSAL_BYTES_MAX {
+                reason.pop();
+            }
             return Err(self.refuse(&spec, reason, now));
         }
         let kept_elsewhere = receipts.iter().take(spec.spec.keepers.len()).any(|receipt| {
