@@ -171,7 +171,7 @@ pub(crate) struct Plan {
     pub(crate) bytes: u64,
     pub(crate) missing_blobs: u64,
     pub(crate) missing_bytes: u64,
-    pub(crate) keeper: String,
+    pub(crate) keepers: Vec<String>,
     /// Nodes that would be called first, with the processes each has room for now; of those
     /// that are offline, how many seconds ago that was so.
     pub(crate) candidates: Vec<(String, u32, Option<u64>)>,
@@ -187,7 +187,8 @@ pub(crate) struct Submission {
     pub(crate) continues: Option<JobId>,
     pub(crate) command: Command,
     pub(crate) source: Source,
-    pub(crate) keeper: PeerId,
+    /// The first drives it.
+    pub(crate) keepers: Vec<PeerId>,
     pub(crate) sent_blobs: u64,
     pub(crate) sent_bytes: u64,
     pub(crate) there_blobs: u64,

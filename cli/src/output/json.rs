@@ -183,7 +183,7 @@ impl Format for Json {
             bytes,
             missing_blobs,
             missing_bytes,
-            keeper,
+            keepers,
             candidates,
         } = plan;
         let candidate = |(node, processes, offline_s): &(String, u32, Option<u64>)| json!({ "node": node, "processes": processes, "offline_s": offline_s });
@@ -197,7 +197,7 @@ impl Format for Json {
             "bytes": bytes,
             "missing_blobs": missing_blobs,
             "missing_bytes": missing_bytes,
-            "keeper": keeper,
+            "keepers": keepers,
             "candidates": candidates.iter().map(candidate).collect::<Vec<_>>(),
         }))
     }
@@ -211,7 +211,7 @@ impl Format for Json {
             continues,
             command: it,
             source: from,
-            keeper,
+            keepers,
             sent_blobs,
             sent_bytes,
             there_blobs,
@@ -224,7 +224,8 @@ impl Format for Json {
             "continues": continues,
             "command": command(it),
             "source": source(from),
-            "keeper_id": keeper,
+            "keeper_ids": keepers,
+            "survives_losses": survived_losses(keepers.len()),
             "sent_blobs": sent_blobs,
             "sent_bytes": sent_bytes,
             "there_blobs": there_blobs,

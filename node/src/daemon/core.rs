@@ -52,7 +52,15 @@ pub(super) struct State {
     /// Bumped at each change of a record kept here.
     pub(super) watched: BTreeMap<JobId, watch::Sender<u64>>,
     network: Option<Network>,
+    /// Why this store must not be used any more.
+    refused: Option<StoreRefused>,
 }
+
+/// This store was used elsewhere, or after the copy that is in use was made: what it promised
+/// then is not known here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct StoreRefused(pub(super) String);
 
 /// Run until told to end, or the journal fails.
 pub(super) async fn run(
@@ -60,8 +68,13 @@ pub(super) async fn run(
     journal: JournalHandle,
     mut inputs: mpsc::Receiver<Input>,
 ) -> anyhow::Result<()> {
-    let mut state =
-        State { peer: None, submissions: BTreeMap::new(), watched: BTreeMap::new(), network: None };
+    let mut state = State {
+        peer: None,
+        submissions: BTreeMap::new(),
+        watched: BTreeMap::new(),
+        network: None,
+        refused: None,
+    };
     let mut batch = Vec::with_capacity(TURN_INPUTS_MAX);
     loop {
         let deadline = state.peer.as_ref().and_then(Peer::poll_timeout);
@@ -118,6 +131,9 @@ pub(super) async fn run(
         send(&mut state);
         while let Some(event) = state.peer.as_mut().and_then(Peer::poll_event) {
             on_event(&shared, &mut state, event);
+        }
+        if let Some(refused) = state.refused {
+            return Err(refused.into());
         }
         if ending {
             return Ok(());
@@ -248,6 +264,10 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
                 // The submitter's command may have been interrupted: the job stands.
                 let _ = waiting.send(result);
             }
+        }
+        Event::StoreRefused { reason } => {
+            error!(reason, "this store must not be used any more");
+            state.refused = Some(StoreRefused(reason));
         }
         Event::Wounded { job, by, .. } => debug!(%job, %by, "a higher job took a hold"),
         Event::RosterChanged => {
