@@ -10,8 +10,8 @@ use p2pit_protocol::{
 
 use super::{Format, bytes, duration_s, iso8601, plain, text::line};
 use crate::view::{
-    File, FileKind, Job, Jobs, MeAndNode, Node, NodeGpu, Overview, Plan, Rank, Submission, Wait,
-    gpu_summary, keepers_of, survived_losses,
+    File, FileKind, Job, Jobs, MeAndNode, Node, NodeGpu, Overview, Plan, Rank, Recovery,
+    Submission, Wait, gpu_summary, keepers_of, survived_losses,
 };
 
 /// Characters of a title in a table.
@@ -350,6 +350,11 @@ impl Format for Human {
     /// The id alone: the rest is talk.
     fn submission(&self, submission: &Submission) -> String {
         format!("{}\n", submission.id)
+    }
+
+    /// As above.
+    fn recovery(&self, recovery: &Recovery) -> String {
+        format!("{}\n", recovery.id)
     }
 }
 

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 use super::{Format, iso8601};
 use crate::view::{
-    File, FileKind, Job, Jobs, Live, MeAndNode, Node, NodeGpu, NodeVerdict, Overview, Plan, Rank,
-    Submission, Usage, Wait, keepers_of, survived_losses,
+    File, FileKind, Job, Jobs, Live, Lost, MeAndNode, Node, NodeGpu, NodeVerdict, Overview, Plan,
+    Rank, Recovery, Submission, Usage, Wait, keepers_of, survived_losses,
 };
 
 #[derive(Debug)]
@@ -229,6 +229,20 @@ impl Format for Json {
             "sent_blobs": sent_blobs,
             "sent_bytes": sent_bytes,
             "there_blobs": there_blobs,
+        }))
+    }
+
+    fn recovery(&self, recovery: &Recovery) -> String {
+        let Recovery { id, short: _, keepers, lost: gone, from, epoch, seq, next } = recovery;
+        let lost = |Lost { node, heard_s }: &Lost| json!({ "node": node, "heard_s": heard_s });
+        pretty(&json!({
+            "id": id,
+            "keepers_before": keepers,
+            "lost": gone.iter().map(lost).collect::<Vec<_>>(),
+            "from": from,
+            "epoch_before": epoch,
+            "seq": seq,
+            "keepers": next,
         }))
     }
 }

@@ -25,11 +25,12 @@ use axum::{
 };
 use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
 use p2pit_protocol::{
-    BlobId, JobId, PeerId,
+    BlobId, JobId, Peer, PeerId,
     identity::SignedBytes,
     job::VerifiedSpec,
     message::JobView,
     peer::SubmitError,
+    record::{Keeper, quorum_of},
     request::Request as ClusterRequest,
     roster::{Author, Kind, NODE_CLAIMS_MAX},
 };
@@ -368,18 +369,27 @@ async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answ
     getrandom::fill(&mut salt)
         .map_err(|e| Failure::broken(anyhow::anyhow!("no randomness: {e}")))?;
     // A node that has just joined or started may not have met anybody yet.
-    let keeper_is_known = async {
+    let is_met = |peer: &Peer, keepers: &[Keeper]| {
+        let is_met = |node: PeerId| node == peer.id() || peer.board().is_connected(node);
+        keepers.iter().filter(|(node, _)| is_met(*node)).count()
+    };
+    let keepers_are_met = async {
         loop {
             let heard = shared.heard.notified();
-            if !shared.act(move |peer, _| peer.propose_keepers(&salt)).await?.is_empty() {
+            let met = move |peer: &mut Peer, _| {
+                let keepers = peer.propose_keepers(&salt);
+                (is_met(peer, &keepers), keepers.len())
+            };
+            let (met, keepers) = shared.act(met).await?;
+            if keepers > 0 && met >= quorum_of(keepers) {
                 return Ok::<_, NoPeer>(());
             }
             heard.await;
         }
     };
     // Without one, what there is says why.
-    tokio::time::timeout(KEEPER_WITHIN, keeper_is_known).await.unwrap_or(Ok(()))?;
-    let (member, keepers, planned) = shared
+    tokio::time::timeout(KEEPER_WITHIN, keepers_are_met).await.unwrap_or(Ok(()))?;
+    let (member, keepers, met, planned) = shared
         .act(move |peer, now| {
             let unsatisfiable = peer.feasible(&request).err().map(|why| Unsatisfiable {
                 reason: why.reason.to_string(),
@@ -388,7 +398,8 @@ async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answ
             let candidates = peer.dry_run(&request, now);
             let member = peer.roster().state().is_member_user(user);
             let keepers = peer.propose_keepers(&salt);
-            (member, keepers, (peer.pool(), now.wall_ms, unsatisfiable, candidates))
+            let met = is_met(peer, &keepers);
+            (member, keepers, met, (peer.pool(), now.wall_ms, unsatisfiable, candidates))
         })
         .await?;
     if !member {
@@ -397,10 +408,21 @@ async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answ
             "join it with a ticket, or name another key with `--identity`",
         ));
     }
-    if keepers.is_empty() {
+    if met == 0 {
         return Err(Failure::hinted(
             "no node that keeps jobs can be reached from here".to_owned(),
             "`p2pit show nodes` says which nodes are offline; one that is no client must be on",
+        ));
+    }
+    if met < quorum_of(keepers.len()) {
+        let names: Vec<String> = keepers.iter().map(|(node, _)| shared.label(*node)).collect();
+        return Err(Failure::hinted(
+            format!(
+                "a job needs a majority of {} to keep it, and only {met} can be reached",
+                names.join(", ")
+            ),
+            "`p2pit show nodes` says which nodes are offline; a node that is gone for good \
+             counts no more half an hour after it was heard last",
         ));
     }
     let (pool, wall_ms, unsatisfiable, candidates) = planned;
