@@ -77,7 +77,8 @@ impl Store {
 
     /// Begins anew, now and then, where the index has outgrown its bound.
     fn changed(&self) -> Result<(), StoreError> {
-        if self.changes.fetch_add(1, Ordering::Relaxed) % SIZE_CHECK_CHANGES != 0 {
+        let changes = self.changes.fetch_add(1, Ordering::Relaxed);
+        if !changes.is_multiple_of(SIZE_CHECK_CHANGES) {
             return Ok(());
         }
         let mut guard = self.lock();

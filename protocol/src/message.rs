@@ -37,6 +37,9 @@ pub enum Message {
         spec: SignedBytes,
         /// Of other keepers that keep it already: with one it may be older than a submission.
         receipts: Vec<SignedBytes>,
+        /// The first keeper refused it, for this reason: unless you keep it already, never do.
+        /// Only where too many refuse for it to be chosen has it been refused.
+        refused: Option<String>,
     },
     /// Keeper → submitter or keeper: it is kept.
     Inited {

@@ -699,12 +699,14 @@ impl Peer {
 
     fn dispatch(&mut self, from: PeerId, message: Message, now: Now) {
         match message {
-            Message::Init { spec, receipts } => self.handle_init(from, spec, &receipts, now),
+            Message::Init { spec, receipts, refused } => {
+                self.handle_init(from, spec, &receipts, refused, now);
+            }
             Message::Inited { job, receipts, inputs } => {
                 self.handle_inited(from, job, receipts, &inputs, now);
             }
             Message::InitRefused { job, reason, retry } => {
-                self.handle_init_refused(from, job, reason, retry);
+                self.handle_init_refused(from, job, reason, retry, now);
             }
             Message::Call(call) => self.bidder.handle_call(from, call, now, &mut self.out),
             Message::Pin { job, holds } => {

@@ -355,6 +355,12 @@ impl Registers {
         }
     }
 
+    /// Whether an operation on the record is under way here: another has to wait for its event.
+    #[must_use]
+    pub fn is_busy(&self, job: JobId) -> bool {
+        self.records.get(&job).is_some_and(|register| register.proposer.is_busy())
+    }
+
     /// Make sure of what is chosen. An event with [`OWN_OP`] follows, or with the number of the
     /// operation that is under way.
     pub fn read(&mut self, job: JobId, now: Now) {
@@ -817,7 +823,7 @@ impl Registers {
         let message = if epoch == 0 {
             let spec = Arc::clone(register.acceptor.spec());
             let receipts = vec![self.birth_receipt(&spec)];
-            Message::Init { spec: spec.signed.clone(), receipts }
+            Message::Init { spec: spec.signed.clone(), receipts, refused: None }
         } else {
             let Some(install) = self.install_of(job) else { return };
             Message::Install(Box::new(install))

@@ -610,7 +610,7 @@ impl Stewards {
             return;
         }
         let Some(drive) = self.drives.get(&job) else { return };
-        if drive.proposal.is_some() {
+        if drive.proposal.is_some() || cx.registers.is_busy(job) {
             return;
         }
         let Some(kept) = cx.registers.get(job).filter(|kept| kept.chosen) else { return };

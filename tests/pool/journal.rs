@@ -103,12 +103,12 @@ fn deleting_the_index_of_a_node_loses_nothing() {
 }
 
 fn delete(node: &Node) {
-    fs::remove_dir_all(node.home().join("index")).unwrap();
+    fs::remove_dir_all(node.home().join("index")).expect("the index is there");
 }
 
 fn corrupt(node: &Node) {
     for file in ["conf", "db"] {
-        fs::write(node.home().join("index").join(file), [0xa5; 5000]).unwrap();
+        fs::write(node.home().join("index").join(file), [0xa5; 5000]).expect("the index is there");
     }
 }
 
@@ -117,12 +117,14 @@ const STORE_ID: std::ops::Range<usize> = 12..28;
 
 /// The log that counts, and what is in it.
 fn log_of(node: &Node) -> (PathBuf, Vec<u8>) {
-    let logs = fs::read_dir(node.home().join("journal")).unwrap();
+    let logs = fs::read_dir(node.home().join("journal")).expect("a home has a journal");
     let generation =
         |path: &PathBuf| path.file_name()?.to_str()?.strip_prefix("log.")?.parse::<u64>().ok();
-    let logs = logs.map(|entry| entry.unwrap().path()).filter(|path| generation(path).is_some());
+    let logs = logs
+        .map(|entry| entry.expect("it can be listed").path())
+        .filter(|path| generation(path).is_some());
     let path = logs.max_by_key(generation).expect("a journal has a log");
-    let bytes = fs::read(&path).unwrap();
+    let bytes = fs::read(&path).expect("a log can be read");
     (path, bytes)
 }
 
@@ -142,8 +144,12 @@ fn offers(node: &Node) -> Vec<(String, Vec<String>)> {
 
 fn job_ids(node: &Node) -> Vec<String> {
     let jobs = node.json(&["show", "jobs"]);
-    let mut ids: Vec<String> =
-        jobs.as_array().unwrap().iter().map(|job| job["id"].to_string()).collect();
+    let mut ids: Vec<String> = jobs
+        .as_array()
+        .expect("jobs are an array")
+        .iter()
+        .map(|job| job["id"].to_string())
+        .collect();
     ids.sort();
     ids
 }

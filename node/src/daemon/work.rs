@@ -558,3 +558,19 @@ fn join_notes<const N: usize>(notes: [Option<String>; N]) -> Option<String> {
     let notes: Vec<String> = notes.into_iter().flatten().collect();
     (!notes.is_empty()).then(|| notes.join("; "))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executor::ExitStatus;
+
+    #[test]
+    fn a_lease_that_ran_out_is_told_apart_from_a_time_limit() {
+        let status = ExitStatus::Signal(libc::SIGTERM);
+        for status in [None, Some(status)] {
+            let ending = ending_of(executor::Ending::LeaseEnded { status });
+            assert_eq!(ending, Ending::LeaseEnded);
+        }
+        assert_eq!(ending_of(executor::Ending::TimedOut { status }), Ending::TimedOut);
+    }
+}

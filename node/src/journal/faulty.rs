@@ -387,13 +387,14 @@ impl Change {
             return;
         };
         let block = |n: usize| n * BLOCK_BYTES..bytes.len().min((n + 1) * BLOCK_BYTES);
+        let none = 0..0;
         let (length, ranges) = match kept {
             Kept::None => return,
-            Kept::All => (bytes.len(), vec![0..bytes.len()]),
-            Kept::First(count) => (count, vec![0..count]),
-            Kept::FirstAndLength(count) => (bytes.len(), vec![0..count]),
-            Kept::Without(n) => (bytes.len(), vec![0..block(n).start, block(n).end..bytes.len()]),
-            Kept::Only(n) => (bytes.len(), vec![block(n)]),
+            Kept::All => (bytes.len(), [0..bytes.len(), none]),
+            Kept::First(count) => (count, [0..count, none]),
+            Kept::FirstAndLength(count) => (bytes.len(), [0..count, none]),
+            Kept::Without(n) => (bytes.len(), [0..block(n).start, block(n).end..bytes.len()]),
+            Kept::Only(n) => (bytes.len(), [block(n), none]),
         };
         content.resize(content.len().max(offset + length), 0);
         for range in ranges {

@@ -1,6 +1,6 @@
 //! A copy of the live entries, written while commits go on.
 //!
-//! Steps of about [`Limits::step_bytes`] copy the entries in the order of their keys from
+//! Steps of about `Limits::step_bytes` copy the entries in the order of their keys from
 //! the log that counts to `log.new`, each made durable by itself; between two of them
 //! commits are served, which go to the log that counts alone. What a commit changes behind
 //! the copier is copied once more. Since each step copies at least twice of what was

@@ -34,6 +34,8 @@ pub(super) const BIRTH_MS: u64 = 7 * 24 * 3_600_000;
 pub const SUBMISSIONS_MAX: usize = 4_096;
 /// Most refusals a keeper remembers; beyond that it gives none, and only asks to wait.
 pub const REFUSALS_MAX: usize = 4_096;
+/// The longest reason of another keeper's that is remembered, in bytes.
+const REFUSAL_BYTES_MAX: usize = 1_024;
 /// Nodes that have a job's inputs when it counts as submitted; all keepers, if fewer.
 pub(super) const INPUT_COPIES: usize = 2;
 
@@ -44,8 +46,8 @@ pub(super) struct Submission {
     receipts: BTreeMap<StoreId, SignedBytes>,
     inputs: BTreeSet<StoreId>,
     refusals: BTreeSet<PeerId>,
-    /// Others than the first keeper were asked, too.
-    widened: bool,
+    /// The first keeper's refusal, which the others are to join.
+    refused: Option<String>,
 }
 
 /// A job's first keeper brings it to the others.
@@ -96,7 +98,7 @@ impl Peer {
             receipts: BTreeMap::new(),
             inputs: BTreeSet::new(),
             refusals: BTreeSet::new(),
-            widened: false,
+            refused: None,
         };
         self.submissions.insert(job, submission);
         self.send_init(job, now);
@@ -111,14 +113,15 @@ impl Peer {
             return;
         }
         let first_time = submission.until_ms == now.after(SUBMIT_MS);
-        submission.widened |= !first_time;
+        let refused = submission.refused.clone();
         let most = if first_time { 1 } else { usize::MAX };
         let keepers = submission.spec.spec.keepers.iter().map(|(keeper, _)| *keeper);
         let keepers: Vec<PeerId> = keepers.take(most).collect();
         let receipts: Vec<SignedBytes> = submission.receipts.values().cloned().collect();
         let spec = submission.spec.signed.clone();
         for keeper in keepers {
-            let init = Message::Init { spec: spec.clone(), receipts: receipts.clone() };
+            let (spec, receipts) = (spec.clone(), receipts.clone());
+            let init = Message::Init { spec, receipts, refused: refused.clone() };
             self.out.send(self.me, keeper, init);
         }
         self.timers.set(Timer::Submit(job), now.after(SUBMIT_RESEND_MS));
@@ -130,10 +133,11 @@ impl Peer {
         from: PeerId,
         signed: SignedBytes,
         receipts: &[SignedBytes],
+        refused: Option<String>,
         now: Now,
     ) {
         let job = JobId::of(&signed.bytes);
-        let (spec, receipt) = match self.accept_init(signed, receipts, now) {
+        let (spec, receipt) = match self.accept_init(signed, receipts, refused, now) {
             Ok(accepted) => accepted,
             Err((reason, retry)) => {
                 let refused = Message::InitRefused { job, reason, retry };
@@ -165,7 +169,8 @@ impl Peer {
             birth.inputs.insert(self.store);
         }
         for (keeper, _) in spec.spec.keepers.iter().skip(1) {
-            let init = Message::Init { spec: spec.signed.clone(), receipts: vec![receipt.clone()] };
+            let (spec, receipts) = (spec.signed.clone(), vec![receipt.clone()]);
+            let init = Message::Init { spec, receipts, refused: None };
             self.out.send(self.me, *keeper, init);
         }
         self.answer_birth(job, &spec);
@@ -201,6 +206,7 @@ impl Peer {
         &mut self,
         signed: SignedBytes,
         receipts: &[SignedBytes],
+        refused: Option<String>,
         now: Now,
     ) -> Result<(Arc<VerifiedSpec>, SignedBytes), (String, bool)> {
         let job = JobId::of(&signed.bytes);
@@ -210,10 +216,15 @@ impl Peer {
         }
         let spec = VerifiedSpec::verify(signed).map_err(|e| (e.to_string(), false))?;
         if self.client || !spec.spec.keepers.contains(&(self.me, self.store)) {
-            return Err(("this node is not a keeper of the job".to_owned(), false));
+            // It may have been, before it lost its disk.
+            return Err(("this node is not a keeper of the job".to_owned(), true));
         }
         if let Some(refusal) = self.refused.get(&job) {
             return Err((refusal.reason.clone(), false));
+        }
+        if let Some(mut reason) = refused {
+            reason.truncate(reason.floor_char_boundary(REFUSAL_BYTES_MAX));
+            return Err(self.refuse(&spec, reason, now));
         }
         let kept_elsewhere = receipts.iter().take(spec.spec.keepers.len()).any(|receipt| {
             check_receipt(receipt, &spec.spec.keepers)
@@ -335,6 +346,7 @@ impl Peer {
         job: JobId,
         reason: String,
         retry: bool,
+        now: Now,
     ) {
         if retry {
             return;
@@ -359,10 +371,16 @@ impl Peer {
         if !keepers.iter().any(|(keeper, _)| *keeper == from) {
             return;
         }
-        submission.refusals.insert(from);
-        let by_first = from == keepers[0].0 && !submission.widened;
-        if by_first || too_many(&submission.spec, &submission.refusals) {
+        let first = from == keepers[0].0;
+        let news = submission.refusals.insert(from);
+        if too_many(&submission.spec, &submission.refusals) {
+            let reason = submission.refused.take().unwrap_or(reason);
             self.settle_submission(job, Err(SubmitError::Refused(reason)));
+        } else if first && news {
+            // An earlier try may have reached the others: only they can tell.
+            submission.refused = Some(reason);
+            submission.until_ms = now.after(SUBMIT_MS).saturating_sub(1);
+            self.send_init(job, now);
         }
     }
 

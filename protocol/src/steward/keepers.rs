@@ -97,7 +97,9 @@ impl Stewards {
     pub(super) fn check_keepers(&mut self, cx: &mut Context<'_>) {
         let jobs: Vec<JobId> = self.drives.keys().copied().collect();
         for job in jobs {
-            if !self.acts(job, cx) || self.drives.get(&job).is_none_or(|d| d.proposal.is_some()) {
+            let busy = cx.registers.is_busy(job);
+            let proposes = self.drives.get(&job).is_none_or(|drive| drive.proposal.is_some());
+            if busy || proposes || !self.acts(job, cx) {
                 continue;
             }
             let Some(kept) = cx.registers.get(job).filter(|kept| kept.chosen) else { continue };
@@ -174,7 +176,8 @@ impl Stewards {
                 handed += 1;
                 continue;
             }
-            if drive.proposal.is_some() || !self.acts(job, cx) {
+            let busy = cx.registers.is_busy(job);
+            if busy || drive.proposal.is_some() || !self.acts(job, cx) {
                 continue;
             }
             let Some(kept) = cx.registers.get(job).filter(|kept| kept.chosen) else { continue };

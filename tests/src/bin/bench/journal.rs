@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use p2pit_node::journal::{Journal, JournalHandle, Write};
 use tokio::runtime::Runtime;
 
@@ -31,8 +31,8 @@ pub(crate) fn run(_: &Options) -> Result<()> {
     for writers in WRITERS {
         let path = directory.path().join(writers.to_string());
         let measured = runtime.block_on(commits(&path, writers, 0))?;
-        println!("| {writers} | {}", measured.cells()?);
         rates.push(measured.per_second());
+        println!("| {writers} | {}", measured.cells()?);
     }
     let path = directory.path().join("grown");
     let measured = runtime.block_on(commits(&path, 1, ENTRIES))?;
@@ -62,8 +62,8 @@ impl Measured {
     }
 }
 
-/// Commits for a while, one after the other in each writer, to a journal with entries of
-/// which each was written twice and once more, so that it is rewritten.
+/// Commits for a while, one after the other in each writer. Where there are to be entries,
+/// each was written twice before, so that the log is rewritten at the same time.
 async fn commits(path: &Path, writers: usize, entries: usize) -> Result<Measured> {
     let (journal, _) = Journal::open(path)?;
     let (handle, thread) = JournalHandle::spawn(journal)?;
@@ -104,5 +104,6 @@ async fn commits(path: &Path, writers: usize, entries: usize) -> Result<Measured
     let measured = Measured { took: start.elapsed(), fsyncs: handle.groups() - groups, times_ms };
     drop(handle);
     thread.closed().await;
+    ensure!(entries == 0 || path.join("log.2").exists(), "the log was not rewritten");
     Ok(measured)
 }
