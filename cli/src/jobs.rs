@@ -109,8 +109,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// Most nodes asked about one job.
 const ASKED_MAX: usize = 64;
 /// How long a job may be without somebody who drives it: another keeper takes over sooner.
-pub(crate) const STEWARD_WITHIN: Duration = Duration::from_secs(60);
-const STEWARD_POLL: Duration = Duration::from_millis(500);
+const STEWARD_WITHIN: Duration = Duration::from_secs(60);
+/// How often it is asked for, at first and at last.
+const STEWARD_POLL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
 impl Found {
     pub(crate) async fn by_text(session: &Session, text: &str) -> anyhow::Result<Self> {
@@ -150,38 +151,41 @@ impl Found {
         is_final: impl Fn(&Reply) -> bool,
     ) -> anyhow::Result<Reply> {
         let short = &self.resolved.short;
-        let deadline = Instant::now() + STEWARD_WITHIN;
+        let begun = Instant::now();
         let mut told = BTreeSet::new();
+        let mut pause = STEWARD_POLL.0;
         loop {
-            let (waits_for, last) = match self.try_ask(session, command).await? {
+            let (is_heard, waits_for) = match self.try_ask(session, command).await? {
                 Asked::Said(reply) => {
                     let reply = accepted(reply)?;
                     if is_final(&reply) {
                         return Ok(reply);
                     }
-                    ("a majority of its keepers to record it", Some(reply))
+                    (true, "a majority of its keepers to record it")
                 }
                 Asked::NoSteward => {
-                    ("its steward, which is silent: another keeper takes over within 45 s", None)
+                    (false, "its steward, which is silent: another keeper takes over within 45 s")
                 }
                 Asked::Nobody(silent) => return Err(self.nobody(&silent).into()),
             };
-            if Instant::now() > deadline {
-                return Err(match last {
-                    Some(_) => Problem::broken(format!(
-                        "whether it is recorded for job {short} is unknown: a majority of its \
-                         keepers does not answer"
-                    ))
-                    .hint("the same command again settles it; `p2pit show nodes` says who is on"),
-                    None => self.no_steward(),
-                }
-                .into());
+            if begun.elapsed() > STEWARD_WITHIN {
+                return Err(if is_heard { self.not_recorded() } else { self.no_steward() }.into());
             }
-            if told.insert(waits_for) && (last.is_none() || told.len() > 1) {
+            // A round trip is nobody's business.
+            if (!is_heard || begun.elapsed() > PATIENCE) && told.insert(waits_for) {
                 out.note(&format!("job {short} waits for {waits_for}"));
             }
-            sleep(STEWARD_POLL).await;
+            sleep(pause).await;
+            pause = (pause * 2).min(STEWARD_POLL.1);
         }
+    }
+
+    fn not_recorded(&self) -> Problem {
+        let short = &self.resolved.short;
+        Problem::broken(format!(
+            "whether it is recorded for job {short} is unknown: too few of its keepers answer"
+        ))
+        .hint("the same command again settles it; `p2pit show nodes` says which nodes are online")
     }
 
     fn no_steward(&self) -> Problem {

@@ -314,7 +314,8 @@ impl Shared {
         };
         let silent = |_| Err(ReachError::Silent(self.label(peer)));
         let answer = timeout(within.min(ASK_TIMEOUT), talk).await.unwrap_or_else(silent);
-        if answer.is_err() {
+        // What else goes on with it is not cut for want of patience.
+        if answer.is_err() && within >= ASK_TIMEOUT {
             self.endpoint.forget(&peer);
         }
         answer
