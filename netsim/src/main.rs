@@ -90,11 +90,18 @@ struct Size {
     /// A small pool in which something goes wrong all the time.
     #[arg(long)]
     stress: bool,
+    /// A long run of few jobs, of 20 node-hours or more.
+    #[arg(long, conflicts_with = "stress")]
+    long: bool,
 }
 
 impl Size {
     fn options(&self, seed: u64, without: Option<Rule>) -> Options {
-        let mut options = if self.stress { Options::stress(seed) } else { Options::draw(seed) };
+        let mut options = match (self.stress, self.long) {
+            (true, _) => Options::stress(seed),
+            (_, true) => Options::long(seed),
+            _ => Options::draw(seed),
+        };
         if self.calm {
             options = options.without_faults();
         }
@@ -196,8 +203,8 @@ fn run_once(run: Run) -> anyhow::Result<u8> {
 fn stories(path: &Path, run: &Run) -> anyhow::Result<Vec<Subject>> {
     ensure!(
         run.size == Size::default(),
-        "a scenario says itself what its pool is: leave out --nodes, --clients, --tasks, --calm \
-         and --stress"
+        "a scenario says itself what its pool is: leave out --nodes, --clients, --tasks, --calm, \
+         --stress and --long"
     );
     let story = scenario::load(path)?;
     let asked_for = |variant: &Variant| {

@@ -104,9 +104,14 @@ impl Found {
     /// have gone wrong.
     #[must_use]
     pub fn lacks(&self) -> Vec<&'static str> {
-        let Counts { wounds, unassigns, .. } = self.counts;
-        let must_happen =
-            [(wounds, "no hold was wounded"), (unassigns, "no attempt was withdrawn")];
+        let Counts { takeovers, seals, wounds, unassigns, silences, .. } = self.counts;
+        let must_happen = [
+            (takeovers, "no job was taken over"),
+            (seals, "no record changed its keepers"),
+            (wounds, "no hold was wounded"),
+            (unassigns, "no attempt was withdrawn"),
+            (silences, "no steward fell silent because nobody confirmed it"),
+        ];
         must_happen.into_iter().filter(|(count, _)| *count == 0).map(|(_, lack)| lack).collect()
     }
 
@@ -194,12 +199,12 @@ mod tests {
         assert_eq!((found.lacks(), found.exit_code()), (vec![], 0));
         found.counts.wounds = 0;
         assert_eq!((found.lacks(), found.exit_code()), (vec!["no hold was wounded"], 4));
-        found.counts.unassigns = 0;
-        assert_eq!(found.lacks().len(), 2);
+        found.counts = Counts::default();
+        assert_eq!(found.lacks().len(), 5);
     }
 
     fn all_happened() -> Counts {
-        Counts { wounds: 1, unassigns: 1, ..Counts::default() }
+        Counts { takeovers: 1, seals: 1, wounds: 1, unassigns: 1, silences: 1, ..Counts::default() }
     }
 
     #[test]

@@ -896,6 +896,28 @@ fn describe(message: &Message) -> String {
         Message::CommitRefused { attempt, reason, .. } => {
             format!("commit-refused {attempt}: {reason}")
         }
+        Message::InitRefused { reason, retry, .. } => {
+            format!("init-refused{}: {reason}", if *retry { " for now" } else { "" })
+        }
+        Message::Prepare { epoch, ballot, .. } => format!("prepare {epoch}, {ballot:?}"),
+        Message::Promise(promise) => format!(
+            "promise {}, {:?}, accepted {:?}",
+            promise.epoch, promise.ballot, promise.accepted
+        ),
+        Message::Accept(accept) => {
+            format!("accept {}, {:?}, then {:?}", accept.epoch, accept.ballot, accept.next)
+        }
+        Message::Accepted { epoch, ballot, .. } => format!("accepted {epoch}, {ballot:?}"),
+        Message::Nack { epoch, ballot, promised, .. } => {
+            format!("nack {epoch}, {ballot:?}: {promised:?}")
+        }
+        Message::NotInit { epoch, .. }
+        | Message::Installed { epoch, .. }
+        | Message::Look { epoch, .. } => format!("{} {epoch}", message.name()),
+        Message::Moved { links, .. } => format!("moved to {}", links.len()),
+        Message::Install(install) => format!("install {}", install.links.len()),
+        Message::Adopt(adopt) => format!("adopt {}", adopt.attempt),
+        Message::Adopted { attempt, term, .. } => format!("adopted {attempt}, term {term}"),
         Message::EndRecorded { attempt, rank, .. } => format!("end-recorded {attempt}.{rank}"),
         other => other.name().to_owned(),
     }

@@ -44,6 +44,7 @@ stories! {
     partition_100s,
     partition_10m_continue,
     partition_10m_restart,
+    partition_149s,
     power_cut,
     restored_disk,
     restored_disk_of_this_start,

@@ -32,7 +32,8 @@ use crate::{
     inventory::{Capacity, GpuUuid},
     job::{Attempt, Ending, Rank, RankAssignment, RankEnd, RankState, VerifiedSpec},
     message::{
-        Bid, Call, CallFate, Commit, Decline, GpuView, HoldView, Key, Message, NodeView, Offer,
+        Bid, Call, CallFate, Commit, Decline, GpuView, HoldView, Key, LeaseAsk, Message, NodeView,
+        Offer,
         PinRefusal, REST_MS_MAX, RankReport, Report, Start, Wanted, blinded,
     },
     peer::{Event, Outbox, Slot},
@@ -53,14 +54,17 @@ pub const COMMITTED_MS: u64 = 120_000;
 pub const PREPARE_MS_MAX: u64 = 3_600_000;
 /// How long a process lease lasts from when it was asked for.
 pub const LEASE_MS: u64 = 180_000;
-/// How often a process lease is renewed.
-pub const LEASE_RENEW_MS: u64 = 45_000;
+/// How often a process lease is renewed: a cut of 150 s right after one leaves time for the
+/// next.
+pub const LEASE_RENEW_MS: u64 = 25_000;
 /// From the end of a lease to when nothing of the process is left.
 pub const LEASE_GRACE_MS: u64 = 10_000;
 /// Most trees a node remembers to have whole.
 pub const TREES_MAX: usize = 65_536;
-/// How often an unacknowledged ending is repeated.
+/// How often an unacknowledged ending is repeated, at first.
 pub const REPORT_MS: u64 = 2_000;
+/// Endings repeated to the steward alone, before the record's keepers are asked who it is.
+const REPORTS_ALONE: u32 = 4;
 /// How long a tombstone is kept: longer than any message can be delayed.
 pub const TOMBSTONE_MS: u64 = 7 * 24 * 3_600_000;
 /// Most tombstones kept; beyond that the oldest go.
@@ -115,7 +119,13 @@ pub(crate) struct Bidder {
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 struct UnreportedEnd {
     steward: PeerId,
+    term: u64,
+    /// Who keeps the record: they know who drives the job, or that it is over.
+    keepers: Vec<PeerId>,
     end: RankEnd,
+    /// How often it was repeated by this daemon.
+    #[serde(skip)]
+    repeats: u32,
 }
 
 impl Bidder {
@@ -250,7 +260,8 @@ impl Bidder {
         // In this order a crash in between leaves the rank twice, which the next start
         // sees, and never not at all, which nobody would.
         let steward = work.steward;
-        let unreported = UnreportedEnd { steward, end };
+        let (term, keepers) = (work.term, work.keepers());
+        let unreported = UnreportedEnd { steward, term, keepers, end, repeats: 0 };
         out.put(&id.end_slot(), &unreported);
         out.remove(&id.slot());
         self.bury(steward, id.job, id.attempt, now, out);
@@ -1202,10 +1213,22 @@ impl Bidder {
     }
 
     fn send_end(&mut self, id: WorkId, now: Now, out: &mut Outbox) {
-        let Some(unreported) = self.ends.get(&id) else { return };
+        let Some(unreported) = self.ends.get_mut(&id) else { return };
+        unreported.repeats = unreported.repeats.saturating_add(1);
+        let (repeats, term) = (unreported.repeats, unreported.term);
         let (steward, end) = (unreported.steward, unreported.end.clone());
+        let keepers = unreported.keepers.clone();
         self.report(id, steward, RankReport::Ended(end), out);
-        self.timers.set(Timer::Report(id), now.after(REPORT_MS));
+        if repeats > REPORTS_ALONE {
+            // Whoever drives the job by now, or knows that it is over, says so.
+            let ask = LeaseAsk { job: id.job, attempt: id.attempt, term };
+            for keeper in keepers {
+                let ask = Message::AskLease { clock: self.clock(now), entries: vec![ask] };
+                out.send(self.me, keeper, ask);
+            }
+        }
+        let pause_ms = REPORT_MS << repeats.saturating_sub(REPORTS_ALONE).min(4);
+        self.timers.set(Timer::Report(id), now.after(pause_ms));
     }
 
     /// Repeat endings of an attempt; whether there are any.

@@ -60,6 +60,10 @@ use crate::{
     wire,
 };
 
+/// How long a node that has just started waits for others to say whether they know of a later
+/// life of its store, before it speaks as a keeper.
+pub const SHY_MS: u64 = 3_000;
+
 /// What a peer is made of.
 #[derive(Debug)]
 pub struct Config {
@@ -193,6 +197,7 @@ pub enum SubmitError {
 enum Timer {
     Submit(JobId),
     Soft,
+    Shy,
 }
 
 /// One node.
@@ -221,6 +226,9 @@ pub struct Peer {
     refused: BTreeMap<JobId, Refusal>,
     timers: Timers<Timer>,
     out: Outbox,
+    /// Until when, on the boot clock, this node keeps its records to itself after a start:
+    /// others may know of a later life of its store.
+    shy_until_ms: Option<u64>,
     /// The clocks as they stood at the last call.
     last_now: Option<Now>,
     /// Statements from the journal, until all are there.
@@ -271,6 +279,7 @@ impl Peer {
             soft,
             submissions: BTreeMap::new(),
             births: BTreeMap::new(),
+            shy_until_ms: None,
             last_now: None,
             refused: BTreeMap::new(),
             timers: Timers::default(),
@@ -352,12 +361,20 @@ impl Peer {
         for signed in self.roster.statements().into_iter().cloned().collect::<Vec<_>>() {
             self.soft.insert(Soft::Statement(signed));
         }
+        let me = self.me;
+        let alone = self.roster.state().nodes.keys().all(|node| *node == me);
+        if !self.registers.is_empty() && !alone {
+            self.shy_until_ms = Some(now.after(SHY_MS));
+        }
         let jobs: Vec<JobId> = self.registers.iter().map(|(job, _)| *job).collect();
         for job in jobs {
             if self.registers.get(job).is_some_and(|k| k.value.body.state() == State::Done) {
                 self.announce_head(job);
             }
-            self.with_stewards(now, |stewards, cx| stewards.consider(job, cx));
+        }
+        match self.shy_until_ms {
+            Some(until_ms) => self.timers.set(Timer::Shy, until_ms),
+            None => self.take_up_records(now),
         }
         self.timers.set(Timer::Soft, now.boot_ms);
         self.finish(now);
@@ -507,6 +524,7 @@ impl Peer {
             match timer {
                 Timer::Submit(job) => self.send_init(job, now),
                 Timer::Soft => self.tend_soft_state(now),
+                Timer::Shy => self.take_up_records(now),
             }
         }
         self.finish(now);
@@ -534,6 +552,7 @@ impl Peer {
             let reason = match timer {
                 Timer::Submit(_) => "a submission is unanswered",
                 Timer::Soft => "soft state wants tending",
+                Timer::Shy => "records are to be taken up after the start",
             };
             (at_ms, reason)
         });
@@ -779,7 +798,7 @@ impl Peer {
                 self.handle_soft(item, now);
             }
             Message::Reconcile { query } => self.handle_reconcile(from, &query),
-            Message::Reconciled { answer } => self.handle_reconciled(from, &answer),
+            Message::Reconciled { answer } => self.handle_reconciled(from, &answer, now),
             Message::Want { ids } => self.handle_want(from, &ids),
         }
     }

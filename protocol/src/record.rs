@@ -265,6 +265,12 @@ impl Registers {
         self.records.get(&job).map(|register| register.acceptor.spec())
     }
 
+    /// What leads from the spec's keepers to those of now, of a record that is or was kept here.
+    #[must_use]
+    pub fn links(&self, job: JobId) -> Option<&[Link]> {
+        self.records.get(&job).map(|register| register.acceptor.links())
+    }
+
     /// How many records are or were kept here.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -783,7 +789,10 @@ impl Registers {
             return;
         }
         let store = register.acceptor.keepers().iter().find(|(k, _)| *k == from).map(|k| k.1);
-        let sent_ms = register.proposer.sent_ms(ballot);
+        // To accept another's stewardship is no sign that this one's lasts.
+        let held = register.proposer.held();
+        let mine = held.is_some_and(|(.., steward)| steward == Some(self.me));
+        let sent_ms = register.proposer.sent_ms(ballot).filter(|_| mine);
         if let (Some(store), Some(sent_ms)) = (store, sent_ms) {
             let ack = register.acks.entry(store).or_default();
             *ack = (*ack).max(sent_ms);

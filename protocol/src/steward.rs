@@ -217,10 +217,11 @@ impl Stewards {
             warn!(%job, "no quorum of its keepers heard of this steward: it is silent");
         }
         if acts && !acted {
-            match &mut drive.stage {
-                Stage::Auction(auction) => {
-                    auction.resting = false;
-                    auction.wake_ms = None;
+            match &drive.stage {
+                // Whatever was answered meanwhile was not heard: ask anew.
+                Stage::Auction(_) => {
+                    let auction = Auction::new(&drive.spec).avoiding(&drive.avoided);
+                    drive.stage = Stage::Auction(auction);
                 }
                 Stage::Pinning(_) => self.pinning_failed(job, cx),
                 Stage::Assigned => {}
@@ -410,9 +411,12 @@ impl Stewards {
             return;
         }
         let Some(drive) = self.drives.get_mut(&job) else {
-            // The job is over: nobody waits for this ending any more.
-            if cx.registers.get(job).is_some_and(|k| k.value.body.state() == State::Done) {
+            let known = cx.registers.get(job);
+            if known.is_some_and(|k| k.chosen && k.value.body.state() == State::Done) {
+                // Nobody waits for this ending any more.
                 done(cx.out, self.me);
+            } else if is_end {
+                self.point_elsewhere(from, job, cx);
             }
             return;
         };

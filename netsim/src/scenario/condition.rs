@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use p2pit_protocol::{
-    JobId, PeerId,
+    JobId, PeerId, StoreId,
     bidder::LEASE_GRACE_MS,
     identity::SignedBytes,
     job::{Ending, Outcome, Rank, State, VerifiedSpec},
@@ -24,6 +24,8 @@ pub(super) struct Cast<'v> {
     /// The tasks that jobs became, by the name of the job.
     pub(super) tasks: BTreeMap<&'v str, usize>,
     pub(super) hand: Hand,
+    /// The store of each machine at the beginning.
+    pub(super) stores: Vec<StoreId>,
 }
 
 macro_rules! given {
@@ -60,7 +62,7 @@ impl Condition {
 
     /// The fields given that are about the machine's state.
     pub(super) fn of_node(&self) -> Vec<&'static str> {
-        given!(self: up "up")
+        given!(self: up "up", new_store "new-store")
     }
 
     /// The fields given that are about any state.
@@ -83,15 +85,12 @@ impl Condition {
             self.history_holds(&told).map_err(|what| format!("job {name}: {what}"))?;
             self.record_holds(&told).map_err(|what| format!("job {name}: {what}"))?;
         }
-        if let (Some(node), Some(up)) = (&self.node, self.up) {
+        if let Some(node) = &self.node {
             let at = cast.one(&node.0, world)?;
-            if world.is_up(at) != up {
-                return Err(format!(
-                    "{} is {}",
-                    world.machines[at].name(),
-                    if up { "down" } else { "up" }
-                ));
-            }
+            let of = |what: String| format!("{}: {what}", world.machines[at].name());
+            expect(self.up, || world.is_up(at), "whether its daemon runs").map_err(of)?;
+            let is_new = || cast.stores.get(at) != Some(&world.machines[at].member.store);
+            expect(self.new_store, is_new, "whether it has a new store").map_err(of)?;
         }
         Ok(())
     }

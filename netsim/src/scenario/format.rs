@@ -131,8 +131,6 @@ pub struct Step {
     pub pause: Option<Deed>,
     /// The clocks of a machine go wrong.
     pub clock: Option<Deed>,
-    /// A node leaves the pool, with a word to those who count on it.
-    pub leave: Option<Deed>,
     /// Links carry nothing.
     pub cut: Option<Cut>,
     /// Some messages are lost.
@@ -269,6 +267,8 @@ pub struct Condition {
     pub node: Option<Side>,
     /// Its daemon runs.
     pub up: Option<bool>,
+    /// It has another store than at the beginning of the story.
+    pub new_store: Option<bool>,
 
     /// How long this may take to come true.
     pub within: Option<Span>,

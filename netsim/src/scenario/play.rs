@@ -56,7 +56,8 @@ pub fn play(variant: &Variant, options: Options, keep_lines: bool) -> anyhow::Re
     let mut world = World::new(options, keep_lines)?;
     let hand = Hand::default();
     hand.lay_on(&mut world);
-    let cast = Cast { variant, tasks: BTreeMap::new(), hand };
+    let stores = world.machines.iter().map(|machine| machine.member.store).collect();
+    let cast = Cast { variant, tasks: BTreeMap::new(), hand, stores };
     let mut play = Play { cast, world, start_ms: 0, backups: BTreeMap::new() };
     let ending = caught(|| match play.whole() {
         Ok(stuck) if stuck.is_empty() => Ending::Fine,

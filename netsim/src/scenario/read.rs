@@ -539,7 +539,6 @@ pub(super) fn deeds(step: &Step) -> impl Iterator<Item = (&'static str, &Deed)> 
         ("suspend", &step.suspend),
         ("pause", &step.pause),
         ("clock", &step.clock),
-        ("leave", &step.leave),
     ];
     all.into_iter().filter_map(|(name, deed)| deed.as_ref().map(|deed| (name, deed)))
 }

@@ -236,28 +236,33 @@ impl World {
         self.crash(at, Down::Machine, Some(down_ms));
         self.new_store(at);
         self.machines[at].trees.clear();
+        let name = self.machines[at].name();
+        self.trace.say(self.now_ms, None, || format!("the disk of {name} is emptied"));
         self.counts.wipes += 1;
     }
 
-    /// Whether every job, and every submission that may become one, would keep a majority
-    /// of its keepers' disks without this one, and its inputs.
+    /// Whether every job would keep a majority of its keepers' disks without this one, and its
+    /// inputs; and no submission, which may become a job, names it.
     fn may_lose_disk(&self, at: usize) -> bool {
-        let lost = |(peer, store): &p2pit_protocol::record::Keeper| {
+        let keeps = |job: &JobId, (peer, store): &Keeper| {
             let machine = self.machine_of(*peer).map(|index| &self.machines[index]);
-            machine.is_none_or(|m| m.index == at || m.member.store != *store)
+            machine.is_some_and(|machine| {
+                let slot = Slot::Record(*job).to_bytes();
+                machine.index != at
+                    && machine.member.store == *store
+                    && machine.journal.contains_key(&slot)
+            })
         };
-        let survives = |keepers: &[p2pit_protocol::record::Keeper]| {
-            let left = keepers.iter().filter(|keeper| !lost(keeper)).count();
-            left >= p2pit_protocol::record::quorum_of(keepers.len())
-        };
-        // Of jobs that are over, too: somebody may not have heard of it yet.
-        let records = self.ledger.registers.values();
+        let open = self.ledger.open.iter();
+        let mut registers =
+            open.filter_map(|job| Some((job, self.ledger.registers.get(job)?.keepers())));
+        let survive = registers.all(|(job, keepers)| {
+            let left = keepers.iter().filter(|keeper| keeps(job, keeper)).count();
+            left >= quorum_of(keepers.len())
+        });
         let asked = self.workload.tasks.iter().filter(|task| task.job.is_none());
-        let asked = asked.filter_map(|task| self.keepers_named(task.spec.as_ref()?));
-        records
-            .map(|register| register.keepers().to_vec())
-            .chain(asked)
-            .all(|keepers| survives(&keepers))
+        let mut asked = asked.filter_map(|task| self.keepers_named(task.spec.as_ref()?)).flatten();
+        survive && !asked.any(|(peer, _)| self.machine_of(peer) == Some(at))
     }
 
     /// What is on a machine's disk now.

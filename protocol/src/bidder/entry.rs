@@ -117,3 +117,12 @@ pub struct Work {
     #[serde(skip)]
     pub spec: Option<Arc<VerifiedSpec>>,
 }
+
+impl Work {
+    /// Who keeps the record, by what named this node.
+    pub(super) fn keepers(&self) -> Vec<PeerId> {
+        let first = self.spec.as_ref().map_or(&[][..], |spec| &spec.spec.keepers);
+        let keepers = self.certificate.links.last().map_or(first, |link| &link.next);
+        keepers.iter().map(|(keeper, _)| *keeper).collect()
+    }
+}

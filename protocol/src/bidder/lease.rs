@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use tracing::{debug, info};
 
 use super::{
-    Bidder, LEASE_MS, LEASE_RENEW_MS, Phase, TOMBSTONES_MAX, Timer, UnreportedEnd, WorkId,
+    Bidder, LEASE_MS, LEASE_RENEW_MS, Phase, TOMBSTONES_MAX, Timer, WorkId,
 };
 use crate::{
     JobId, Now, PeerId,
@@ -67,10 +67,7 @@ impl Bidder {
             let answered_ms = self.leases.get(id).map_or(0, |lease| lease.answered_ms);
             if answered_ms.saturating_add(LEASE_RENEW_MS + RETRY_MS / 2) < now.boot_ms {
                 next_ms = RETRY_MS;
-                let links = &work.certificate.links;
-                let first = work.spec.as_ref().map_or(&[][..], |spec| &spec.spec.keepers);
-                let keepers: &[Keeper] = links.last().map_or(first, |link| &link.next);
-                to.extend(keepers.iter().map(|(keeper, _)| *keeper));
+                to.extend(work.keepers());
             }
             to.sort_unstable();
             to.dedup();
@@ -137,12 +134,16 @@ impl Bidder {
         now: Now,
         out: &mut Outbox,
     ) {
-        let asks: Vec<LeaseAsk> = self
-            .works_of_job(job)
-            .into_iter()
-            .filter(|id| !matches!(self.book.work[id].phase, Phase::Committed { .. }))
-            .filter(|id| self.book.work[id].steward != steward)
-            .map(|id| LeaseAsk { job, attempt: id.attempt, term: self.book.work[&id].term })
+        let works = self.works_of_job(job).into_iter().filter_map(|id| {
+            let work = &self.book.work[&id];
+            let waits = matches!(work.phase, Phase::Committed { .. });
+            (!waits && work.steward != steward).then_some((id, work.term))
+        });
+        let ends = self.ends.iter().filter(|(id, end)| id.job == job && end.steward != steward);
+        let ends = ends.map(|(id, end)| (*id, end.term));
+        let asks: Vec<LeaseAsk> = works
+            .chain(ends)
+            .map(|(id, term)| LeaseAsk { job, attempt: id.attempt, term })
             .take(1)
             .collect();
         if !asks.is_empty() {
@@ -234,8 +235,9 @@ impl Bidder {
             }
         }
         for (id, unreported) in &mut self.ends {
-            if id.job == job && unreported.steward != from {
-                *unreported = UnreportedEnd { steward: from, end: unreported.end.clone() };
+            if id.job == job && (unreported.steward != from || unreported.term != body.term) {
+                (unreported.steward, unreported.term) = (from, body.term);
+                unreported.keepers = keepers.iter().map(|(keeper, _)| *keeper).collect();
                 out.put(&id.end_slot(), unreported);
             }
         }

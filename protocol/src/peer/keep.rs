@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tracing::debug;
 
-use super::{Event, Peer};
+use super::{Event, Peer, Timer};
 use crate::{
     JobId, Now, PeerId, UserId,
     identity::SignedBytes,
@@ -57,11 +57,28 @@ impl Peer {
         certificate.verify(spec, self.may_recover(spec.spec.owner)).map_err(|e| e.to_string())
     }
 
-    fn check_links(&self, links: &[Link], spec: &VerifiedSpec) -> Result<Vec<Keeper>, String> {
+    pub(super) fn check_links(&self, links: &[Link], spec: &VerifiedSpec) -> Result<Vec<Keeper>, String> {
         follow(spec, links, self.may_recover(spec.spec.owner)).map_err(|e| e.to_string())
     }
 
+    /// Speak as a keeper from now on: nobody knows of a later life of this store, or nobody
+    /// answers.
+    pub(super) fn take_up_records(&mut self, now: Now) {
+        self.shy_until_ms = None;
+        self.timers.cancel(&Timer::Shy);
+        if self.store_refused {
+            return;
+        }
+        let jobs: Vec<JobId> = self.registers.iter().map(|(job, _)| *job).collect();
+        for job in jobs {
+            self.with_stewards(now, |stewards, cx| stewards.consider(job, cx));
+        }
+    }
+
     pub(super) fn handle_record(&mut self, from: PeerId, message: Message, now: Now) {
+        if (self.shy_until_ms.is_some() || self.store_refused) && from != self.me {
+            return;
+        }
         match message {
             Message::Prepare { job, epoch, ballot } => {
                 self.registers.handle_prepare(from, job, epoch, ballot);
@@ -76,6 +93,7 @@ impl Peer {
             }
             Message::NotInit { job, epoch } => self.registers.handle_not_init(from, job, epoch),
             Message::Moved { job, links } => {
+                self.submission_moved(job, &links);
                 let Some(spec) = self.registers.spec(job).map(Arc::clone) else { return };
                 match self.check_links(&links, &spec) {
                     Ok(keepers) => self.registers.handle_moved(job, links, keepers, now),

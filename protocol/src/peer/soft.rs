@@ -374,7 +374,7 @@ impl Peer {
         }
     }
 
-    pub(super) fn handle_reconciled(&mut self, from: PeerId, answer: &[u8]) {
+    pub(super) fn handle_reconciled(&mut self, from: PeerId, answer: &[u8], now: Now) {
         let Some(mut difference) = reconcile::compare(&self.soft.items, answer) else {
             debug!(%from, "answer of a reconciliation not understood");
             return;
@@ -386,8 +386,15 @@ impl Peer {
         for ids in difference.need.chunks(WANT_MAX) {
             self.out.send(self.me, from, Message::Want { ids: ids.to_vec() });
         }
+        let told_all = difference.need.is_empty() && difference.next_query.is_none();
         if let Some(query) = difference.next_query {
             self.out.send(self.me, from, Message::Reconcile { query });
+        } else if self.shy_until_ms.is_some() && !told_all {
+            // What is missing is on its way, and this question comes after it.
+            self.reconcile_with(from);
+        }
+        if self.shy_until_ms.is_some() && told_all {
+            self.take_up_records(now);
         }
     }
 

@@ -18,7 +18,7 @@ use crate::{
     identity::SignedBytes,
     job::VerifiedSpec,
     message::Message,
-    record::{Ballot, check_receipt, quorum_of},
+    record::{Ballot, Link, check_receipt, quorum_of},
     sabotage::Rule,
 };
 
@@ -137,6 +137,12 @@ impl Peer {
         now: Now,
     ) {
         let job = JobId::of(&signed.bytes);
+        if let Some(links) = self.registers.links(job).filter(|links| !links.is_empty()) {
+            // This store may never have seen its birth; that its keepers changed shows it.
+            let links = links.to_vec();
+            self.out.send(self.me, from, Message::Moved { job, links });
+            return;
+        }
         let (spec, receipt) = match self.accept_init(signed, receipts, refused, now) {
             Ok(accepted) => accepted,
             Err((reason, retry)) => {
@@ -223,7 +229,9 @@ impl Peer {
             return Err((refusal.reason.clone(), false));
         }
         if let Some(mut reason) = refused {
-            reason.truncate(reason.floor_char_boundary(REFUSAL_BYTES_MAX));
+            while reason.len() > REFUSAL_BYTES_MAX {
+                reason.pop();
+            }
             return Err(self.refuse(&spec, reason, now));
         }
         let kept_elsewhere = receipts.iter().take(spec.spec.keepers.len()).any(|receipt| {
@@ -245,7 +253,10 @@ impl Peer {
             return Err(self.refuse(&spec, reason, now));
         }
         let trees = self.bidder.local_trees();
-        if first && let Some(missing) = spec.inputs().find(|tree| !trees.contains(tree)) {
+        if first
+            && !kept_elsewhere
+            && let Some(missing) = spec.inputs().find(|tree| !trees.contains(tree))
+        {
             return Err((format!("input {missing} is not on the keeper yet"), true));
         }
         let spec = Arc::new(spec);
@@ -381,6 +392,15 @@ impl Peer {
             submission.refused = Some(reason);
             submission.until_ms = now.after(SUBMIT_MS).saturating_sub(1);
             self.send_init(job, now);
+        }
+    }
+
+    /// The keepers of a job changed, as these links say: so it was submitted.
+    pub(super) fn submission_moved(&mut self, job: JobId, links: &[Link]) {
+        let Some(submission) = self.submissions.get(&job) else { return };
+        let spec = Arc::clone(&submission.spec);
+        if !links.is_empty() && self.check_links(links, &spec).is_ok() {
+            self.settle_submission(job, Ok(()));
         }
     }
 

@@ -177,8 +177,15 @@ impl Stewards {
     }
 
     /// A bidder asks about a job that this node does not drive.
-    fn point_elsewhere(&mut self, from: PeerId, job: JobId, cx: &mut Context<'_>) {
-        let Some(kept) = cx.registers.get(job) else { return };
+    pub(super) fn point_elsewhere(&self, from: PeerId, job: JobId, cx: &mut Context<'_>) {
+        let Some(kept) = cx.registers.get(job) else {
+            // It was kept here once: those who keep it now know more.
+            let keepers = cx.registers.moved(job).unwrap_or_default().to_vec();
+            for (steward, _) in keepers.into_iter().filter(|(keeper, _)| *keeper != self.me) {
+                cx.out.send(self.me, from, Message::Elsewhere { job, steward });
+            }
+            return;
+        };
         let body = &kept.value.body;
         if body.state() == State::Done {
             // Nobody drives it any more: any keeper may tell.
