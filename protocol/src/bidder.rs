@@ -33,8 +33,7 @@ use crate::{
     job::{Attempt, Ending, Rank, RankAssignment, RankEnd, RankState, VerifiedSpec},
     message::{
         Bid, Call, CallFate, Commit, Decline, GpuView, HoldView, Key, LeaseAsk, Message, NodeView,
-        Offer,
-        PinRefusal, REST_MS_MAX, RankReport, Report, Start, Wanted, blinded,
+        Offer, PinRefusal, REST_MS_MAX, RankReport, Report, Start, Wanted, blinded,
     },
     peer::{Event, Outbox, Slot},
     record::Value,

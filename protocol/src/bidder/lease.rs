@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 
 use tracing::{debug, info};
 
-use super::{
-    Bidder, LEASE_MS, LEASE_RENEW_MS, Phase, TOMBSTONES_MAX, Timer, WorkId,
-};
+use super::{Bidder, LEASE_MS, LEASE_RENEW_MS, Phase, TOMBSTONES_MAX, Timer, WorkId};
 use crate::{
     JobId, Now, PeerId,
     job::{Attempt, Rank, RankState, State, VerifiedSpec},

@@ -57,7 +57,11 @@ impl Peer {
         certificate.verify(spec, self.may_recover(spec.spec.owner)).map_err(|e| e.to_string())
     }
 
-    pub(super) fn check_links(&self, links: &[Link], spec: &VerifiedSpec) -> Result<Vec<Keeper>, String> {
+    pub(super) fn check_links(
+        &self,
+        links: &[Link],
+        spec: &VerifiedSpec,
+    ) -> Result<Vec<Keeper>, String> {
         follow(spec, links, self.may_recover(spec.spec.owner)).map_err(|e| e.to_string())
     }
 
