@@ -6,6 +6,7 @@ pub(crate) mod daemon;
 pub(crate) mod demo;
 pub(crate) mod download;
 pub(crate) mod invite;
+pub(crate) mod job;
 pub(crate) mod join;
 pub(crate) mod leave;
 pub(crate) mod log;
@@ -117,6 +118,7 @@ async fn dispatch(Cli { globals, command }: Cli, out: &Output) -> anyhow::Result
         Command::Status(args) => status::run(globals, out, args).await,
         Command::Show(args) => show::run(globals, out, args).await,
         Command::Why(args) => why::run(globals, out, args).await,
+        Command::Job(args) => job::run(globals, out, args).await,
         Command::Stop(args) => stop::run(globals, out, args).await,
         Command::Ls(args) => ls::run(globals, out, args).await,
         Command::Cp(args) => cp::run(globals, out, args).await,

@@ -1,7 +1,8 @@
-//! A job's log: the keeper's history of it, and what the nodes of its ranks wrote.
+//! A job's log: its keepers' history of it, and what the nodes of its ranks wrote.
 //!
-//! Following joins one stream of views from the keeper with one stream of lines from each
-//! node that the views name. Either may break and is opened again; lines that were shown
+//! Following joins one stream of views from a keeper with one stream of lines from each
+//! node that the views name. Either may break and is opened again, that of the keeper at the
+//! next one; lines that were shown
 //! are counted by their label, `worker 0` and the like, and passed over then. Lines are
 //! held for a moment and put in the order of their time, since streams overtake each other.
 //! The line that says DONE is held back until every node's stream has ended.
@@ -13,7 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use p2pit_node::api::types::{Answer, Log, Watch, path};
+use p2pit_node::api::types::{Log, Watch, path};
 use p2pit_protocol::{
     JobId, PeerId, PoolId,
     job::{Attempt, Change, Outcome, RankState, State},
@@ -27,6 +28,7 @@ use tokio::{
 
 use crate::{
     client::Client,
+    jobs::{Asked, try_ask},
     names::{Names, short_job},
     output::{Output, iso8601, plain},
     problem::Problem,
@@ -47,7 +49,7 @@ const HOLD_BACKLOG: Duration = Duration::from_millis(500);
 const HELD_BYTES_MAX: usize = 16 << 20;
 /// A job that has waited for this long is asked why, once.
 const WHY_AFTER: Duration = Duration::from_secs(3);
-/// A keeper that restarts is back within this.
+/// A keeper that restarts is back within this, and another steward in office.
 const KEEPER_PATIENCE: Duration = Duration::from_secs(120);
 /// Logs larger than this together are not put in order.
 const MERGE_BYTES_MAX: usize = 256 << 20;
@@ -61,7 +63,8 @@ pub(crate) struct Reading<'a> {
     pub(crate) out: &'a Output,
     pub(crate) pool: PoolId,
     pub(crate) job: JobId,
-    pub(crate) keeper: PeerId,
+    /// Who keeps it, as far as is known at first, the steward before the others.
+    pub(crate) keepers: Vec<PeerId>,
     /// Only this rank's own lines.
     pub(crate) worker: Option<u32>,
 }
@@ -77,6 +80,7 @@ impl Reading<'_> {
             tasks: JoinSet::new(),
             taps: BTreeMap::new(),
             view: None,
+            keepers: self.keepers.clone(),
             held: Held::new(begun + HOLD_BACKLOG),
             shown: 0,
             watch: Watching::Open,
@@ -190,6 +194,8 @@ struct Follower<'a> {
     tasks: JoinSet<()>,
     taps: BTreeMap<PeerId, Tap>,
     view: Option<JobView>,
+    /// The first is watched; one that does not answer goes to the end.
+    keepers: Vec<PeerId>,
     held: Held,
     /// Changes of the history that were shown.
     shown: usize,
@@ -238,9 +244,24 @@ impl Follower<'_> {
     async fn handle(&mut self, event: Event) -> anyhow::Result<()> {
         match event {
             Event::View(view) => {
-                self.view = Some(*view);
                 self.last_view_at = Instant::now();
-                self.is_out_of_sight = false;
+                if std::mem::take(&mut self.is_out_of_sight) {
+                    self.reading.out.note(&format!(
+                        "job {} is in sight again, at another keeper or after a restart",
+                        short_job(self.reading.job)
+                    ));
+                }
+                let at = |view: &JobView| (view.epoch, view.seq);
+                if self.view.as_ref().is_some_and(|known| at(known) >= at(&view)) {
+                    // Another keeper may be a moment behind.
+                    return Ok(());
+                }
+                for keeper in &view.keepers {
+                    if !self.keepers.contains(keeper) {
+                        self.keepers.push(*keeper);
+                    }
+                }
+                self.view = Some(*view);
                 self.show_history(false);
                 self.note_waiting();
                 self.open_taps()
@@ -272,11 +293,11 @@ impl Follower<'_> {
     }
 
     async fn tell_why(&mut self) {
-        let Reading { session, pool, job, keeper, out, .. } = *self.reading;
+        let Reading { session, pool, job, out, .. } = *self.reading;
         (self.why_at, self.was_told_why) = (None, true);
         // A courtesy: where it cannot be had, the log says what there is to say.
-        if let Ok(Answer { reply: Some(Reply::Why(wait)), .. }) =
-            session.ask_one(pool, keeper, &Command::Why(job)).await
+        if let Ok(Asked::Said(Reply::Why(wait))) =
+            try_ask(session, pool, &self.keepers, &Command::Why(job)).await
             && wait.state == State::Waiting
         {
             let short = short_job(job);
@@ -343,7 +364,10 @@ impl Follower<'_> {
     }
 
     fn open_watch(&mut self) -> anyhow::Result<()> {
-        let Reading { session, pool, job, keeper, .. } = *self.reading;
+        let Reading { session, pool, job, .. } = *self.reading;
+        let Some(keeper) = self.keepers.first().copied() else {
+            return Err(Problem::broken("no keeper of the job is known").into());
+        };
         let signed = session.sign(pool, &[keeper], &Command::Job(job))?;
         let watch = Watch { node: keeper, signed };
         let (client, sender) = (Arc::clone(&session.client), self.sender.clone());
@@ -364,7 +388,7 @@ impl Follower<'_> {
         let is_refused = result.as_ref().err().is_some_and(|reason| {
             reason.downcast_ref::<Problem>().is_some_and(Problem::is_request)
         });
-        if self.view.is_none() && (result.is_ok() || is_refused) {
+        if self.view.is_none() && (is_refused || (result.is_ok() && self.keepers.len() < 2)) {
             result?;
             return Err(Problem::broken(format!("the keeper of job {job} does not know it")).into());
         }
@@ -372,6 +396,8 @@ impl Follower<'_> {
             Err(reason) => format!("{reason:#}"),
             Ok(()) => "its keeper stopped telling of it".to_owned(),
         };
+        // The next one may know more; the same again where there is no other.
+        self.keepers.rotate_left(1);
         if self.last_view_at.elapsed() < KEEPER_PATIENCE {
             if !self.is_out_of_sight {
                 self.reading

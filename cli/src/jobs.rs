@@ -1,16 +1,22 @@
 //! The jobs of the pool, gathered from those who keep them.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
 
+use futures::{StreamExt as _, stream::FuturesUnordered};
 use p2pit_node::api::types::{Answer, Audience, NodeInfo, Resolved, UserInfo, jobs_of, path};
 use p2pit_protocol::{
     JobId, PeerId, PoolId,
     job::State,
     message::{Command, JobFilter, JobView, Reply},
 };
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
     names::Names,
+    output::Output,
     problem::Problem,
     session::{Session, accepted, unexpected},
     view::{Job, Jobs, Usage, eligible_keepers},
@@ -22,7 +28,7 @@ pub(crate) struct Gathered {
     pub(crate) pool: PoolId,
     pub(crate) names: Names,
     pub(crate) jobs: Jobs,
-    /// Keepers that did not answer, so that their jobs are missing.
+    /// Keepers that did not answer, and without whom jobs are missing.
     pub(crate) silent: Vec<String>,
     /// Nodes that a job's keepers can be chosen from.
     pub(crate) eligible: usize,
@@ -38,9 +44,17 @@ pub(crate) async fn gather(session: &Session, filter: JobFilter) -> anyhow::Resu
     let names = Names::of(&nodes, &users).with_jobs(&audience);
     let done_max = filter.done_max;
     let command = Command::Jobs(filter);
-    let answers = session.ask(audience.pool, &audience.nodes, &command).await?;
-    let silent = answers.iter().filter(|answer| answer.reply.is_none());
-    let silent: Vec<String> = silent.map(|answer| names.node(answer.node)).collect();
+    let mut answers =
+        session.ask_within(audience.pool, &audience.nodes, &command, Some(PATIENCE)).await?;
+    let missed = missed(&audience.keepers, &answers);
+    if !missed.is_empty() {
+        // Nobody else has what they have: they get the time they need.
+        answers.retain(|answer| !missed.contains(&answer.node));
+        let missed: Vec<PeerId> = missed.into_iter().collect();
+        answers.extend(session.ask(audience.pool, &missed, &command).await?);
+    }
+    let silent = self::missed(&audience.keepers, &answers);
+    let silent: Vec<String> = silent.into_iter().map(|node| names.node(node)).collect();
     if let Some(reason) = refused_by_all(&answers) {
         return Err(Problem::request(reason).into());
     }
@@ -79,6 +93,26 @@ pub(crate) struct Found {
     pub(crate) resolved: Resolved,
 }
 
+/// What came of asking those who keep a job.
+#[derive(Debug)]
+pub(crate) enum Asked {
+    /// Somebody answered, or refused to.
+    Said(Reply),
+    /// Some keep it, and point to a steward that does not answer.
+    NoSteward,
+    /// None that answered keeps it; why the others did not.
+    Nobody(Vec<String>),
+}
+
+/// How long one keeper may think before the next is asked, too.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Most nodes asked about one job.
+const ASKED_MAX: usize = 64;
+/// How long a job may be without somebody who drives it: another keeper takes over sooner.
+const STEWARD_WITHIN: Duration = Duration::from_secs(60);
+/// How often it is asked for, at first and at last.
+const STEWARD_POLL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+
 impl Found {
     pub(crate) async fn by_text(session: &Session, text: &str) -> anyhow::Result<Self> {
         let (resolved, pool) = tokio::try_join!(session.resolve(text), session.pool())?;
@@ -89,10 +123,87 @@ impl Found {
         self.resolved.job
     }
 
-    /// Asks the keeper.
+    /// Asks one keeper after the other until one says something, the steward first.
+    pub(crate) async fn try_ask(
+        &self,
+        session: &Session,
+        command: &Command,
+    ) -> anyhow::Result<Asked> {
+        try_ask(session, self.pool, &self.resolved.keepers, command).await
+    }
+
+    /// As [`Self::try_ask`], where any keeper will do.
     pub(crate) async fn ask(&self, session: &Session, command: &Command) -> anyhow::Result<Reply> {
-        let answer = session.ask_one(self.pool, self.resolved.keeper, command).await?;
-        Ok(accepted(answer)?)
+        match self.try_ask(session, command).await? {
+            Asked::Said(reply) => Ok(accepted(reply)?),
+            Asked::NoSteward => Err(self.no_steward().into()),
+            Asked::Nobody(silent) => Err(self.nobody(&silent).into()),
+        }
+    }
+
+    /// As [`Self::try_ask`], for what only the steward can do: where there is none, this waits
+    /// for the next. `is_final` says whether a reply needs no further asking.
+    pub(crate) async fn ask_steward(
+        &self,
+        session: &Session,
+        out: &Output,
+        command: &Command,
+        is_final: impl Fn(&Reply) -> bool,
+    ) -> anyhow::Result<Reply> {
+        let short = &self.resolved.short;
+        let begun = Instant::now();
+        let mut told = BTreeSet::new();
+        let mut pause = STEWARD_POLL.0;
+        loop {
+            let (is_heard, waits_for) = match self.try_ask(session, command).await? {
+                Asked::Said(reply) => {
+                    let reply = accepted(reply)?;
+                    if is_final(&reply) {
+                        return Ok(reply);
+                    }
+                    (true, "a majority of its keepers to record it")
+                }
+                Asked::NoSteward => {
+                    (false, "its steward, which is silent: another keeper takes over within 45 s")
+                }
+                Asked::Nobody(silent) => return Err(self.nobody(&silent).into()),
+            };
+            if begun.elapsed() > STEWARD_WITHIN {
+                return Err(if is_heard { self.not_recorded() } else { self.no_steward() }.into());
+            }
+            // A round trip is nobody's business.
+            if (!is_heard || begun.elapsed() > PATIENCE) && told.insert(waits_for) {
+                out.note(&format!("job {short} waits for {waits_for}"));
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(STEWARD_POLL.1);
+        }
+    }
+
+    fn not_recorded(&self) -> Problem {
+        let short = &self.resolved.short;
+        Problem::broken(format!(
+            "whether it is recorded for job {short} is unknown: too few of its keepers answer"
+        ))
+        .hint("the same command again settles it; `p2pit show nodes` says which nodes are online")
+    }
+
+    fn no_steward(&self) -> Problem {
+        let short = &self.resolved.short;
+        Problem::broken(format!("nobody drives job {short} now: its steward is silent"))
+            .hint("another keeper takes over within 45 s where a majority of them is on: try again")
+    }
+
+    fn nobody(&self, silent: &[String]) -> Problem {
+        let short = &self.resolved.short;
+        if silent.is_empty() {
+            return Problem::request(format!("no node that can be asked keeps job {short}"))
+                .hint("`p2pit show jobs` lists what is kept");
+        }
+        Problem::broken(format!("no keeper of job {short} answers: {}", silent.join("; "))).hint(
+            "`p2pit show nodes` says which nodes are online; of keepers that are gone for good, \
+             `p2pit job recover` makes do without them",
+        )
     }
 
     pub(crate) async fn view(&self, session: &Session) -> anyhow::Result<JobView> {
@@ -118,6 +229,101 @@ impl Found {
     }
 }
 
+/// Asks those who may keep a job, one after the other, and whomever they point to; where none
+/// of these says anything, all others that keep jobs.
+pub(crate) async fn try_ask(
+    session: &Session,
+    pool: PoolId,
+    keepers: &[PeerId],
+    command: &Command,
+) -> anyhow::Result<Asked> {
+    let mut round = Round::new(keepers);
+    if let Some(reply) = round.run(session, pool, command).await? {
+        return Ok(Asked::Said(reply));
+    }
+    if !round.is_kept {
+        let audience = session.client.get::<Audience>(path::KEEPERS).await?;
+        round.add(audience.nodes);
+        if let Some(reply) = round.run(session, pool, command).await? {
+            return Ok(Asked::Said(reply));
+        }
+    }
+    Ok(if round.is_kept { Asked::NoSteward } else { Asked::Nobody(round.silent) })
+}
+
+#[derive(Debug)]
+struct Round {
+    waiting: VecDeque<PeerId>,
+    known: BTreeSet<PeerId>,
+    /// Somebody keeps it, and does not drive it.
+    is_kept: bool,
+    silent: Vec<String>,
+}
+
+impl Round {
+    fn new(keepers: &[PeerId]) -> Self {
+        let (waiting, known) = (VecDeque::new(), BTreeSet::new());
+        let mut round = Self { waiting, known, is_kept: false, silent: Vec::new() };
+        round.add(keepers.iter().copied());
+        round
+    }
+
+    fn add(&mut self, nodes: impl IntoIterator<Item = PeerId>) {
+        for node in nodes {
+            if self.known.len() < ASKED_MAX && self.known.insert(node) {
+                self.waiting.push_back(node);
+            }
+        }
+    }
+
+    /// The first answer that is one.
+    async fn run(
+        &mut self,
+        session: &Session,
+        pool: PoolId,
+        command: &Command,
+    ) -> anyhow::Result<Option<Reply>> {
+        let mut asking = FuturesUnordered::new();
+        loop {
+            if asking.is_empty() {
+                let Some(next) = self.waiting.pop_front() else { return Ok(None) };
+                asking.push(session.ask_one(pool, next, command));
+            }
+            let Ok(answer) = timeout(PATIENCE, asking.next()).await else {
+                // It may still answer, but nobody waits for it alone.
+                if let Some(next) = self.waiting.pop_front() {
+                    asking.push(session.ask_one(pool, next, command));
+                }
+                continue;
+            };
+            let Some(answer) = answer.transpose()? else { continue };
+            match answer.reply {
+                Some(Reply::Elsewhere { steward, keepers }) => {
+                    self.is_kept = true;
+                    if let Some(steward) = steward
+                        && self.known.len() < ASKED_MAX
+                        && self.known.insert(steward)
+                    {
+                        self.waiting.push_front(steward);
+                    }
+                    self.add(keepers);
+                }
+                Some(Reply::UnknownJob) => {}
+                Some(reply) => return Ok(Some(reply)),
+                None => self.silent.extend(answer.error),
+            }
+        }
+    }
+}
+
+/// Those who did not answer, of whom a job is kept by no other.
+fn missed(kept: &[(JobId, Vec<PeerId>)], answers: &[Answer]) -> BTreeSet<PeerId> {
+    let silent = answers.iter().filter(|answer| answer.reply.is_none());
+    let silent: BTreeSet<PeerId> = silent.map(|answer| answer.node).collect();
+    let lost = kept.iter().filter(|(_, keepers)| keepers.iter().all(|it| silent.contains(it)));
+    lost.flat_map(|(_, keepers)| keepers).copied().collect()
+}
+
 /// Why nobody answered the question, where all refused it.
 fn refused_by_all(answers: &[Answer]) -> Option<String> {
     let reasons: Vec<&String> = answers
@@ -136,7 +342,7 @@ fn arrange(views: &[&JobView], names: &Names, done_max: usize) -> Vec<Job> {
     let mut newest: BTreeMap<JobId, &JobView> = BTreeMap::new();
     for view in views {
         let known = newest.entry(view.job).or_insert(view);
-        if view.seq > known.seq {
+        if (view.epoch, view.seq) > (known.epoch, known.seq) {
             *known = view;
         }
     }
@@ -154,7 +360,7 @@ mod tests {
     use p2pit_protocol::job::{Change, Outcome};
 
     use super::*;
-    use crate::view::samples::{NOW_MS, view};
+    use crate::view::samples::{NOW_MS, peer, view};
 
     fn numbered(n: u8, state: State, at_ms: u64) -> JobView {
         let outcome = (state == State::Done).then_some(Outcome::Succeeded);
@@ -182,7 +388,28 @@ mod tests {
     }
 
     #[test]
-    fn of_two_descriptions_the_newer_counts() {
+    fn a_silent_keeper_is_missed_only_where_no_other_has_its_jobs() {
+        let answer = |n: u8, is_there: bool| Answer {
+            node: peer(n),
+            reply: is_there.then(|| Reply::Jobs(Vec::new())),
+            error: None,
+            readings: Vec::new(),
+        };
+        let kept =
+            [(JobId([1; 32]), vec![peer(1), peer(2)]), (JobId([2; 32]), vec![peer(2), peer(3)])];
+        assert_eq!(missed(&kept, &[answer(1, true), answer(2, false), answer(3, true)]), [].into());
+        let answers = [answer(1, false), answer(2, false), answer(3, true)];
+        assert_eq!(missed(&kept, &answers), [peer(1), peer(2)].into());
+    }
+
+    #[test]
+    fn of_two_descriptions_the_newer_counts_and_a_later_configuration_more() {
+        let before = JobView { epoch: 0, seq: 9, ..numbered(1, State::Waiting, NOW_MS) };
+        let after = JobView { epoch: 1, seq: 2, ..numbered(1, State::Running, NOW_MS) };
+        for views in [[&before, &after], [&after, &before]] {
+            assert_eq!(arrange(&views, &Names::default(), 9)[0].state, State::Running);
+        }
+
         let old = JobView { seq: 1, ..numbered(1, State::Waiting, NOW_MS) };
         let new = JobView { seq: 2, ..numbered(1, State::Running, NOW_MS) };
         for views in [[&old, &new], [&new, &old]] {

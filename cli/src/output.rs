@@ -16,7 +16,7 @@ pub(crate) use text::{bytes, duration_s, iso8601, plain};
 use crate::{
     args::{ColorChoice, Globals},
     problem::{Explanation, output_error},
-    view::{File, Job, Jobs, MeAndNode, Node, Overview, Plan, Submission, Wait},
+    view::{File, Job, Jobs, MeAndNode, Node, Overview, Plan, Recovery, Submission, Wait},
 };
 use p2pit_node::api::types::{NodeInfo, UserInfo};
 
@@ -33,6 +33,7 @@ pub(crate) trait Format {
     fn files(&self, files: &[File]) -> String;
     fn plan(&self, plan: &Plan) -> String;
     fn submission(&self, submission: &Submission) -> String;
+    fn recovery(&self, recovery: &Recovery) -> String;
 }
 
 /// Where a command's words go.

@@ -92,9 +92,21 @@ impl Session {
         nodes: &[PeerId],
         command: &Command,
     ) -> anyhow::Result<Vec<Answer>> {
+        self.ask_within(pool, nodes, command, None).await
+    }
+
+    /// As [`Self::ask`], of nodes that have this long to answer.
+    pub(crate) async fn ask_within(
+        &self,
+        pool: PoolId,
+        nodes: &[PeerId],
+        command: &Command,
+        within: Option<Duration>,
+    ) -> anyhow::Result<Vec<Answer>> {
+        let within_ms = within.map(|within| u64::try_from(within.as_millis()).unwrap_or(u64::MAX));
         let asked = nodes.chunks(AUDIENCE_MAX).map(|nodes| async move {
             let signed = self.sign(pool, nodes, command)?;
-            let ask = Ask { signed, nodes: nodes.to_vec() };
+            let ask = Ask { signed, nodes: nodes.to_vec(), within_ms };
             self.client.post::<Vec<Answer>>(path::ASK, &ask).await
         });
         Ok(futures::future::try_join_all(asked).await?.concat())
@@ -130,24 +142,15 @@ pub(crate) fn pool_of(me: &Me) -> Result<PoolId, Problem> {
     })
 }
 
-/// What a node said, where it said anything that is not a refusal.
-pub(crate) fn accepted(answer: Answer) -> Result<Reply, Problem> {
-    let Answer { reply, error, .. } = answer;
+/// What a node said, where that is no refusal.
+pub(crate) fn accepted(reply: Reply) -> Result<Reply, Problem> {
     match reply {
-        Some(Reply::Denied { reason }) => Err(Problem::request(reason)),
-        Some(Reply::UnknownJob) => {
-            Err(Problem::request("the job's keeper does not keep it any more")
-                .hint("`p2pit show jobs` lists what is kept"))
-        }
-        Some(reply) => Ok(reply),
-        None => {
-            let reason = error.unwrap_or_else(|| "the node gave no answer".to_owned());
-            Err(Problem::broken(reason).hint("`p2pit show nodes` says which nodes are online"))
-        }
+        Reply::Denied { reason } => Err(Problem::request(reason)),
+        reply => Ok(reply),
     }
 }
 
-/// A reply of another kind than the command's, from the keeper.
+/// A reply of another kind than the command's, from a keeper.
 pub(crate) fn unexpected() -> Problem {
     Problem::broken("the job's keeper answered something else")
         .hint("the node and this command may be of different versions: `p2pit --version` on both")

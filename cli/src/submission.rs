@@ -134,13 +134,13 @@ pub(crate) async fn submit(
         lost_after_ms: wish.lost_after_ms,
         nonce: random()?,
         submitted_at_ms: wall_ms(),
-        keepers: vec![(planned.keeper, planned.keeper_store)],
+        keepers: planned.keepers,
     };
     let signed = SignedBytes::sign(session.identity.key(), Domain::JobSpec, spec.to_bytes());
     let verified = VerifiedSpec::verify(signed).map_err(|e| Problem::request(e.to_string()))?;
     sent.set(Some(verified.job));
     let carried = carry(session, out, verified.signed).await?;
-    // Where the keeper is this node, what was uploaded is all that travelled.
+    // Where only this node keeps it, what was uploaded is all that travelled.
     let (sent_blobs, sent_bytes, there_blobs) = if carried.blobs + carried.there == 0 {
         (uploaded.blobs, uploaded.bytes, blobs.saturating_sub(uploaded.blobs))
     } else {
@@ -154,7 +154,7 @@ pub(crate) async fn submit(
         continues: continues.map(|continued| continued.job),
         command: wish.command,
         source,
-        keeper: carried.keeper,
+        keepers: carried.keepers,
         sent_blobs,
         sent_bytes,
         there_blobs,
@@ -222,7 +222,7 @@ async fn upload(
 
 struct Carried {
     job: JobId,
-    keeper: PeerId,
+    keepers: Vec<PeerId>,
     blobs: u64,
     bytes: u64,
     there: u64,
@@ -234,11 +234,12 @@ async fn carry(session: &Session, out: &Output, spec: SignedBytes) -> anyhow::Re
     while let Some(event) = events.next().await? {
         match event {
             SubmitEvent::Transferring { bytes_done, bytes, .. } => progress.set(bytes_done, bytes),
-            SubmitEvent::Submitted { job, keeper, blobs_sent, bytes_sent, blobs_there } => {
+            SubmitEvent::Note { text } => out.warn(&text),
+            SubmitEvent::Submitted { job, keepers, blobs_sent, bytes_sent, blobs_there } => {
                 progress.finish();
                 return Ok(Carried {
                     job,
-                    keeper,
+                    keepers,
                     blobs: blobs_sent,
                     bytes: bytes_sent,
                     there: blobs_there,
@@ -248,15 +249,23 @@ async fn carry(session: &Session, out: &Output, spec: SignedBytes) -> anyhow::Re
                 progress.finish();
                 return Err(Problem::from(error).into());
             }
-            SubmitEvent::Unknown { job } => return Err(unknown(job).into()),
+            SubmitEvent::Unknown { job } => {
+                progress.finish();
+                return Err(unknown(job).into());
+            }
         }
     }
     Err(Problem::broken("the daemon ended before it said whether the job is submitted").into())
 }
 
 fn unknown(job: JobId) -> Problem {
-    Problem::broken(format!("whether job {job} is submitted is unknown: its keeper is silent"))
-        .hint(format!("`p2pit show job:{}` settles it", short_job(job)))
+    Problem::broken(format!(
+        "whether job {job} is submitted is unknown: a majority of its keepers is silent"
+    ))
+    .hint(format!(
+        "it may run yet: `p2pit show job:{job}` says whether any keeper has it; do not submit it \
+         again before that says no"
+    ))
 }
 
 /// The union of what a job's ranks kept, brought to this node as the next job's input.

@@ -8,7 +8,7 @@ use p2pit_protocol::{
     message::{GpuState, JobView},
 };
 
-use crate::names::Names;
+use crate::{names::Names, output::duration_s};
 
 /// A job.
 #[derive(Debug, Clone)]
@@ -171,7 +171,7 @@ pub(crate) struct Plan {
     pub(crate) bytes: u64,
     pub(crate) missing_blobs: u64,
     pub(crate) missing_bytes: u64,
-    pub(crate) keeper: String,
+    pub(crate) keepers: Vec<String>,
     /// Nodes that would be called first, with the processes each has room for now; of those
     /// that are offline, how many seconds ago that was so.
     pub(crate) candidates: Vec<(String, u32, Option<u64>)>,
@@ -187,10 +187,58 @@ pub(crate) struct Submission {
     pub(crate) continues: Option<JobId>,
     pub(crate) command: Command,
     pub(crate) source: Source,
-    pub(crate) keeper: PeerId,
+    /// The first drives it.
+    pub(crate) keepers: Vec<PeerId>,
     pub(crate) sent_blobs: u64,
     pub(crate) sent_bytes: u64,
     pub(crate) there_blobs: u64,
+}
+
+/// How a job goes on without the majority of its keepers.
+#[derive(Debug, Clone)]
+pub(crate) struct Recovery {
+    pub(crate) id: JobId,
+    pub(crate) short: String,
+    /// How many it had.
+    pub(crate) keepers: usize,
+    pub(crate) lost: Vec<Lost>,
+    /// The node whose knowledge of it counts.
+    pub(crate) from: String,
+    pub(crate) epoch: u32,
+    pub(crate) seq: u64,
+    /// Its keepers from then on.
+    pub(crate) next: Vec<String>,
+}
+
+/// A keeper that cannot be reached.
+#[derive(Debug, Clone)]
+pub(crate) struct Lost {
+    pub(crate) node: String,
+    /// Seconds since it was heard last; `None` where that is longer than is remembered.
+    pub(crate) heard_s: Option<u64>,
+}
+
+impl Recovery {
+    /// What it means, for who decides it.
+    pub(crate) fn text(&self) -> String {
+        let Self { id: _, short, keepers, lost, from, epoch: _, seq, next } = self;
+        let lost: Vec<String> = lost
+            .iter()
+            .map(|Lost { node, heard_s }| match heard_s {
+                Some(age) => format!("  {node}, heard last {} ago", duration_s(*age)),
+                None => format!("  {node}, not heard for long"),
+            })
+            .collect();
+        format!(
+            "job {short} has lost {} of its {keepers} keepers:\n{}\nit would go on from change \
+             {seq}, which node {from} has, and be kept by {}; later changes that only the lost \
+             keepers knew are forgotten, such as an attempt that was started, or a result that \
+             was accepted\na keeper that is only off is better started again. Go on? [y/N]",
+            lost.len(),
+            lost.join("\n"),
+            next.join(", "),
+        )
+    }
 }
 
 impl Job {

@@ -48,10 +48,11 @@ use tracing::{info, warn};
 pub use self::clock::wall_ms;
 pub(crate) use self::{
     clock::now,
-    reach::{ReachError, ShutOut},
+    reach::{ASK_TIMEOUT, ReachError, ShutOut},
 };
 use self::{core::Input, work::Work};
 use crate::{
+    api::types::HandedOver,
     config::{Rate, Settings},
     executor::{Executor, Isolation, SupervisorCommand},
     gpu::{GpuLock, GpuLocks, GpuMonitor, GpuReading, GpuSource, Health, foreign_use},
@@ -68,6 +69,11 @@ use crate::{
 
 /// For how long a full disk is taken for a passing thing by those who wait for an answer.
 const ROOM_PATIENCE: Duration = Duration::from_secs(2);
+/// How long other keepers may take to take over what a node drives that is about to go.
+const HAND_OVER_WITHIN: Duration = Duration::from_secs(3);
+const HAND_OVER_POLL: Duration = Duration::from_millis(50);
+/// A change of the record that is under way keeps it from being handed over for so many polls.
+const HAND_OVER_TRIES: u32 = 10;
 
 /// How a daemon is run.
 #[derive(Debug)]
@@ -238,6 +244,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         gpu_locks: Mutex::new(locks),
         unlocked_gpus: Mutex::new(unlocked),
     });
+    let home = shared.home.clone();
     let mut core = tokio::spawn(core::run(Arc::clone(&shared), journal, received));
     resume(&shared, std::mem::take(&mut recovered.entries)).await?;
     tokio::spawn(serve::accept(Arc::clone(&shared)));
@@ -256,6 +263,11 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
     let result = match ended {
         Some(ended) => ended.context("the core broke")?,
         None => {
+            // Else the jobs driven here would stand still until others notice.
+            match shared.hand_over().await {
+                Ok(HandedOver { handed: 0, left: 0 }) | Err(_) => {}
+                Ok(HandedOver { handed, left }) => info!(handed, left, "handed jobs over"),
+            }
             shared.ending.store(true, Ordering::Relaxed);
             // Fails where the core has ended by itself meanwhile.
             let _ = shared.inputs.send(Input::Shutdown).await;
@@ -273,7 +285,10 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
     }
     drop(shared);
     journal_thread.closed().await;
-    result
+    match result {
+        Err(reason) if reason.is::<core::StoreRefused>() => Err(anew::give_up(&home, &reason)?),
+        result => result,
+    }
 }
 
 /// Build the peer from the journal, if the node is in a pool.
@@ -374,6 +389,26 @@ impl Shared {
             .map_err(|e| e.to_string())?;
         submitted?;
         result.await.map_err(|_| NoPeer::Ending.to_string())
+    }
+
+    /// Have other keepers drive the jobs that this node drives; returns once they do, or where
+    /// that took long enough.
+    pub(crate) async fn hand_over(&self) -> Result<HandedOver, NoPeer> {
+        let before = self.act(|peer, _| peer.driven()).await?;
+        let deadline = tokio::time::Instant::now() + HAND_OVER_WITHIN;
+        let mut tries = 0;
+        loop {
+            let heard = self.heard.notified();
+            let (under_way, left) =
+                self.act(|peer, now| (peer.hand_over(now), peer.driven())).await?;
+            tries = if under_way == 0 { tries + 1 } else { 0 };
+            let is_over = left == 0 || tries == HAND_OVER_TRIES;
+            if is_over || tokio::time::Instant::now() > deadline {
+                return Ok(HandedOver { handed: before.saturating_sub(left), left });
+            }
+            // Woken by what others say; else it is looked at again.
+            let _ = tokio::time::timeout(HAND_OVER_POLL, heard).await;
+        }
     }
 
     /// A counter that changes with the record of a job kept here.

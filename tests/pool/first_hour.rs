@@ -31,7 +31,7 @@ fn a_node_that_a_command_started_for_itself_does_not_take_its_machine_out_of_the
     assert_eq!(first.nodes()["n2"]["gpus"].as_array().unwrap().len(), 1);
     for node in [first, second] {
         let plan = node.json(&["run", "Later", "[v100]", "-d", "true", "--dry-run"]);
-        assert_eq!((&plan["candidates"], &plan["keeper"]), (&json!([]), &json!("n1")));
+        assert_eq!((&plan["candidates"], &plan["keepers"]), (&json!([]), &json!(["n1"])));
     }
     let job = second.submit(&["Later", "[v100]", "-d", "true"]);
     assert_eq!(second.job(&job)["keepers"], json!(["n1"]), "not one that ends when idle");

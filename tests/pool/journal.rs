@@ -70,6 +70,43 @@ fn a_node_whose_journal_is_lost_ends_what_ran_and_joins_again() {
 }
 
 #[test]
+fn a_node_whose_home_was_restored_from_a_copy_says_so_and_begins_anew() {
+    let pool = Pool::of(&["sim:1xv100", "none", "none"]);
+    let (node, other) = (pool.node(1), pool.node(2));
+    node.shut_down();
+    let (log, copied) = log_of(node);
+    let before = copied[STORE_ID].to_vec();
+    node.restart();
+    let id = node.submit(&["Kept", "[v100]", "-d", "echo ran"]);
+    other.wait_for_outcome(&id, "succeeded");
+    pool.wait_until_assembled();
+    node.shut_down();
+    for entry in fs::read_dir(node.home().join("journal")).unwrap() {
+        fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    fs::write(&log, &copied).unwrap();
+
+    // It starts, hears from the others what it does not know of itself, and ends.
+    let _ = node.p2pit(&["join", "--detach"]);
+    let said = |part: &str| {
+        let daemon_log = fs::read_to_string(node.home().join("daemon.log")).unwrap();
+        daemon_log.contains(part)
+    };
+    wait_until("it ends and says why", SOON, || {
+        (said("must not be used any more") && said("join --detach")).then_some(())
+    });
+    wait_until("it is gone", SOON, || (other.nodes()["n1"]["reach"] == "offline").then_some(()));
+    node.restart();
+    assert_ne!(log_of(node).1[STORE_ID], before[..], "the store id is used again");
+    let aside = node.home().join("journal/damaged.1");
+    assert_eq!(fs::read(&aside).unwrap()[..copied.len()], copied, "nothing of it is lost");
+    pool.wait_until_assembled();
+    assert_eq!(lines_of(&node.log(&id), 0), ["ran"]);
+    let after = node.submit(&["After", "[v100]", "-d", "true"]);
+    other.wait_for_outcome(&after, "succeeded");
+}
+
+#[test]
 fn deleting_the_index_of_a_node_loses_nothing() {
     let pool = Pool::of(&["sim:1xv100", "sim:1xgtx1070"]);
     let (node, other) = (pool.node(1), pool.node(2));

@@ -13,6 +13,7 @@ mod gang;
 mod home;
 mod isolation;
 mod journal;
+mod keepers;
 mod queue;
 mod requests;
 mod scripts;

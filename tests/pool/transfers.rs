@@ -223,7 +223,7 @@ fn with_artifact(pool: &Pool, content: &[u8]) -> String {
 }
 
 /// Starts the node's daemon, which has been ended, with this limit or none.
-fn start_with(node: &Node, setting: &str) {
+pub(super) fn start_with(node: &Node, setting: &str) {
     let path = node.home().join("config.yaml");
     let config = fs::read_to_string(&path).expect("a home has a configuration");
     let kept = config.lines().filter(|line| !line.starts_with("download:"));
@@ -267,7 +267,7 @@ fn files_below(dir: &Path) -> Vec<PathBuf> {
 }
 
 /// Bytes that no two runs of which are the same.
-fn noise(count: usize) -> Vec<u8> {
+pub(super) fn noise(count: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut next = || {
         state ^= state << 13;

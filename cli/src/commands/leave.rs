@@ -1,10 +1,10 @@
 //! `p2pit leave`: this node out of its pool.
 
-use std::{fs, io, path::Path, time::Duration};
+use std::{collections::BTreeSet, fs, io, path::Path, time::Duration};
 
 use anyhow::Context as _;
 use p2pit_node::{
-    api::types::{Me, NodeInfo, path},
+    api::types::{HandedOver, Me, NodeInfo, path},
     home::Home,
 };
 use p2pit_protocol::{
@@ -12,6 +12,7 @@ use p2pit_protocol::{
     job::RankState,
     job::State,
     message::JobFilter,
+    record::quorum_of,
     roster::{Kind, Leave},
 };
 
@@ -36,7 +37,8 @@ use crate::{
 #[command(after_help = "Examples:\n  p2pit leave\n  p2pit leave --force    also while jobs run \
     here: they are lost")]
 pub(crate) struct Args {
-    /// Leave although jobs run here or are kept here, finished ones too; they are lost
+    /// Leave although jobs are lost by it: those that run here, those that too few others keep,
+    /// and what finished ones left here
     #[arg(long)]
     force: bool,
 }
@@ -54,11 +56,11 @@ const END_WITHIN: Duration = Duration::from_secs(5);
 pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::Result<Status> {
     let session = Session::open(globals, out).await?;
     let me = session.me().await?;
+    let nodes: Vec<NodeInfo> = session.client.get(path::NODES).await?;
     if !args.force {
-        refuse_with_jobs(&session, me.node).await?;
+        refuse_with_jobs(&session, me.node, &nodes).await?;
     }
-    let others: Vec<NodeInfo> = session.client.get(path::NODES).await?;
-    let others: Vec<&NodeInfo> = others.iter().filter(|node| node.node != me.node).collect();
+    let others: Vec<&NodeInfo> = nodes.iter().filter(|node| node.node != me.node).collect();
     let is_alone = !others.iter().any(|node| node.reach == "online");
     if is_alone && !others.is_empty() && !args.force {
         return Err(Problem::request("no other node of the pool is online to hear of it")
@@ -66,6 +68,16 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
             .into());
     }
     // Which claims end is for the daemon to fill in; what it drafts is checked.
+    if !is_alone {
+        // As a member: the others do not listen to who has left.
+        let HandedOver { handed, left } = session.client.post(path::HAND_OVER, &()).await?;
+        if handed > 0 {
+            out.note(&format!("other nodes drive {handed} of the pool's jobs now"));
+        }
+        if left > 0 {
+            out.warn(&format!("{left} jobs driven here stand still until others notice"));
+        }
+    }
     let leave = Leave { node: me.node, claims: Vec::new() };
     tickets::state(&session.client, &session.identity, Kind::Leave(leave)).await?;
     if !is_alone {
@@ -82,14 +94,16 @@ fn pool_name(me: &Me) -> &str {
     me.pool.as_ref().map_or("its pool", |pool| &pool.name)
 }
 
-async fn refuse_with_jobs(session: &Session, me: PeerId) -> anyhow::Result<()> {
+async fn refuse_with_jobs(session: &Session, me: PeerId, nodes: &[NodeInfo]) -> anyhow::Result<()> {
     let filter = JobFilter { owner: None, done_max: DONE_MAX };
     let Gathered { jobs, names, .. } = jobs::gather(session, filter).await?;
     let name = names.node(me);
-    let here = jobs.jobs.iter().filter(|job| concerns(job, me, &name));
+    let online: BTreeSet<&str> =
+        nodes.iter().filter(|it| it.reach == "online").map(|it| it.name.as_str()).collect();
+    let here = jobs.jobs.iter().filter(|job| is_lost(job, me, &name, &online));
     let (done, live): (Vec<&Job>, Vec<&Job>) = here.partition(|job| job.state == State::Done);
     if !live.is_empty() {
-        let message = format!("jobs run here or are kept here: {}", list(&live));
+        let message = format!("jobs run here, or are kept by too few others: {}", list(&live));
         return Err(Problem::request(message)
             .hint("wait for them or `p2pit stop` them; `p2pit leave --force` loses them")
             .into());
@@ -113,12 +127,17 @@ fn list(jobs: &[&Job]) -> String {
     }
 }
 
-/// Whether anything of the job is lost with this node: its record, a process, what one left.
-fn concerns(job: &Job, me: PeerId, name: &str) -> bool {
+/// Whether anything of the job is lost with this node: a process, what one left, or its record:
+/// of a live job where too few of the other keepers are `online` to record anything, of one that
+/// is over where none is.
+fn is_lost(job: &Job, me: PeerId, name: &str, online: &BTreeSet<&str>) -> bool {
     let ran_here = |rank: &Rank| {
         rank.node_id == me && (job.state == State::Done || rank.state != RankState::Ended)
     };
-    job.ranks.iter().any(ran_here) || job.keepers.iter().any(|keeper| keeper == name)
+    let others = job.keepers.iter().filter(|keeper| online.contains(keeper.as_str())).count();
+    let needed = if job.state == State::Done { 1 } else { quorum_of(job.keepers.len()) };
+    let is_kept_here = job.keepers.iter().any(|keeper| keeper == name);
+    job.ranks.iter().any(ran_here) || (is_kept_here && others < needed)
 }
 
 /// Returns once every node that was connected has let go of this one, which they do when
@@ -157,18 +176,35 @@ mod tests {
     use crate::view::samples::{self, peer};
 
     #[test]
-    fn a_job_concerns_the_node_that_runs_it_or_keeps_it_or_has_what_it_left() {
+    fn a_job_is_lost_with_the_node_that_runs_it_or_has_what_it_left() {
         let mut job = samples::job(State::Running, None);
-        let keeper = job.keepers[0].clone();
-        assert!(concerns(&job, peer(1), "n1"), "it runs here");
-        assert!(concerns(&job, peer(2), &keeper), "it is kept here");
-        assert!(!concerns(&job, peer(2), "n2"));
+        let keepers: Vec<String> = job.keepers.clone();
+        let online: BTreeSet<&str> = keepers.iter().map(String::as_str).collect();
+        assert!(is_lost(&job, peer(1), "n1", &online), "it runs here");
+        assert!(!is_lost(&job, peer(2), "n2", &online));
         job.ranks[0].state = RankState::Ended;
-        assert!(!concerns(&job, peer(1), "n1"));
+        assert!(!is_lost(&job, peer(1), "n1", &online));
         let done = samples::job(State::Done, None);
-        assert!(concerns(&done, peer(2), &keeper), "its record is here");
-        assert!(concerns(&done, peer(1), "n1"), "what it left is here");
-        assert!(!concerns(&done, peer(2), "n2"));
+        assert!(is_lost(&done, peer(1), "n1", &online), "what it left is here");
+        assert!(!is_lost(&done, peer(2), "n2", &online));
+    }
+
+    #[test]
+    fn a_job_is_lost_where_too_few_others_keep_it() {
+        let job = |state, outcome| {
+            let mut job = samples::job(state, outcome);
+            job.keepers = ["n7", "n8", "n9"].map(str::to_owned).to_vec();
+            job
+        };
+        let is_lost = |job: &Job, online: &[&str]| {
+            is_lost(job, peer(7), "n7", &online.iter().copied().collect())
+        };
+        let waiting = job(State::Waiting, None);
+        assert!(!is_lost(&waiting, &["n8", "n9"]), "two of three go on");
+        assert!(is_lost(&waiting, &["n8", "n5"]), "one of three cannot");
+        let done = job(State::Done, None);
+        assert!(!is_lost(&done, &["n9"]), "one can be asked");
+        assert!(is_lost(&done, &["n5"]));
     }
 
     #[test]

@@ -40,7 +40,7 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
         out,
         pool: found.pool,
         job: found.job(),
-        keeper: found.resolved.keeper,
+        keepers: found.resolved.keepers.clone(),
         worker: args.worker,
     };
     if !args.follow {

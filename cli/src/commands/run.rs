@@ -155,8 +155,7 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
             out.note(&match sent.get() {
                 None => "interrupted: nothing was submitted".to_owned(),
                 Some(job) => format!(
-                    "interrupted: whether job {job} was submitted, `p2pit show job:{}` tells",
-                    short_job(job)
+                    "interrupted: whether job {job} was submitted, `p2pit show job:{job}` tells",
                 ),
             });
             return Ok(status);
@@ -171,8 +170,8 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     }
     out.submission(&submission);
     out.note(&format!("Job:     {}", submission.id));
-    let Submission { id: job, keeper, .. } = submission;
-    let reading = Reading { session: &session, out, pool, job, keeper, worker: None };
+    let Submission { id: job, keepers, .. } = submission;
+    let reading = Reading { session: &session, out, pool, job, keepers, worker: None };
     tokio::select! {
         outcome = reading.follow() => Ok(Status::of_outcome(&outcome?)),
         status = interrupts.next() => {
@@ -335,7 +334,7 @@ fn plan(wish: &Wish, prepared: &Prepared, nodes: &[NodeInfo]) -> Plan {
         bytes: snapshot.tree.total_bytes(),
         missing_blobs: missing.len() as u64,
         missing_bytes: missing.iter().map(|(_, size)| size).sum(),
-        keeper: names.node(planned.keeper),
+        keepers: planned.keepers.iter().map(|(keeper, _)| names.node(*keeper)).collect(),
         candidates: planned
             .candidates
             .iter()

@@ -29,8 +29,11 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     let session = Session::open(globals, out).await?;
     for text in &args.jobs {
         let found = Found::by_text(&session, text).await?;
-        let reply = found.ask(&session, &Command::Stop(found.job())).await?;
-        let Reply::Stopping { state } = reply else {
+        // Only what is recorded is sure to happen.
+        let is_final = |reply: &Reply| !matches!(reply, Reply::Stopping { recorded: false, .. });
+        let stop = Command::Stop(found.job());
+        let reply = found.ask_steward(&session, out, &stop, is_final).await?;
+        let Reply::Stopping { state, .. } = reply else {
             return Err(unexpected().into());
         };
         let short = &found.resolved.short;

@@ -28,7 +28,8 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     let session = Session::open(globals, out).await?;
     let (found, names) =
         tokio::try_join!(Found::by_text(&session, &args.job), Names::load(&session.client))?;
-    let Reply::Why(wait) = found.ask(&session, &Command::Why(found.job())).await? else {
+    let why = Command::Why(found.job());
+    let Reply::Why(wait) = found.ask_steward(&session, out, &why, |_| true).await? else {
         return Err(unexpected().into());
     };
     let wait = describe(&wait, found.resolved.short.clone(), &names);

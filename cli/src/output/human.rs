@@ -10,8 +10,8 @@ use p2pit_protocol::{
 
 use super::{Format, bytes, duration_s, iso8601, plain, text::line};
 use crate::view::{
-    File, FileKind, Job, Jobs, MeAndNode, Node, NodeGpu, Overview, Plan, Rank, Submission, Wait,
-    gpu_summary, keepers_of, survived_losses,
+    File, FileKind, Job, Jobs, MeAndNode, Node, NodeGpu, Overview, Plan, Rank, Recovery,
+    Submission, Wait, gpu_summary, keepers_of, survived_losses,
 };
 
 /// Characters of a title in a table.
@@ -324,7 +324,7 @@ impl Format for Human {
                 bytes(plan.missing_bytes)
             ),
         );
-        fields.add("Kept by", plan.keeper.clone());
+        fields.add("Kept by", plan.keepers.join(", "));
         let mut text = fields.text();
         if plan.candidates.is_empty() {
             text.push_str("No node has room now: the job would wait.\n");
@@ -350,6 +350,11 @@ impl Format for Human {
     /// The id alone: the rest is talk.
     fn submission(&self, submission: &Submission) -> String {
         format!("{}\n", submission.id)
+    }
+
+    /// As above.
+    fn recovery(&self, recovery: &Recovery) -> String {
+        format!("{}\n", recovery.id)
     }
 }
 
@@ -393,6 +398,14 @@ pub(super) fn submission_text(submission: &Submission) -> String {
     }
     fields.add("Command", command_text(&submission.command));
     add_source(&mut fields, &submission.source);
+    let keepers = submission.keepers.len();
+    fields.add(
+        "Kept by",
+        match survived_losses(keepers) {
+            0 => format!("{}: it does not survive the loss of one", count(keepers, "node")),
+            n => format!("{}: it survives the loss of {n}", count(keepers, "node")),
+        },
+    );
     fields.add(
         "Sent",
         format!(
@@ -705,7 +718,7 @@ mod tests {
                 diff_lines: 1,
                 untracked: 0,
             },
-            keeper: peer(1),
+            keepers: vec![peer(1), peer(2), peer(3)],
             sent_blobs: 3,
             sent_bytes: 2048,
             there_blobs: 12,
@@ -714,6 +727,7 @@ mod tests {
             "Command: true\n",
             "Remote:  https://host/x\n",
             "Diff:    1 line, 0 untracked files\n",
+            "Kept by: 3 nodes: it survives the loss of 1\n",
             "Sent:    3 blobs, 2.00 KiB (12 there already)\n",
         ] {
             assert!(text.contains(part), "{part:?} in\n{text}");

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 use super::{Format, iso8601};
 use crate::view::{
-    File, FileKind, Job, Jobs, Live, MeAndNode, Node, NodeGpu, NodeVerdict, Overview, Plan, Rank,
-    Submission, Usage, Wait, keepers_of, survived_losses,
+    File, FileKind, Job, Jobs, Live, Lost, MeAndNode, Node, NodeGpu, NodeVerdict, Overview, Plan,
+    Rank, Recovery, Submission, Usage, Wait, keepers_of, survived_losses,
 };
 
 #[derive(Debug)]
@@ -183,7 +183,7 @@ impl Format for Json {
             bytes,
             missing_blobs,
             missing_bytes,
-            keeper,
+            keepers,
             candidates,
         } = plan;
         let candidate = |(node, processes, offline_s): &(String, u32, Option<u64>)| json!({ "node": node, "processes": processes, "offline_s": offline_s });
@@ -197,7 +197,7 @@ impl Format for Json {
             "bytes": bytes,
             "missing_blobs": missing_blobs,
             "missing_bytes": missing_bytes,
-            "keeper": keeper,
+            "keepers": keepers,
             "candidates": candidates.iter().map(candidate).collect::<Vec<_>>(),
         }))
     }
@@ -211,7 +211,7 @@ impl Format for Json {
             continues,
             command: it,
             source: from,
-            keeper,
+            keepers,
             sent_blobs,
             sent_bytes,
             there_blobs,
@@ -224,10 +224,25 @@ impl Format for Json {
             "continues": continues,
             "command": command(it),
             "source": source(from),
-            "keeper_id": keeper,
+            "keeper_ids": keepers,
+            "survives_losses": survived_losses(keepers.len()),
             "sent_blobs": sent_blobs,
             "sent_bytes": sent_bytes,
             "there_blobs": there_blobs,
+        }))
+    }
+
+    fn recovery(&self, recovery: &Recovery) -> String {
+        let Recovery { id, short: _, keepers, lost: gone, from, epoch, seq, next } = recovery;
+        let lost = |Lost { node, heard_s }: &Lost| json!({ "node": node, "heard_s": heard_s });
+        pretty(&json!({
+            "id": id,
+            "keepers_before": keepers,
+            "lost": gone.iter().map(lost).collect::<Vec<_>>(),
+            "from": from,
+            "epoch_before": epoch,
+            "seq": seq,
+            "keepers": next,
         }))
     }
 }

@@ -3,7 +3,7 @@
 use p2pit_node::api::types::{NodeInfo, UserInfo};
 
 use super::{Format, plain};
-use crate::view::{File, Job, Jobs, MeAndNode, Node, Overview, Plan, Submission, Wait};
+use crate::view::{File, Job, Jobs, MeAndNode, Node, Overview, Plan, Recovery, Submission, Wait};
 
 #[derive(Debug)]
 pub(super) struct Quiet;
@@ -51,6 +51,10 @@ impl Format for Quiet {
 
     fn submission(&self, submission: &Submission) -> String {
         format!("{}\n", submission.id)
+    }
+
+    fn recovery(&self, recovery: &Recovery) -> String {
+        format!("{}\n", recovery.id)
     }
 }
 

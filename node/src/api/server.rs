@@ -11,6 +11,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -24,11 +25,12 @@ use axum::{
 };
 use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
 use p2pit_protocol::{
-    BlobId, JobId, PeerId,
+    BlobId, JobId, Peer, PeerId,
     identity::SignedBytes,
     job::VerifiedSpec,
     message::JobView,
     peer::SubmitError,
+    record::{Keeper, quorum_of},
     request::Request as ClusterRequest,
     roster::{Author, Kind, NODE_CLAIMS_MAX},
 };
@@ -37,13 +39,14 @@ use tokio_util::io::StreamReader;
 use tracing::warn;
 
 use super::types::{
-    Answer, ApiError, Ask, Audience, DraftReply, DraftRequest, Fetch, Files, Found, JobFiles, Join,
-    LanNode, Log, Me, NodeInfo, Plan, Planned, PoolInfo, Pull, PullEvent, Resolve, Resolved,
-    Submit, SubmitEvent, Unsatisfiable, Uploaded, UserInfo, Watch, path,
+    Answer, ApiError, Ask, Audience, DraftReply, DraftRequest, Fetch, Files, Found, HandedOver,
+    JobFiles, Join, LanNode, Log, Me, NodeInfo, Plan, Planned, PoolInfo, Pull, PullEvent, Recover,
+    Resolve, Resolved, Submit, SubmitEvent, Survey, Surveyed, Unsatisfiable, Uploaded, UserInfo,
+    Watch, path,
 };
 use crate::{
     daemon::{
-        NoPeer, ReachError, Shared, ShutOut,
+        ASK_TIMEOUT, NoPeer, ReachError, Shared, ShutOut,
         fetch::{Blobs, Fetch as BlobFetch, FetchError, fetch as fetch_blobs},
         now, push,
         serve::{self, Gate, LogReader, Request, UserAnswer, Views},
@@ -65,14 +68,14 @@ const SHORT_MIN: usize = 4;
 const CANDIDATES_MAX: usize = 10;
 /// How long a newcomer looks around before it founds a pool: mDNS asks at 0, 1 and 3 s,
 /// and who answered a second ago does not answer again.
-const LAN_LOOK: std::time::Duration = std::time::Duration::from_secs(4);
+const LAN_LOOK: Duration = Duration::from_secs(4);
 
 /// What is still read of an upload that has been refused. A client stops long before, once
 /// it has the answer.
 const DRAIN_BYTES_MAX: u64 = 64 << 20;
 
 /// How long a plan waits for a node that can keep the job.
-const KEEPER_WITHIN: std::time::Duration = std::time::Duration::from_secs(5);
+const KEEPER_WITHIN: Duration = Duration::from_secs(5);
 
 type Answered<T> = Result<Json<T>, Failure>;
 
@@ -117,6 +120,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .route(path::JOIN, post(join))
         .route(path::LAN, get(lan))
         .route(path::SHUTDOWN, post(shutdown))
+        .route(path::HAND_OVER, post(hand_over))
         .route(path::NODES, get(nodes))
         .route(path::USERS, get(users))
         .route(path::DRAFT, post(draft))
@@ -133,6 +137,8 @@ fn router(shared: Arc<Shared>) -> Router {
         .route(path::FILES, post(files))
         .route(path::FETCH, post(fetch))
         .route(path::PULL, post(pull))
+        .route(path::SURVEY, post(survey))
+        .route(path::RECOVER, post(recover))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(axum::middleware::from_fn(
             move |request: axum::extract::Request, next: axum::middleware::Next| {
@@ -254,6 +260,10 @@ async fn shutdown(State(shared): State<Arc<Shared>>) -> Answered<BTreeMap<(), ()
     Ok(Json(BTreeMap::new()))
 }
 
+async fn hand_over(State(shared): State<Arc<Shared>>) -> Answered<HandedOver> {
+    Ok(Json(shared.hand_over().await?))
+}
+
 // ---- the pool -------------------------------------------------------------------------
 
 async fn nodes(State(shared): State<Arc<Shared>>) -> Answered<Vec<NodeInfo>> {
@@ -355,19 +365,31 @@ async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answ
         .parse()
         .map_err(|e: p2pit_protocol::request::ParseError| Failure::request(e.into()))?;
     let user = plan.user;
+    let mut salt = [0; 32];
+    getrandom::fill(&mut salt)
+        .map_err(|e| Failure::broken(anyhow::anyhow!("no randomness: {e}")))?;
     // A node that has just joined or started may not have met anybody yet.
-    let keeper_is_known = async {
+    let is_met = |peer: &Peer, keepers: &[Keeper]| {
+        let is_met = |node: PeerId| node == peer.id() || peer.board().is_connected(node);
+        keepers.iter().filter(|(node, _)| is_met(*node)).count()
+    };
+    let keepers_are_met = async {
         loop {
             let heard = shared.heard.notified();
-            if shared.act(|peer, _| peer.propose_keeper()).await?.is_some() {
+            let met = move |peer: &mut Peer, _| {
+                let keepers = peer.propose_keepers(&salt);
+                (is_met(peer, &keepers), keepers.len())
+            };
+            let (met, keepers) = shared.act(met).await?;
+            if keepers > 0 && met >= quorum_of(keepers) {
                 return Ok::<_, NoPeer>(());
             }
             heard.await;
         }
     };
     // Without one, what there is says why.
-    tokio::time::timeout(KEEPER_WITHIN, keeper_is_known).await.unwrap_or(Ok(()))?;
-    let (member, keeper, planned) = shared
+    tokio::time::timeout(KEEPER_WITHIN, keepers_are_met).await.unwrap_or(Ok(()))?;
+    let (member, keepers, met, planned) = shared
         .act(move |peer, now| {
             let unsatisfiable = peer.feasible(&request).err().map(|why| Unsatisfiable {
                 reason: why.reason.to_string(),
@@ -375,7 +397,9 @@ async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answ
             });
             let candidates = peer.dry_run(&request, now);
             let member = peer.roster().state().is_member_user(user);
-            (member, peer.propose_keeper(), (peer.pool(), now.wall_ms, unsatisfiable, candidates))
+            let keepers = peer.propose_keepers(&salt);
+            let met = is_met(peer, &keepers);
+            (member, keepers, met, (peer.pool(), now.wall_ms, unsatisfiable, candidates))
         })
         .await?;
     if !member {
@@ -384,14 +408,25 @@ async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answ
             "join it with a ticket, or name another key with `--identity`",
         ));
     }
-    let Some((keeper, keeper_store)) = keeper else {
+    if met == 0 {
         return Err(Failure::hinted(
             "no node that keeps jobs can be reached from here".to_owned(),
             "`p2pit show nodes` says which nodes are offline; one that is no client must be on",
         ));
-    };
+    }
+    if met < quorum_of(keepers.len()) {
+        let names: Vec<String> = keepers.iter().map(|(node, _)| shared.label(*node)).collect();
+        return Err(Failure::hinted(
+            format!(
+                "a job needs a majority of {} to keep it, and only {met} can be reached",
+                names.join(", ")
+            ),
+            "`p2pit show nodes` says which nodes are offline; a node that is gone for good \
+             counts no more half an hour after it was heard last",
+        ));
+    }
     let (pool, wall_ms, unsatisfiable, candidates) = planned;
-    Ok(Json(Planned { pool, wall_ms, keeper, keeper_store, unsatisfiable, candidates }))
+    Ok(Json(Planned { pool, wall_ms, keepers, unsatisfiable, candidates }))
 }
 
 async fn missing(
@@ -443,44 +478,33 @@ async fn submit(State(shared): State<Arc<Shared>>, Json(submit): Json<Submit>) -
     ndjson(tokio_stream(receiver))
 }
 
-/// Bring the inputs to the keeper, then submit.
+/// Bring the inputs to two keepers, then submit.
 async fn carry(
     shared: &Arc<Shared>,
     signed: SignedBytes,
     events: &mpsc::Sender<SubmitEvent>,
 ) -> anyhow::Result<SubmitEvent> {
     let spec = VerifiedSpec::verify(signed.clone())?;
-    let (job, keeper) = (spec.job, spec.spec.keepers[0].0);
-    let mut sent = push::Pushed::default();
-    for tree in spec.inputs() {
-        if keeper == shared.id() {
-            shared.keep_tree(tree).await?;
-            continue;
-        }
-        let before = sent;
-        let pushed = shared
-            .push_tree(keeper, tree, |now| {
-                // Progress is for watching: what does not fit in the queue is not missed.
-                let _ = events.try_send(SubmitEvent::Transferring {
-                    blobs_done: before.blobs,
-                    bytes_done: before.bytes + now.bytes_done,
-                    blobs: before.blobs + now.blobs,
-                    bytes: before.bytes + now.bytes,
-                });
-            })
-            .await
-            .with_context(|| {
-                let keeper = shared.label(keeper);
-                format!("the job's inputs did not reach their keeper, {keeper}")
-            })?;
-        sent.blobs += pushed.blobs;
-        sent.bytes += pushed.bytes;
-        sent.there += pushed.there;
-    }
+    let job = spec.job;
+    let keepers: Vec<PeerId> = spec.spec.keepers.iter().map(|(keeper, _)| *keeper).collect();
+    let report = |pushed: push::Pushed| {
+        // Progress is for watching: what does not fit in the queue is not missed.
+        let _ = events.try_send(SubmitEvent::Transferring {
+            blobs_done: 0,
+            bytes_done: pushed.bytes_done,
+            blobs: pushed.blobs,
+            bytes: pushed.bytes,
+        });
+    };
+    let note = |text| {
+        // As above: what matters is what comes of it.
+        let _ = events.try_send(SubmitEvent::Note { text });
+    };
+    let sent = push::spread(shared, &spec, &keepers, report, note).await?;
     match shared.submit(signed).await.map_err(anyhow::Error::msg)? {
         Ok(()) => Ok(SubmitEvent::Submitted {
             job,
-            keeper,
+            keepers,
             blobs_sent: sent.blobs,
             bytes_sent: sent.bytes,
             blobs_there: sent.there,
@@ -504,6 +528,7 @@ async fn resolve(
             "`p2pit show jobs` lists them",
         ));
     }
+    let wanted_id: Option<JobId> = wanted.parse().ok();
     let (heads, all) = shared
         .act(move |peer, _| {
             let all: Vec<String> = peer.heads().map(|head| head.job.to_string()).collect();
@@ -523,20 +548,35 @@ async fn resolve(
             "you have no job in this pool".to_owned(),
             "`p2pit run` submits one",
         )),
-        [] => Err(Failure::hinted(
-            format!("no job `{}` is known here", resolve.text),
-            "`p2pit show jobs` lists them; a job submitted elsewhere a moment ago may need a second",
-        )),
+        [] => match wanted_id {
+            // Its keepers know whether it exists, announced or not.
+            Some(job) => Ok(Json(Resolved {
+                job,
+                short: short_of(&job.to_string(), &all),
+                keepers: Vec::new(),
+            })),
+            None => Err(Failure::hinted(
+                format!("no job `{}` is known here", resolve.text),
+                "`p2pit show jobs` lists them; a job submitted elsewhere a moment ago may need a \
+                 second",
+            )),
+        },
         [head] => Ok(Json(Resolved {
             job: head.job,
             short: short_of(&head.job.to_string(), &all),
-            keeper: head.keeper,
+            keepers: keepers_of(head),
         })),
         several => {
             let jobs: Vec<String> = several.iter().map(|head| head.job.to_string()).collect();
             Err(ambiguous(&resolve.text, &jobs, &all))
         }
     }
+}
+
+/// Who keeps a job by its announcement, the one that made it first: it drove the job then.
+fn keepers_of(head: &p2pit_protocol::message::Head) -> Vec<PeerId> {
+    let others = head.keepers.iter().filter(|keeper| **keeper != head.keeper);
+    core::iter::once(&head.keeper).chain(others).copied().collect()
 }
 
 fn ambiguous(text: &str, jobs: &[String], all: &[String]) -> Failure {
@@ -563,17 +603,19 @@ fn short_of(id: &str, all: &[String]) -> String {
 }
 
 async fn keepers(State(shared): State<Arc<Shared>>) -> Answered<Audience> {
-    let (pool, wall_ms, nodes, jobs) = shared
+    let (pool, wall_ms, nodes, jobs, kept) = shared
         .act(|peer, now| {
+            let kept: Vec<(JobId, Vec<PeerId>)> =
+                peer.heads().map(|head| (head.job, keepers_of(head))).collect();
             let mut nodes: std::collections::BTreeSet<PeerId> =
-                peer.heads().map(|head| head.keeper).collect();
-            // A job born a moment ago is known to its keeper before its head is to us.
+                kept.iter().flat_map(|(_, keepers)| keepers).copied().collect();
+            // A job born a moment ago is known to its keepers before its head is to us.
             nodes.extend(peer.board().connected().filter(|node| {
                 peer.board().get(*node).is_some_and(|posted| !posted.advert.client)
             }));
             nodes.insert(peer.id());
-            let jobs: Vec<JobId> = peer.heads().map(|head| head.job).collect();
-            (peer.pool(), now.wall_ms, nodes, jobs)
+            let jobs: Vec<JobId> = kept.iter().map(|(job, _)| *job).collect();
+            (peer.pool(), now.wall_ms, nodes, jobs, kept)
         })
         .await?;
     let mut texts: Vec<(String, JobId)> =
@@ -592,17 +634,20 @@ async fn keepers(State(shared): State<Arc<Shared>>) -> Answered<Audience> {
         .enumerate()
         .map(|(at, (text, job))| (*job, short_of(text, &neighbours(at))))
         .collect();
-    Ok(Json(Audience { pool, wall_ms, nodes: nodes.into_iter().collect(), short }))
+    let nodes = nodes.into_iter().collect();
+    Ok(Json(Audience { pool, wall_ms, nodes, short, keepers: kept }))
 }
 
 async fn ask(State(shared): State<Arc<Shared>>, Json(ask): Json<Ask>) -> Answered<Vec<Answer>> {
+    let within = ask.within_ms.map_or(ASK_TIMEOUT, Duration::from_millis);
     let asked = ask.nodes.into_iter().map(|node| {
         let (shared, signed) = (Arc::clone(&shared), ask.signed.clone());
         async move {
             let answered = if node == shared.id() {
                 serve::user(&shared, signed).await
             } else {
-                let asked = shared.ask::<UserAnswer>(node, &Request::User(signed)).await;
+                let question = Request::User(signed);
+                let asked = shared.ask_within::<UserAnswer>(node, &question, within).await;
                 asked.map_err(anyhow::Error::from)
             };
             match answered {
@@ -754,6 +799,31 @@ async fn bring(
     let (request, blobs) = (Request::Blobs(signed), Blobs::Known(blobs));
     let bringing = BlobFetch { request, gated: true, sources, blobs };
     fetch_blobs(shared, bringing, on_bytes, async || true).await
+}
+
+async fn survey(
+    State(shared): State<Arc<Shared>>,
+    Json(survey): Json<Survey>,
+) -> Answered<Surveyed> {
+    let surveyed = if survey.node == shared.id() {
+        serve::survey(&shared, survey.signed).await.map_err(|e| format!("{e:#}"))
+    } else {
+        shared.ask(survey.node, &Request::Survey(survey.signed)).await?
+    };
+    surveyed.map(Json).map_err(|reason| Failure::request(anyhow::Error::msg(reason)))
+}
+
+async fn recover(
+    State(shared): State<Arc<Shared>>,
+    Json(recover): Json<Recover>,
+) -> Answered<BTreeMap<(), ()>> {
+    let recovered: Result<(), String> = if recover.node == shared.id() {
+        serve::recover(&shared, recover.signed).await.map_err(|e| format!("{e:#}"))
+    } else {
+        shared.ask(recover.node, &Request::Recover(recover.signed)).await?
+    };
+    recovered.map_err(|reason| Failure::request(anyhow::Error::msg(reason)))?;
+    Ok(Json(BTreeMap::new()))
 }
 
 async fn open_gate(

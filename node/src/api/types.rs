@@ -29,6 +29,9 @@ pub mod path {
     pub const LAN: &str = "/v1/lan";
     /// POST: end the daemon; jobs go on below their supervisors.
     pub const SHUTDOWN: &str = "/v1/shutdown";
+    /// POST → [`super::HandedOver`]: other keepers drive what this node drives, as before it
+    /// leaves the pool.
+    pub const HAND_OVER: &str = "/v1/hand-over";
     /// GET → `Vec<`[`super::NodeInfo`]`>`.
     pub const NODES: &str = "/v1/nodes";
     /// GET → `Vec<`[`super::UserInfo`]`>`.
@@ -67,6 +70,11 @@ pub mod path {
     /// POST [`super::Pull`] → lines of [`super::PullEvent`]: such blobs, into the daemon's
     /// store.
     pub const PULL: &str = "/v1/pull";
+    /// POST [`super::Survey`] → [`super::Surveyed`]: what a node has of a record whose keepers
+    /// are lost. The signed command is `Job`.
+    pub const SURVEY: &str = "/v1/survey";
+    /// POST [`super::Recover`] → `{}`: go on from what that node has.
+    pub const RECOVER: &str = "/v1/recover";
 }
 
 /// An error, as every path answers it.
@@ -213,9 +221,8 @@ pub struct Planned {
     pub pool: PoolId,
     /// By the daemon's clock.
     pub wall_ms: u64,
-    /// The keeper a submission shall name.
-    pub keeper: PeerId,
-    pub keeper_store: StoreId,
+    /// The keepers a submission shall name, the first to drive it; chosen anew for each plan.
+    pub keepers: Vec<(PeerId, StoreId)>,
     /// Why the pool could never satisfy it; `None` where it could.
     pub unsatisfiable: Option<Unsatisfiable>,
     /// Nodes that would be called first, with the processes each has room for now.
@@ -245,10 +252,19 @@ pub struct Submit {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum SubmitEvent {
-    /// Inputs travel to the keeper: what of them it lacked.
+    /// Inputs travel to keepers: what these lacked, together.
     Transferring { blobs_done: u64, bytes_done: u64, blobs: u64, bytes: u64 },
-    /// The record exists, and the keeper has every input.
-    Submitted { job: JobId, keeper: PeerId, blobs_sent: u64, bytes_sent: u64, blobs_there: u64 },
+    /// Something did not go as it should, and it goes on.
+    Note { text: String },
+    /// A majority of the keepers keeps the record, and two of them have every input, where there
+    /// are two. What was sent, and what was there already, is that of the one that lacked most.
+    Submitted {
+        job: JobId,
+        keepers: Vec<PeerId>,
+        blobs_sent: u64,
+        bytes_sent: u64,
+        blobs_there: u64,
+    },
     /// Not submitted.
     Refused { error: ApiError },
     /// Neither yes nor no could be had.
@@ -268,7 +284,18 @@ pub struct Resolved {
     pub job: JobId,
     /// The shortest unique prefix, at least four characters.
     pub short: String,
-    pub keeper: PeerId,
+    /// Of its newest announcement, the one that made it first. Empty where none is known: then
+    /// any node may keep it.
+    pub keepers: Vec<PeerId>,
+}
+
+/// What became of the jobs that a node drove.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandedOver {
+    /// Driven by other keepers now.
+    pub handed: usize,
+    /// Still driven here: no other keeper could be reached.
+    pub left: usize,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -279,6 +306,8 @@ pub struct Audience {
     pub nodes: Vec<PeerId>,
     /// Every known job's shortest unique prefix.
     pub short: Vec<(JobId, String)>,
+    /// Who keeps each.
+    pub keepers: Vec<(JobId, Vec<PeerId>)>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -286,6 +315,8 @@ pub struct Ask {
     /// A `UserRequest` for every one of the nodes.
     pub signed: SignedBytes,
     pub nodes: Vec<PeerId>,
+    /// How long each may take to answer; `None`: as long as any request.
+    pub within_ms: Option<u64>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -374,6 +405,35 @@ pub enum PullEvent {
     Transferring { bytes_done: u64 },
     Pulled { blobs: u64, bytes: u64 },
     Failed { error: ApiError },
+}
+
+/// Ask `node` what it has of a job's record.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Survey {
+    pub node: PeerId,
+    pub signed: SignedBytes,
+}
+
+/// What a node has of a record, and how it would go on from that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Surveyed {
+    pub epoch: u32,
+    pub seq: u64,
+    /// Of the value that the node has.
+    pub value_hash: [u8; 32],
+    /// Who keeps the record, as far as the node knows.
+    pub keepers: Vec<PeerId>,
+    /// Of these, the node and those it is connected to that still have their stores.
+    pub present: Vec<PeerId>,
+    /// Who would keep the record from now on, the node first.
+    pub next: Vec<(PeerId, StoreId)>,
+}
+
+/// Have `node` carry out a signed `ForceRecover`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Recover {
+    pub node: PeerId,
+    pub signed: SignedBytes,
 }
 
 /// Answers of several nodes that describe jobs.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use anyhow::Context as _;
 use p2pit_protocol::{
     PeerId,
     identity::SignedBytes,
@@ -47,6 +48,32 @@ fn begin(
         );
     }
     Ok((journal, recovered))
+}
+
+/// Begins a new store in place of one that must not be used any more, and says what to do.
+///
+/// # Errors
+/// Where no new one can be begun.
+pub(super) fn give_up(home: &Home, reason: &anyhow::Error) -> anyhow::Result<anyhow::Error> {
+    let directory = home.journal();
+    let (key, _) = load_or_create_key(&home.node_key(), KeyKind::Node)?;
+    let me = PeerId(key.public());
+    let (_, recovered) =
+        Journal::reset_as_new_store(&directory, |entries| membership(&entries, me)).with_context(
+            || {
+                format!(
+                    "{reason:#}; move {} away before the node is started again",
+                    directory.display()
+                )
+            },
+        )?;
+    let aside = recovered.notes.join("; ");
+    Ok(anyhow::anyhow!(
+        "the journal {} must not be used any more: {reason:#}. It is kept aside, and the node \
+         begins anew as another store when it is started again, as by `p2pit join --detach`; the \
+         records it kept are with their other keepers ({aside})",
+        directory.display()
+    ))
 }
 
 /// The genesis and the statements that follow from it and are signed as they must be, if

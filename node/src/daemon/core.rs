@@ -52,7 +52,15 @@ pub(super) struct State {
     /// Bumped at each change of a record kept here.
     pub(super) watched: BTreeMap<JobId, watch::Sender<u64>>,
     network: Option<Network>,
+    /// Why this store must not be used any more.
+    refused: Option<StoreRefused>,
 }
+
+/// This store was used elsewhere, or after the copy that is in use was made: what it promised
+/// then is not known here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct StoreRefused(pub(super) String);
 
 /// Run until told to end, or the journal fails.
 pub(super) async fn run(
@@ -60,8 +68,13 @@ pub(super) async fn run(
     journal: JournalHandle,
     mut inputs: mpsc::Receiver<Input>,
 ) -> anyhow::Result<()> {
-    let mut state =
-        State { peer: None, submissions: BTreeMap::new(), watched: BTreeMap::new(), network: None };
+    let mut state = State {
+        peer: None,
+        submissions: BTreeMap::new(),
+        watched: BTreeMap::new(),
+        network: None,
+        refused: None,
+    };
     let mut batch = Vec::with_capacity(TURN_INPUTS_MAX);
     loop {
         let deadline = state.peer.as_ref().and_then(Peer::poll_timeout);
@@ -78,7 +91,7 @@ pub(super) async fn run(
             () = sleep_or_forever(wait) => {}
         }
         let now = clock::now();
-        let mut writes = Vec::new();
+        let mut writes = Writes::default();
         let mut releases: Vec<Release> = Vec::new();
         let mut ending = false;
         for input in batch.drain(..) {
@@ -94,7 +107,7 @@ pub(super) async fn run(
                     shared.heard.notify_waiters();
                 }
                 Input::Member(peer, first_writes, network, done) => {
-                    writes.extend(first_writes);
+                    writes.add(first_writes);
                     state.peer = Some(*peer);
                     state.network = Some(network);
                     releases.push(Box::new(move || {
@@ -104,23 +117,65 @@ pub(super) async fn run(
                 }
                 Input::Shutdown => ending = true,
             }
+            writes.add_of(state.peer.as_mut());
         }
         if let Some(peer) = &mut state.peer {
             if peer.poll_timeout().is_some_and(|(at_ms, _)| at_ms <= now.boot_ms) {
                 peer.handle_timeout(now);
             }
-            while let Some(write) = peer.poll_write() {
-                writes.push(Write { key: write.key, value: write.value });
-            }
+            writes.add_of(Some(peer));
         }
-        commit(&shared, &journal, writes).await?;
+        for batch in writes.batches {
+            let batch = batch.into_iter().map(|(key, value)| Write { key, value }).collect();
+            commit(&shared, &journal, batch).await?;
+        }
         releases.into_iter().for_each(|release| release());
         send(&mut state);
         while let Some(event) = state.peer.as_mut().and_then(Peer::poll_event) {
             on_event(&shared, &mut state, event);
         }
+        if let Some(refused) = state.refused {
+            return Err(refused.into());
+        }
         if ending {
             return Ok(());
+        }
+    }
+}
+
+/// What a turn wrote, in batches: what one input caused is in one of them, and of what was
+/// written several times only the last counts.
+#[derive(Debug, Default)]
+struct Writes {
+    batches: Vec<BTreeMap<Vec<u8>, Option<Vec<u8>>>>,
+    /// Added to the last batch.
+    bytes: usize,
+}
+
+/// What one batch may have before the next is begun. One input writes little more than a
+/// message can have, and the journal takes twice as much.
+const BATCH_BYTES_MAX: usize = 8 << 20;
+
+impl Writes {
+    fn add_of(&mut self, peer: Option<&mut Peer>) {
+        let Some(peer) = peer else { return };
+        let writes = std::iter::from_fn(|| peer.poll_write());
+        self.add(writes.map(|write| Write { key: write.key, value: write.value }));
+    }
+
+    fn add(&mut self, writes: impl IntoIterator<Item = Write>) {
+        let mut writes = writes.into_iter().peekable();
+        if writes.peek().is_none() {
+            return;
+        }
+        if self.batches.is_empty() || self.bytes > BATCH_BYTES_MAX {
+            self.batches.push(BTreeMap::new());
+            self.bytes = 0;
+        }
+        let Some(batch) = self.batches.last_mut() else { return };
+        for Write { key, value } in writes {
+            self.bytes += key.len() + value.as_ref().map_or(0, Vec::len);
+            batch.insert(key, value);
         }
     }
 }
@@ -249,6 +304,10 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
                 let _ = waiting.send(result);
             }
         }
+        Event::StoreRefused { reason } => {
+            error!(reason, "this store must not be used any more");
+            state.refused = Some(StoreRefused(reason));
+        }
         Event::Wounded { job, by, .. } => debug!(%job, %by, "a higher job took a hold"),
         Event::RosterChanged => {
             let Some(peer) = &state.peer else { return };
@@ -264,6 +323,39 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
             };
             shared.remember_addresses(node, &posted.advert, &posted.signed);
             shared.reach_changed.notify_one();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(key: u8, bytes: usize) -> Write {
+        Write { key: vec![key], value: Some(vec![key; bytes]) }
+    }
+
+    #[test]
+    fn what_a_turn_writes_is_one_batch_and_of_each_key_the_last() {
+        let mut writes = Writes::default();
+        writes.add([write(1, 5), write(2, 5)]);
+        writes.add([]);
+        writes.add([write(1, 7), Write { key: vec![2], value: None }]);
+        let [batch] = &writes.batches[..] else { panic!("{} batches", writes.batches.len()) };
+        assert_eq!(*batch, [(vec![1], Some(vec![1; 7])), (vec![2], None)].into());
+    }
+
+    #[test]
+    fn no_batch_is_more_than_the_journal_takes_and_what_one_input_wrote_stays_together() {
+        let mut writes = Writes::default();
+        for input in 0..40_u8 {
+            writes.add([write(2 * input, 1 << 19), write(2 * input + 1, 1 << 19)]);
+        }
+        assert!(writes.batches.len() > 3, "{}", writes.batches.len());
+        for batch in &writes.batches {
+            let bytes: usize = batch.values().flatten().map(Vec::len).sum();
+            assert!(bytes <= BATCH_BYTES_MAX + (1 << 20), "{bytes}");
+            assert!(batch.keys().all(|key| batch.contains_key(&vec![key[0] ^ 1])));
         }
     }
 }

@@ -1,12 +1,16 @@
-//! A submitter's tree on its way to the job's keeper.
+//! A submitter's trees on their way to two of the job's keepers.
 //!
-//! The keeper asks for what it lacks, first of the manifest, then of all that it names; so
+//! A keeper asks for what it lacks, first of the manifest, then of all that it names; so
 //! a tree of any number of blobs fits, and a push that was cut goes on where it stopped.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex},
+};
 
 use anyhow::{Context as _, bail};
-use p2pit_protocol::{BlobId, PeerId};
+use futures::{StreamExt as _, stream::FuturesUnordered};
+use p2pit_protocol::{BlobId, PeerId, job::VerifiedSpec};
 
 use super::{
     Shared,
@@ -27,6 +31,96 @@ pub(crate) struct Pushed {
     pub(crate) bytes_done: u64,
     /// Blobs the keeper had already.
     pub(crate) there: u64,
+}
+
+/// Nodes beside the submitter's own that get a job's inputs before it is submitted, and nodes
+/// that have them then, where there are so many.
+const COPIES: usize = 2;
+
+/// Has a job's inputs kept by this node, if it is a keeper, and by two others: the first that
+/// can be reached. `report` hears of all that travels, `note` of what does not. Gives what the
+/// one that lacked most was sent.
+pub(crate) async fn spread(
+    shared: &Arc<Shared>,
+    spec: &VerifiedSpec,
+    keepers: &[PeerId],
+    report: impl FnMut(Pushed) + Send,
+    mut note: impl FnMut(String) + Send,
+) -> anyhow::Result<Pushed> {
+    let trees: Vec<BlobId> = spec.inputs().collect();
+    let me = shared.id();
+    if keepers.contains(&me) {
+        for tree in &trees {
+            shared.keep_tree(*tree).await?;
+        }
+    }
+    let mut others: VecDeque<PeerId> =
+        keepers.iter().filter(|keeper| **keeper != me).copied().collect();
+    let needed = COPIES.min(keepers.len()) - usize::from(keepers.contains(&me));
+    let progress = Mutex::new((BTreeMap::new(), report));
+    let (trees, progress) = (&trees, &progress);
+    let bring = |to: PeerId| async move { (to, bring_all(shared, to, trees, progress).await) };
+    let first: Vec<PeerId> = others.drain(..COPIES.min(others.len())).collect();
+    let mut bringing: FuturesUnordered<_> = first.into_iter().map(bring).collect();
+    let mut most: Option<Pushed> = None;
+    let (mut copies, mut first_failure) = (0_usize, None);
+    while let Some((to, brought)) = bringing.next().await {
+        let reason = match brought {
+            Ok(pushed) => {
+                copies += 1;
+                most = Some(
+                    most.map_or(pushed, |known| core::cmp::max_by_key(pushed, known, |p| p.bytes)),
+                );
+                continue;
+            }
+            Err(reason) => reason,
+        };
+        let missed = format!("the job's inputs did not reach {}, a keeper of it", shared.label(to));
+        if let Some(next) = others.pop_front() {
+            note(format!("{missed}: {reason:#}; {} gets them instead", shared.label(next)));
+            bringing.push(bring(next));
+        } else if copies + bringing.len() >= needed {
+            note(format!("{missed}: {reason:#}"));
+        }
+        first_failure.get_or_insert_with(|| reason.context(missed));
+    }
+    match first_failure {
+        Some(reason) if copies < needed => Err(reason),
+        Some(_) | None => Ok(most.unwrap_or_default()),
+    }
+}
+
+/// Brings trees to one keeper, and tells of what travels to all.
+async fn bring_all(
+    shared: &Arc<Shared>,
+    to: PeerId,
+    trees: &[BlobId],
+    progress: &Mutex<(BTreeMap<PeerId, Pushed>, impl FnMut(Pushed) + Send)>,
+) -> anyhow::Result<Pushed> {
+    let mut sum = Pushed::default();
+    for tree in trees {
+        let before = sum;
+        let pushed = shared
+            .push_tree(to, *tree, |now| {
+                let (all, report) = &mut *super::lock(progress);
+                all.insert(to, before.and(now));
+                report(all.values().fold(Pushed::default(), |sum, pushed| sum.and(*pushed)));
+            })
+            .await?;
+        sum = sum.and(pushed);
+    }
+    Ok(sum)
+}
+
+impl Pushed {
+    fn and(self, other: Self) -> Self {
+        Self {
+            blobs: self.blobs + other.blobs,
+            bytes: self.bytes + other.bytes,
+            bytes_done: self.bytes_done + other.bytes_done,
+            there: self.there + other.there,
+        }
+    }
 }
 
 /// Takes in a tree that a submitter's node brings, and says so once all of it is durable.

@@ -295,6 +295,16 @@ impl Shared {
         peer: PeerId,
         question: &Request,
     ) -> Result<R, ReachError> {
+        self.ask_within(peer, question, ASK_TIMEOUT).await
+    }
+
+    /// As [`Self::ask`], of somebody who has this long to answer.
+    pub(crate) async fn ask_within<R: serde::de::DeserializeOwned>(
+        &self,
+        peer: PeerId,
+        question: &Request,
+        within: Duration,
+    ) -> Result<R, ReachError> {
         let talk = async {
             let connection = self.connect(peer, TALK).await?;
             request(&connection, question).await.map_err(|e| match e.downcast::<frame::Error>() {
@@ -303,8 +313,9 @@ impl Shared {
             })
         };
         let silent = |_| Err(ReachError::Silent(self.label(peer)));
-        let answer = timeout(ASK_TIMEOUT, talk).await.unwrap_or_else(silent);
-        if answer.is_err() {
+        let answer = timeout(within.min(ASK_TIMEOUT), talk).await.unwrap_or_else(silent);
+        // What else goes on with it is not cut for want of patience.
+        if answer.is_err() && within >= ASK_TIMEOUT {
             self.endpoint.forget(&peer);
         }
         answer
@@ -360,7 +371,7 @@ impl Shared {
         opened
     }
 
-    /// Have every blob of an input tree of a job here: from its keeper, from the other
+    /// Have every blob of an input tree of a job here: from its keepers, from the other
     /// nodes of its ranks, and where none of them has it from any other that can be reached.
     pub(crate) async fn fetch_tree<W: Future<Output = bool> + Send>(
         self: &Arc<Self>,
@@ -369,8 +380,11 @@ impl Shared {
         root: BlobId,
         is_wanted: impl Fn() -> W + Sync,
     ) -> Result<(), FetchError> {
-        let mut sources = vec![spec.spec.keepers[0].0];
-        // A value that cannot be read gives nobody else; the keeper will say so.
+        // Those of now, before those that the inputs were brought to at first.
+        let newest = certificate.links.last().map(|link| &link.next);
+        let keepers = newest.into_iter().flatten().chain(&spec.spec.keepers);
+        let mut sources: Vec<PeerId> = keepers.map(|(keeper, _)| *keeper).collect();
+        // A value that cannot be read gives nobody else; the keepers will say so.
         sources.extend(certificate.value().map(|value| value.body.nodes()).unwrap_or_default());
         let named = self.others(sources);
         let connected = self.act(|peer, _| peer.board().connected().collect::<Vec<_>>()).await;

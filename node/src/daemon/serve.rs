@@ -13,12 +13,12 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use p2pit_protocol::{
-    BlobId, JobId, PeerId, UserId,
+    BlobId, JobId, Peer, PeerId, UserId,
     door::{self, Hello},
     identity::SignedBytes,
     job::{State, VerifiedSpec},
     message::{Command, JobView, Reply},
-    record::Certificate,
+    record::{Certificate, ForceRecover, Keeper, quorum_of},
 };
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
@@ -28,7 +28,7 @@ use super::{Shared, files, push, work};
 use crate::{
     api::{
         is_disk_full,
-        types::{GpuReading, JobFiles},
+        types::{GpuReading, JobFiles, Surveyed},
     },
     gpu,
     transfer::{
@@ -61,6 +61,11 @@ pub(crate) enum Request {
     /// [`Gate`], the asks for what is missing, those blobs back; → [`Gate`] once everything
     /// is durable.
     Push { root: BlobId, manifest_bytes: u64 },
+    /// The signed `Job`: what do you have of its record, whose keepers are lost? →
+    /// `Result<Surveyed, String>`.
+    Survey(SignedBytes),
+    /// A signed `ForceRecover`: go on from what you have → `Result<(), String>`.
+    Recover(SignedBytes),
 }
 
 /// To [`Request::User`].
@@ -226,6 +231,14 @@ async fn answer(
             frame::write_message(&mut send, &Gate::Open).await?;
             give(shared, allowed, asks, &mut send).await?;
         }
+        Request::Survey(signed) => {
+            let surveyed = survey(shared, signed).await.map_err(|e| format!("{e:#}"));
+            frame::write_message(&mut send, &surveyed).await?;
+        }
+        Request::Recover(signed) => {
+            let recovered = recover(shared, signed).await.map_err(|e| format!("{e:#}"));
+            frame::write_message(&mut send, &recovered).await?;
+        }
         Request::Push { root, manifest_bytes } => {
             let taken = push::take(shared, from, root, manifest_bytes, &mut send, &mut receive);
             if let Err(reason) = taken.await {
@@ -314,7 +327,8 @@ pub(crate) struct Views {
     user: UserId,
     job: JobId,
     changes: tokio::sync::watch::Receiver<u64>,
-    last_seq: u64,
+    /// Epoch and sequence number of the last view.
+    last: (u32, u64),
     done: bool,
 }
 
@@ -325,7 +339,7 @@ impl Views {
         let Command::Job(job) = command else { bail!("the request is not to describe a job") };
         let changes = shared.watch_record(job).await?;
         let shared = Arc::clone(shared);
-        Ok(Self { shared, user, job, changes, last_seq: 0, done: false })
+        Ok(Self { shared, user, job, changes, last: (0, 0), done: false })
     }
 
     /// The next view; `None` after the one that says done, or for a job not kept here.
@@ -336,8 +350,8 @@ impl Views {
             let (user, job) = (self.user, self.job);
             let view = self.shared.act(move |peer, _| peer.job_view_for(user, job)).await?;
             let Some(view) = view else { return Ok(None) };
-            if view.seq != self.last_seq {
-                self.last_seq = view.seq;
+            if (view.epoch, view.seq) != self.last {
+                self.last = (view.epoch, view.seq);
                 self.done = view.state() == State::Done;
                 return Ok(Some(view));
             }
@@ -497,16 +511,21 @@ async fn allow_inputs(
 ) -> anyhow::Result<Allowed> {
     let spec = tokio::task::spawn_blocking(move || VerifiedSpec::verify(spec)).await??;
     let (job, owner) = (spec.job, spec.spec.owner);
-    let keepers: Vec<PeerId> = spec.spec.keepers.iter().map(|(peer, _)| *peer).collect();
-    let (pool, admitted, is_over, is_known) = shared
+    let spec = Arc::new(spec);
+    let (asked, proof) = (Arc::clone(&spec), certificate);
+    let (pool, admitted, is_over, is_known, value) = shared
         .act(move |peer, _| {
             let state = peer.roster().state();
-            let admitted = state.is_member_user(owner)
-                && keepers.iter().all(|keeper| state.nodes.contains_key(keeper));
+            let newest = proof.links.last().map_or(&asked.spec.keepers, |link| &link.next);
+            let members = newest.iter().filter(|(keeper, _)| state.nodes.contains_key(keeper));
+            // Some may have left since; a majority that never was here is nobody's word.
+            let admitted =
+                state.is_member_user(owner) && members.count() >= quorum_of(newest.len());
             let record = peer.record(job);
             let is_over = record.is_some_and(|kept| kept.value.body.state() == State::Done);
             let is_known = record.is_some() || peer.work_spec(job).is_some();
-            (peer.pool(), admitted, is_over, is_known)
+            let value = peer.check_certificate(&proof, &asked);
+            (peer.pool(), admitted, is_over, is_known, value)
         })
         .await?;
     if spec.spec.pool != pool || !admitted {
@@ -515,7 +534,7 @@ async fn allow_inputs(
     if is_over {
         bail!("job {} is over", short(job));
     }
-    if !certificate.verify(&spec, |_| false)?.body.nodes().contains(&from) {
+    if !value.map_err(anyhow::Error::msg)?.body.nodes().contains(&from) {
         bail!("the record of job {} does not name {from}", short(job));
     }
     let ids: Vec<BlobId> = asks.iter().map(|ask| ask.id).collect();
@@ -535,4 +554,58 @@ async fn allow_inputs(
         Ok(Allowed { store: shared.store.clone(), ids: allowed })
     })
     .await?
+}
+
+/// What this node has of the record of a job, for somebody who may have it recovered.
+pub(crate) async fn survey(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow::Result<Surveyed> {
+    let checked = shared.act(move |peer, now| peer.check_user(&signed, now)).await?;
+    let (user, command) = checked.map_err(anyhow::Error::msg)?;
+    let Command::Job(job) = command else { bail!("the request is not to describe a job") };
+    let surveyed = shared.act(move |peer, _| survey_of(peer, user, job)).await?;
+    surveyed.map_err(anyhow::Error::msg)
+}
+
+fn survey_of(peer: &Peer, user: UserId, job: JobId) -> Result<Surveyed, String> {
+    let kept = peer.record(job).ok_or("this node does not keep the record")?;
+    if !peer.roster().state().may_control_job(user, kept.spec.spec.owner) {
+        let job = short(job);
+        return Err(format!("only the owner of job {job} and admins of the pool may recover it"));
+    }
+    let me = (peer.id(), peer.store());
+    let present = present(peer, &kept.keepers);
+    // Those that are lost must not be named again, as long as they are still remembered.
+    let next = peer.propose_keepers(&job.0).into_iter();
+    let next = next.filter(|keeper| *keeper != me && peer.board().is_connected(keeper.0));
+    Ok(Surveyed {
+        epoch: kept.value.epoch,
+        seq: kept.value.seq,
+        value_hash: kept.hash,
+        keepers: kept.keepers.iter().map(|(keeper, _)| *keeper).collect(),
+        present,
+        next: core::iter::once(me).chain(next).collect(),
+    })
+}
+
+/// Of these keepers, this node and those it is connected to that still have their stores.
+fn present(peer: &Peer, keepers: &[Keeper]) -> Vec<PeerId> {
+    let is_here = |(node, store): &&Keeper| {
+        *node == peer.id() && *store == peer.store()
+            || peer.board().is_connected(*node)
+                && peer.board().get(*node).is_some_and(|posted| posted.advert.store == *store)
+    };
+    keepers.iter().filter(is_here).map(|(node, _)| *node).collect()
+}
+
+/// Go on from what this node has of a record, as its owner or an admin says.
+pub(crate) async fn recover(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow::Result<()> {
+    let recovered = shared.act(move |peer, now| {
+        let forced: ForceRecover = p2pit_protocol::wire::decode(&signed.bytes)
+            .map_err(|e| format!("the request cannot be read ({e}): is one side older?"))?;
+        let keepers = peer.record(forced.job).map(|kept| kept.keepers.clone()).unwrap_or_default();
+        if !keepers.is_empty() && present(peer, &keepers).len() >= quorum_of(keepers.len()) {
+            return Err("a majority of its keepers can be reached: nothing is lost".to_owned());
+        }
+        peer.recover(signed, now)
+    });
+    recovered.await?.map(drop).map_err(anyhow::Error::msg)
 }

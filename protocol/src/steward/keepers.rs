@@ -59,7 +59,13 @@ pub(crate) fn propose(
     salt: &[u8],
 ) -> Vec<Keeper> {
     let all = eligible(me, client, board, roster, salt);
-    let wanted = keepers_for(all.len());
+    let reachable = all.iter().filter(|(node, _)| *node == me.0 || board.is_connected(*node));
+    // Two need each other: with one of them off no job could be submitted. The other comes to
+    // keep it once it is back.
+    let wanted = match keepers_for(all.len()) {
+        few @ 0..3 => few.min(reachable.count().max(1)),
+        wanted => wanted,
+    };
     choose(Vec::new(), &all, wanted, board, me.0, roster)
 }
 

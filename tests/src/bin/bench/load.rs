@@ -129,11 +129,11 @@ fn waiting() -> Result<()> {
     println!("| {WAITING} jobs wait for one GPU: RSS, CPU of one core | target | without | with |");
     println!("|---|---|---|---|");
     let target = format!("≤ {WAITING_MEMORY_TARGET_MIB} MiB, ≤ {WAITING_CPU_TARGET_PERCENT} %");
-    let keeper = submitter.keeper().to_string();
+    let steward = submitter.steward()?.to_string();
     for ((node, before), after) in pool.nodes().iter().zip(&before).zip(&after) {
         let me = node.me();
-        let (has_gpu, keeps) = (node.name() == "n1", me["node"] == keeper.as_str());
-        let roles = [(has_gpu, "has the GPU"), (keeps, "keeps the jobs")];
+        let (has_gpu, keeps) = (node.name() == "n1", me["node"] == steward.as_str());
+        let roles = [(has_gpu, "has the GPU"), (keeps, "drives the jobs")];
         let roles: Vec<&str> = roles.iter().filter(|(is, _)| *is).map(|(_, role)| *role).collect();
         let figures =
             |idle: &Idle| format!("{:.1} MiB, {:.2} %", idle.memory.rss_mib, idle.cpu_percent);

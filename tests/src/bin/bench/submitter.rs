@@ -63,8 +63,10 @@ impl Submitter {
         Ok(Self { home, key, planned, code, count: AtomicU64::new(0) })
     }
 
-    pub(crate) fn keeper(&self) -> PeerId {
-        self.planned.keeper
+    /// Who drives the jobs; others keep them, too.
+    pub(crate) fn steward(&self) -> Result<PeerId> {
+        let first = self.planned.keepers.first().context("nobody keeps jobs")?;
+        Ok(first.0)
     }
 
     /// Submits `jobs` jobs, at most `at_once` of them at a time; returns when all are kept.
@@ -121,7 +123,7 @@ impl Submitter {
             lost_after_ms: LOST_AFTER_MS,
             nonce: self.nonce()?,
             submitted_at_ms: wall_ms()?,
-            keepers: vec![(self.planned.keeper, self.planned.keeper_store)],
+            keepers: self.planned.keepers.clone(),
         };
         let spec = SignedBytes::sign(&self.key, Domain::JobSpec, spec.to_bytes());
         let spec = VerifiedSpec::verify(spec)?.signed;
@@ -162,7 +164,7 @@ impl Submitter {
     }
 
     fn ask(&self, command: &Command) -> Result<Vec<Answer>> {
-        let nodes = vec![self.planned.keeper];
+        let nodes = vec![self.steward()?];
         let request = UserRequest {
             pool: self.planned.pool,
             audience: nodes.iter().copied().collect(),
@@ -171,7 +173,8 @@ impl Submitter {
             command: wire::encode(command),
         };
         let signed = request.sign(&self.key);
-        let answers: Vec<Answer> = exchange(&self.home, path::ASK, &Ask { signed, nodes })?;
+        let answers: Vec<Answer> =
+            exchange(&self.home, path::ASK, &Ask { signed, nodes, within_ms: None })?;
         let error = answers.iter().find_map(|answer| answer.error.as_deref());
         ensure!(error.is_none(), "the keeper does not answer: {error:?}");
         Ok(answers)
