@@ -656,7 +656,7 @@ pub(crate) fn messages() -> Vec<Message> {
     let certificate = certificates().remove(2).1;
     let attempt = Attempt(2);
     vec![
-        Message::Init { spec: signed_spec(), receipts: vec![receipt()] },
+        Message::Init { spec: signed_spec(), receipts: vec![receipt()], refused: Some(reason()) },
         Message::Inited { job, receipts: vec![receipt()], inputs: vec![StoreId([1; 16])] },
         Message::InitRefused { job, reason: reason(), retry: true },
         Message::Prepare { job, epoch: 0, ballot: ballot(2, 2) },
@@ -917,8 +917,15 @@ fn job_view() -> JobView {
         submitted_at_ms: WALL_MS,
         history: body.history,
         seq: 17,
+        epoch: 1,
         keepers: vec![node(1), node(2), node(3)],
         steward: node(2),
+        term: 2,
+        retries: spec.retries,
+        retried: 1,
+        policy: spec.policy,
+        lost_after_ms: spec.lost_after_ms,
+        recovered: false,
         outcome: body.outcome,
         attempt: AttemptView { number: body.attempt, ranks: body.ranks.iter().map(rank).collect() },
     }
