@@ -14,7 +14,10 @@ use p2pit_protocol::{
     peer::{Config, Slot},
     reconcile,
     record::Certificate,
-    roster::{Draft, Founder, Genesis, JoinClaim, Name, Statement},
+    roster::{
+        AdmitNode, Author, DeviceId, Draft, Founder, Genesis, JoinClaim, Kind, Name, SignedClaim,
+        Statement,
+    },
     sabotage::Sabotage,
     wire,
 };
@@ -50,6 +53,25 @@ fn peer() -> Peer {
     })
     .expect("a peer");
     peer.restored().expect("an empty journal");
+    // A member, or nothing that it hears would go far.
+    let (node, name) = (KeyPair::from_seed(&[0x81; 32]), Name::new("node1").expect("a name"));
+    let claim = JoinClaim {
+        pool: peer.pool(),
+        user: UserId(user().public()),
+        username: Name::new("user1").expect("a name"),
+        full_name: None,
+        node: peer.id(),
+        node_name: name.clone(),
+        client: false,
+        wall_ms: NOW.wall_ms,
+        nonce: [0; 16],
+    };
+    let by_user = JoinClaim::sign(claim.to_bytes(), &user()).expect("its user's claim");
+    let claim = SignedClaim::countersign(by_user, &node).expect("its node's claim");
+    let kind = Kind::AdmitNode(AdmitNode { claim, node_name: name });
+    let author = Author::Node(peer.id());
+    let draft = peer.roster().draft(author, DeviceId([1; 16]), kind, NOW.wall_ms).expect("a draft");
+    peer.say(draft.sign(&node).expect("its author"), NOW).expect("a statement");
     peer.resume(&[], NOW);
     peer
 }

@@ -2,7 +2,11 @@
 
 use std::collections::VecDeque;
 
-use p2pit_protocol::{Peer, StoreId};
+use p2pit_protocol::{
+    JobId, Peer, StoreId,
+    peer::Slot,
+    record::{Keeper, quorum_of},
+};
 
 use super::{Occurrence, World};
 use crate::{

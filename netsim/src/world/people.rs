@@ -8,7 +8,7 @@ use p2pit_protocol::{
     job::{Command, Grace, JobSpec, Source, State, VerifiedSpec},
     message::{Command as UserCommand, Reply},
     peer::SubmitError,
-    record::Keeper,
+    record::{Keeper, quorum_of},
     request::Request,
     roster::UserRequest,
     wire,
@@ -148,7 +148,25 @@ impl World {
                 self.happenings.push(Happening::Refused(job));
                 self.submit_again(task, 4_000);
             }
-            Err(SubmitError::Unknown) => self.submit_again(task, 3_000),
+            Err(SubmitError::Unknown) => {
+                self.give_up_if_lost(task);
+                self.submit_again(task, 3_000);
+            }
+        }
+    }
+
+    /// Where the disks of most keepers that a spec names are gone, no answer will ever come:
+    /// it is submitted as another job.
+    fn give_up_if_lost(&mut self, task: usize) {
+        let Some(signed) = self.workload.tasks[task].spec.clone() else { return };
+        let keepers = self.keepers_named(&signed).unwrap_or_default();
+        let lives = |(peer, store): &&Keeper| {
+            let machine = self.machine_of(*peer).map(|at| &self.machines[at]);
+            machine.is_some_and(|machine| machine.member.store == *store)
+        };
+        let left = keepers.iter().filter(lives).count();
+        if left < quorum_of(keepers.len()) {
+            self.workload.tasks[task].spec = None;
         }
     }
 

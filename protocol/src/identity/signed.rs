@@ -29,16 +29,18 @@ pub enum Domain {
 }
 
 impl Domain {
+    /// The number is the version of what is signed: another encoding, another number, so that
+    /// bytes of one version are never taken for those of another.
     const fn tag(self) -> &'static [u8] {
         match self {
             Self::Statement => b"p2pit/statement/1",
             Self::InviteProof => b"p2pit/invite-proof/1",
             Self::JoinProof => b"p2pit/join-proof/1",
             Self::Advert => b"p2pit/advert/1",
-            Self::JobSpec => b"p2pit/job-spec/1",
+            Self::JobSpec => b"p2pit/job-spec/2",
             Self::UserRequest => b"p2pit/user-request/1",
-            Self::Receipt => b"p2pit/receipt/1",
-            Self::Head => b"p2pit/head/1",
+            Self::Receipt => b"p2pit/receipt/2",
+            Self::Head => b"p2pit/head/2",
             Self::ForceRecover => b"p2pit/force-recover/1",
         }
     }

@@ -177,13 +177,14 @@ impl Acceptor {
     }
 
     /// Promise to accept nothing below `ballot`. What was accepted goes with the answer, once
-    /// the promise is durable.
+    /// the promise is durable. The same ballot again gets the same answer: it may have been
+    /// lost, and no two proposers have one in common.
     ///
     /// # Errors
-    /// A ballot at least as high was promised, or it is not of this epoch.
+    /// A higher ballot was promised, or it is not of this epoch.
     pub fn prepare(&mut self, epoch: u32, ballot: Ballot) -> Result<(), Refused> {
         self.check_epoch(epoch)?;
-        if ballot <= self.promised && self.sabotage.holds(Rule::PromiseIsKept) {
+        if ballot < self.promised && self.sabotage.holds(Rule::PromiseIsKept) {
             return Err(Refused::Promised(self.promised));
         }
         self.promised = ballot;

@@ -62,7 +62,7 @@ pub struct End {
     pub chosen: Option<(Value, Vec<u8>, Vec<SignedBytes>)>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Phase {
     Idle,
     BackingOff,
@@ -83,7 +83,7 @@ enum Phase {
 }
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Proposer {
     me: StoreId,
     keepers: Vec<Keeper>,
@@ -365,8 +365,9 @@ impl Proposer {
 
     /// A keeper refused: somebody proposes with a higher ballot. Whether to back off.
     pub fn refused(&mut self, of: Ballot, promised: Ballot) -> bool {
-        let current = match &self.phase {
-            Phase::Preparing { ballot, .. } | Phase::Accepting { ballot, .. } => *ballot,
+        let (current, next) = match &self.phase {
+            Phase::Preparing { ballot, .. } => (*ballot, *ballot),
+            Phase::Accepting { ballot, next, .. } => (*ballot, *next),
             Phase::Idle | Phase::BackingOff => {
                 // To a proposal that a quorum accepted without this keeper.
                 self.highest = self.highest.max(promised.counter);
@@ -374,7 +375,8 @@ impl Proposer {
             }
         };
         self.highest = self.highest.max(promised.counter);
-        if of != current {
+        // What was promised to this proposer refuses only a late copy of what it said before.
+        if of != current || promised <= current || promised == next {
             return false;
         }
         self.phase = Phase::BackingOff;

@@ -57,3 +57,20 @@ pub(crate) fn measured<T>(act: impl FnOnce() -> T) -> (T, usize) {
     let made = act();
     (made, PEAK.get())
 }
+
+/// What recoding `bytes` may take: what was read is written again, a request's text is made
+/// of it first.
+pub(crate) fn allowed_for_recoding(bytes: &[u8]) -> usize {
+    let (per_byte, beside) = p2pit_protocol::wire::ALLOCATED_BYTES_MAX;
+    (per_byte + 3) * bytes.len() + beside
+}
+
+/// [`crate::formats::check`] with the memory it takes held against what it may.
+pub(crate) fn check(format: &crate::formats::Format, bytes: &[u8]) -> bool {
+    crate::formats::check(format, bytes, |recode| {
+        let (recoded, peak) = measured(recode);
+        let (name, given) = (format.name, bytes.len());
+        assert!(peak <= allowed_for_recoding(bytes), "{name}: {peak} bytes for {given}");
+        recoded
+    })
+}

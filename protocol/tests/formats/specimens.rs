@@ -19,9 +19,9 @@ use p2pit_protocol::{
     },
     message::{
         Accept, Adopt, Advert, AttemptView, Bid, Call, CallFate, ClockReading, Command, Commit,
-        Decline, GpuState, GpuView, Head, HoldView, Install, JobFilter, JobView, Key, LeaseGrant,
-        Message, NodeView, Offer, PinRefusal, Promise, RankReport, RankView, Renewal, Reply,
-        Report, Soft, Start, Verdict, WaitView, Wanted, Watch, blinded,
+        Decline, GpuState, GpuView, Head, HoldView, Install, JobFilter, JobView, Key, LeaseAsk,
+        LeaseGrant, Message, NodeView, Offer, PinRefusal, Promise, RankReport, RankView, Renewal,
+        Reply, Report, Soft, Start, Verdict, WaitView, Wanted, Watch, blinded,
     },
     peer::Slot,
     record::{
@@ -223,7 +223,7 @@ fn ballot(counter: u64, n: u8) -> Ballot {
 }
 
 fn receipts(keepers: &[u8], ballot: Ballot, value: &Value) -> Vec<SignedBytes> {
-    let sign = |&n: &u8| sign_receipt(&node_key(n), StoreId([n; 16]), ballot, value);
+    let sign = |&n: &u8| sign_receipt(&node_key(n), StoreId([n; 16]), ballot, value, value.hash());
     keepers.iter().map(sign).collect()
 }
 
@@ -260,6 +260,7 @@ fn endings() -> Vec<(&'static str, Ending)> {
         ("lost", Ending::Lost { reason: reason() }),
         ("never-started", Ending::NeverStarted),
         ("lease-ended", Ending::LeaseEnded),
+        ("silent", Ending::Silent),
     ]
 }
 
@@ -296,6 +297,7 @@ fn full_body() -> Body {
         failed_starts: 1,
         retried: 2,
         recovered: true,
+        bound: true,
         outcome: Some(Outcome::Failed { code: 3 }),
     }
 }
@@ -647,15 +649,15 @@ fn declines() -> Vec<(&'static str, Decline)> {
 
 /// One of each variant, by the name that logs use.
 pub(crate) fn messages() -> Vec<Message> {
-    let Chain { birth, assigned, sealed, link, .. } = chain();
+    let Chain { birth, assigned, first_of_next, link, .. } = chain();
     let (job, holds) = (job(), vec![HoldId([0x40; 16]), HoldId([0x41; 16])]);
     let receipt = || receipts(&[1], Ballot::ZERO, &birth).remove(0);
     let reason = || "it ended".to_owned();
     let certificate = certificates().remove(2).1;
     let attempt = Attempt(2);
     vec![
-        Message::Init { spec: signed_spec(), receipts: vec![receipt()] },
-        Message::Inited { job, receipt: receipt() },
+        Message::Init { spec: signed_spec(), receipts: vec![receipt()], refused: Some(reason()) },
+        Message::Inited { job, receipts: vec![receipt()], inputs: vec![StoreId([1; 16])] },
         Message::InitRefused { job, reason: reason(), retry: true },
         Message::Prepare { job, epoch: 0, ballot: ballot(2, 2) },
         Message::Promise(Box::new(Promise {
@@ -680,12 +682,18 @@ pub(crate) fn messages() -> Vec<Message> {
         Message::Install(Box::new(Install {
             spec: signed_spec(),
             links: vec![link],
-            value_bytes: wire::encode(&sealed),
+            accepted: ballot(1, 4),
+            value_bytes: wire::encode(&first_of_next),
         })),
-        Message::Installed { job, epoch: 1, receipt: receipt() },
+        Message::Installed { job, epoch: 1 },
         Message::Renew {
             clock: clock(),
-            entries: vec![Renewal { job, epoch: 1, ballot: ballot(70_000, 2) }],
+            entries: vec![Renewal {
+                job,
+                epoch: 1,
+                ballot: ballot(70_000, 2),
+                next: ballot(70_001, 2),
+            }],
         },
         Message::Renewed {
             asked: clock(),
@@ -732,17 +740,21 @@ pub(crate) fn messages() -> Vec<Message> {
             nodes: vec![node(4), node(5)],
             hosts: vec!["192.0.2.4".to_owned(), "192.0.2.5".to_owned()],
             port: 29_500,
+            asked: clock(),
+            binding: true,
         }),
         Message::Stop { job, attempt, reason: reason() },
         Message::Ask { job, attempt },
         Message::Report(Box::new(report(RankReport::Prepared {
             port: 29_500,
             host: "192.0.2.4".to_owned(),
+            clock: clock(),
         }))),
         Message::EndRecorded { job, attempt, rank: Rank(1) },
-        Message::Adopt(Box::new(Adopt { job, attempt, certificate })),
+        Message::Adopt(Box::new(Adopt { spec: signed_spec(), attempt, certificate })),
         Message::Adopted { job, attempt, term: 4 },
-        Message::AskLease { clock: clock(), entries: vec![(job, attempt)] },
+        Message::AskLease { clock: clock(), entries: vec![LeaseAsk { job, attempt, term: 4 }] },
+        Message::Elsewhere { job, steward: node(3) },
         Message::Lease {
             asked: clock(),
             clock: clock(),
@@ -804,7 +816,17 @@ fn put_messages(tray: &mut Tray) {
 // ---- soft state ---------------------------------------------------------------------
 
 fn head(state: State) -> Head {
-    Head { job: job(), keeper: node(1), seq: 1, owner: user(1), submitted_at_ms: WALL_MS, state }
+    let keepers = vec![node(1), node(2), node(3)];
+    Head {
+        job: job(),
+        keeper: node(1),
+        keepers,
+        epoch: 0,
+        seq: 1,
+        owner: user(1),
+        submitted_at_ms: WALL_MS,
+        state,
+    }
 }
 
 fn signed_head() -> SignedBytes {
@@ -895,8 +917,15 @@ fn job_view() -> JobView {
         submitted_at_ms: WALL_MS,
         history: body.history,
         seq: 17,
+        epoch: 1,
         keepers: vec![node(1), node(2), node(3)],
         steward: node(2),
+        term: 2,
+        retries: spec.retries,
+        retried: 1,
+        policy: spec.policy,
+        lost_after_ms: spec.lost_after_ms,
+        recovered: false,
         outcome: body.outcome,
         attempt: AttemptView { number: body.attempt, ranks: body.ranks.iter().map(rank).collect() },
     }
@@ -937,7 +966,10 @@ fn put_user(tray: &mut Tray) {
         nodes: (1..).map(node).zip(verdicts).collect(),
     };
     tray.put("reply", "why", &Reply::Why(Box::new(why)));
-    tray.put("reply", "stopping", &Reply::Stopping { state: State::Stopping });
+    let stopping = Reply::Stopping { state: State::Stopping, recorded: true };
+    tray.put("reply", "stopping", &stopping);
+    let elsewhere = Reply::Elsewhere { steward: Some(node(2)), keepers: vec![node(2), node(3)] };
+    tray.put("reply", "elsewhere", &elsewhere);
     let gpu = |gpu: &Gpu, state, job| GpuView { gpu: gpu.clone(), state, job };
     let gpus = capacity().gpus;
     let view = NodeView {
@@ -982,6 +1014,7 @@ pub(crate) fn journal() -> Vec<(&'static str, Slot, Vec<u8>)> {
         ("work", Slot::Work(job, attempt, rank), wire::encode(&work(Phase::Running))),
         ("tombstone", Slot::Tombstone(node(2), job, attempt), wire::encode(&WALL_MS)),
         ("end", Slot::End(job, attempt, rank), wire::encode(&unreported)),
+        ("term", Slot::Term(job), wire::encode(&(4_u64, WALL_MS))),
         ("refused", Slot::Refused(job), wire::encode(&refused)),
     ]
 }
@@ -1003,6 +1036,7 @@ fn work(phase: Phase) -> Work {
     Work {
         id: WorkId { job: job(), attempt: Attempt(2), rank: Rank(1) },
         steward: node(2),
+        term: 4,
         assignment: assignment(1),
         phase,
         prepared: Some((29_500, "192.0.2.4".to_owned())),
@@ -1024,6 +1058,7 @@ fn put_journal(tray: &mut Tray) {
             Slot::Work(..) => "work",
             Slot::Tombstone(..) => "tombstone",
             Slot::End(..) => "end",
+            Slot::Term(_) => "term",
             Slot::Refused(_) => "refused",
         };
         tray.put_bytes(format, name, value);
@@ -1153,6 +1188,8 @@ pub(crate) fn wide_messages() -> Vec<Message> {
         nodes: vec![node(4); 1_024],
         hosts: vec!["10.0.0.4".to_owned(); 1_024],
         port: 1,
+        asked: clock(),
+        binding: false,
     };
     let links = vec![chain().link; p2pit_protocol::record::EPOCHS_MAX];
     vec![
@@ -1167,9 +1204,15 @@ pub(crate) fn wide_messages() -> Vec<Message> {
         Message::Start(start),
         Message::Renew {
             clock: clock(),
-            entries: vec![Renewal { job, epoch: 0, ballot: Ballot::ZERO }; 4_096],
+            entries: vec![
+                Renewal { job, epoch: 0, ballot: Ballot::ZERO, next: Ballot::ZERO };
+                4_096
+            ],
         },
-        Message::AskLease { clock: clock(), entries: vec![(job, Attempt(1)); 4_096] },
+        Message::AskLease {
+            clock: clock(),
+            entries: vec![LeaseAsk { job, attempt: Attempt(1), term: 1 }; 4_096],
+        },
         Message::Pin { job, holds: vec![HoldId([0; 16]); 1_024] },
         Message::Want { ids: vec![[1; 32]; 256] },
         Message::Moved { job, links },

@@ -67,7 +67,8 @@ pub(crate) fn of_all(specimens: &[Specimen]) -> BTreeMap<String, Seen> {
             "work" => walk::<Work>(bytes, log),
             "end" => walk::<(PeerId, RankEnd)>(bytes, log),
             // Without enums, or not in the codec's encoding.
-            "invite-proof" | "tombstone" | "refused" | "genesis" | "ticket" | "request" => {}
+            "invite-proof" | "tombstone" | "term" | "refused" | "genesis" | "ticket"
+            | "request" => {}
             other => panic!("{other} is not walked: add it here"),
         }
     }
