@@ -2,7 +2,7 @@
 
 use std::{fs, time::Duration};
 
-use super::transfers::{noise, start_with};
+use super::transfers::{noise, start_with, switch_off};
 use p2pit_tests::{Node, Pool, Process, SOON, lines_of, of_job, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -37,9 +37,7 @@ fn a_job_that_waits_is_driven_on_when_the_node_that_drove_it_dies() {
 fn a_job_that_is_being_prepared_is_driven_on_when_the_node_that_drove_it_dies() {
     let pool = Pool::of(&["none", "none", "none", "sim:1xv100"]);
     let (first, second, worker) = (pool.node(1), pool.node(2), pool.node(4));
-    // While it is off it is not chosen to keep the job, and so has to fetch what that needs.
-    worker.shut_down();
-    wait_until("n4 is off", SOON, || (first.nodes()["n4"]["reach"] == "offline").then_some(()));
+    switch_off(&pool, 4);
     let dir = pool.job_dir("prepared", &[]);
     fs::write(dir.join("big"), noise(12 << 20)).unwrap();
     let id = first.working_in(&dir).submit(&["Prepared", "[v100]", "-d", "wc -c < big"]);

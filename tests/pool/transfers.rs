@@ -54,12 +54,10 @@ fn a_daemon_that_was_killed_while_it_fetched_goes_on_where_it_stopped() {
     let (content, dir) = (noise(8 * MIB), pool.job_dir("inputs", &[]));
     fs::write(dir.join("big"), &content).unwrap();
     let worker = pool.node(2);
-    worker.shut_down();
-    start_with(worker, "download: 2MiB/s");
-    pool.wait_until_assembled();
-
+    switch_off(&pool, 2);
     let script = "sha256sum < big | cut -c1-8";
     let job = client.working_in(&dir).submit(&["Big input", "[v100]", "-d", script]);
+    start_with(worker, "download: 2MiB/s");
     let partial = worker.home().join("blobs/partial");
     wait_until("something to have come", SOON, || {
         (allocated(&partial) >= 3 * MIB as u64).then_some(())
@@ -80,12 +78,14 @@ fn an_input_that_went_bad_at_its_keeper_comes_from_whoever_else_has_it() {
     let dir = pool.job_dir("inputs", &[(".compute", "#!/bin/sh\nwc -c < big\n")]);
     fs::write(dir.join("big"), &content).unwrap();
     let keeper = pool.node(1).working_in(&dir);
+    switch_off(&pool, 3);
     let first = keeper.submit(&["One", "[v100]"]);
     keeper.wait_for_outcome(&first, "succeeded");
 
     let bad = blob_of(&keeper, &content);
     fs::File::options().write(true).open(&bad).unwrap().write_all_at(b"bad", 300_000).unwrap();
     let second = keeper.submit(&["Two", "[gtx1070]"]);
+    pool.node(3).restart();
     keeper.wait_for_outcome(&second, "succeeded");
     assert_eq!(lines_of(&keeper.log(&second), 0), [content.len().to_string()]);
     assert!(!bad.exists(), "what went bad is not offered again");
@@ -139,11 +139,10 @@ fn a_keeper_that_is_killed_while_it_gives_is_asked_again_once_it_is_back() {
     let (content, dir) = (noise(8 * MIB), pool.job_dir("inputs", &[]));
     fs::write(dir.join("big"), &content).unwrap();
     let worker = pool.node(2);
-    worker.shut_down();
-    start_with(worker, "download: 2MiB/s");
-    pool.wait_until_assembled();
+    switch_off(&pool, 2);
     let script = "wc -c < big";
     let job = keeper.working_in(&dir).submit(&["Big input", "[v100]", "-d", script]);
+    start_with(worker, "download: 2MiB/s");
     let partial = worker.home().join("blobs/partial");
     wait_until("something to have come", SOON, || {
         (allocated(&partial) >= 2 * MIB as u64).then_some(())
@@ -162,11 +161,13 @@ fn an_input_that_nobody_has_any_more_is_named() {
     let dir = pool.job_dir("inputs", &[]);
     fs::write(dir.join("small"), &content).unwrap();
     let keeper = pool.node(1).working_in(&dir);
+    switch_off(&pool, 2);
     keeper.p2pit(&["run", "Here", "[]", "-d", "true", "-l"]).ended(0);
     let bad = blob_of(&keeper, &content);
     let blob = bad.file_name().unwrap().to_str().unwrap().to_owned();
     fs::write(&bad, "bad").unwrap();
     let job = keeper.submit(&["There", "[v100]", "-d", "true"]);
+    pool.node(2).restart();
     let job = keeper.wait_for_outcome(&job, "failed(126)").to_string();
     assert!(job.contains(&blob) && job.contains("node n1: does not have it"), "{job}");
 }
@@ -220,6 +221,19 @@ fn with_artifact(pool: &Pool, content: &[u8]) -> String {
     let job = node.submit(&["Artifact", "[v100]", "-d", script]);
     node.wait_for_outcome(&job, "succeeded");
     job
+}
+
+/// Ends the n-th node's daemon: while it is off it is not chosen to keep a job, and so does not
+/// get its inputs before it has to fetch them.
+#[track_caller]
+pub(super) fn switch_off(pool: &Pool, n: usize) {
+    let name = pool.node(n).name();
+    pool.node(n).shut_down();
+    for node in pool.nodes().iter().filter(|node| node.name() != name) {
+        wait_until(&format!("{} misses {name}", node.name()), SOON, || {
+            (node.nodes()[name]["reach"] == "offline").then_some(())
+        });
+    }
 }
 
 /// Starts the node's daemon, which has been ended, with this limit or none.

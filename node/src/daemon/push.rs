@@ -137,6 +137,13 @@ pub(super) async fn take(
             "its list of files has {manifest_bytes} bytes; at most {MANIFEST_BYTES_MAX} are taken"
         );
     }
+    let store = shared.store.clone();
+    // A list that went bad here is as good as none: it is sent again, and not met halfway.
+    let check = move || if store.has(&root) { store.check(&root) } else { Ok(()) };
+    match tokio::task::spawn_blocking(check).await? {
+        Ok(()) | Err(store::Error::Corrupt(_)) => {}
+        Err(reason) => return Err(reason.into()),
+    }
     take_blobs(shared, from, vec![(root, manifest_bytes)], send, receive).await?;
     let store = shared.store.clone();
     let blobs = tokio::task::spawn_blocking(move || blobs_of(&store, root)).await??;
