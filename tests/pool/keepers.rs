@@ -245,7 +245,8 @@ fn a_full_id_that_nobody_keeps_is_known_to_be_none() {
 }
 
 fn names(array: &Value) -> Vec<&str> {
-    let mut names: Vec<&str> = array.as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    let mut names: Vec<&str> =
+        array.as_array().expect("keepers are an array").iter().filter_map(Value::as_str).collect();
     names.sort_unstable();
     names
 }
@@ -286,7 +287,7 @@ fn assert_ended_once(pool: &Pool, nodes: &[usize], id: &str, last_line: &str) {
         let said = lines_of(&log, 0);
         assert_eq!(said.iter().filter(|line| **line == last_line).count(), 1, "{said:?}");
         assert_eq!(said.last(), Some(&last_line), "{said:?}");
-        let driven_by = job["steward"].as_str().unwrap();
+        let driven_by = job["steward"].as_str().expect("a job has a steward");
         assert!(nodes.iter().any(|n| pool.node(*n).name() == driven_by), "{job:#}");
     }
 }

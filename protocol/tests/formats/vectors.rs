@@ -371,7 +371,11 @@ fn a_refusal_is_journalled_in_the_form_of_its_vector() {
     spec.owner = UserId(stranger.public());
     let spec = SignedBytes::sign(&stranger, Domain::JobSpec, spec.to_bytes());
     let job = JobId::of(&spec.bytes);
-    peer.handle_message(peer.id(), Message::Init { spec, receipts: Vec::new(), refused: None }, now);
+    peer.handle_message(
+        peer.id(),
+        Message::Init { spec, receipts: Vec::new(), refused: None },
+        now,
+    );
     let key = Slot::Refused(job).to_bytes();
     let write = core::iter::from_fn(|| peer.poll_write()).find(|write| write.key == key);
     let value = write.expect("the refusal is journalled").value.unwrap();
