@@ -7,7 +7,7 @@ use p2pit_protocol::{
     identity::{Domain, SignedBytes},
     job::{Command, Grace, JobSpec, Source, State, VerifiedSpec},
     message::{Command as UserCommand, Reply},
-    peer::SubmitError,
+    peer::{Slot, SubmitError},
     record::{Keeper, quorum_of},
     request::Request,
     roster::UserRequest,
@@ -155,14 +155,17 @@ impl World {
         }
     }
 
-    /// Where the disks of most keepers that a spec names are gone, no answer will ever come:
-    /// it is submitted as another job.
+    /// Where most keepers that a spec names lost their disks or refused it, while another keeps
+    /// it, no answer will ever come: it is submitted as another job.
     fn give_up_if_lost(&mut self, task: usize) {
         let Some(signed) = self.workload.tasks[task].spec.clone() else { return };
         let keepers = self.keepers_named(&signed).unwrap_or_default();
+        let refused = Slot::Refused(JobId::of(&signed.bytes)).to_bytes();
         let lives = |(peer, store): &&Keeper| {
             let machine = self.machine_of(*peer).map(|at| &self.machines[at]);
-            machine.is_some_and(|machine| machine.member.store == *store)
+            machine.is_some_and(|machine| {
+                machine.member.store == *store && !machine.journal.contains_key(&refused)
+            })
         };
         let left = keepers.iter().filter(lives).count();
         if left < quorum_of(keepers.len()) {

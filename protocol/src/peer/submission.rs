@@ -373,8 +373,10 @@ impl Peer {
                 birth.refusals.insert(from);
             }
             if too_many(&spec, &birth.refusals) {
+                // It can never be chosen, and what was promised for it must not be forgotten.
                 self.registers.forget(job);
                 self.births.remove(&job);
+                self.refuse(&spec, reason.clone(), now);
             }
         }
         let Some(submission) = self.submissions.get_mut(&job) else { return };
