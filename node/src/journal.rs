@@ -97,11 +97,12 @@ pub enum OpenError {
     )]
     Damaged { path: PathBuf, place: String, store_id: Option<StoreId> },
     #[error(
-        "the journal {} has format {version}, this build knows up to {}",
+        "the journal {} has format {version}, this build reads format {}: start the p2pit that \
+         wrote it, or move the home aside and join the pool anew",
         .path.display(),
         frame::FORMAT_VERSION
     )]
-    NewerFormat { path: PathBuf, version: u32 },
+    OtherFormat { path: PathBuf, version: u32 },
     #[error("the journal {} cannot be used", .path.display())]
     Io {
         path: PathBuf,
@@ -579,7 +580,7 @@ fn refused(disk: &dyn Disk, name: &str, file: &dyn LogFile, error: ScanError) ->
         ScanError::Damage(damage) => damage,
     };
     let place = match damage {
-        Damage::Version(version) => return OpenError::NewerFormat { path, version },
+        Damage::Version(version) => return OpenError::OtherFormat { path, version },
         Damage::Header => "in its first bytes".to_owned(),
         Damage::At(offset) => match file.bytes() {
             Ok(bytes) => format!("at byte {offset} of {bytes}"),

@@ -22,6 +22,7 @@ use tracing::debug;
 
 pub(crate) use book::{Book, Usage};
 pub use entry::{Hold, Phase, Work, WorkId};
+pub(crate) use lease::Proven;
 
 use self::{
     lease::Lease,
@@ -125,6 +126,12 @@ struct UnreportedEnd {
     /// How often it was repeated by this daemon.
     #[serde(skip)]
     repeats: u32,
+}
+
+/// What a record gives to this node, and under which stewardship.
+struct Assigned {
+    term: u64,
+    ranks: Vec<RankAssignment>,
 }
 
 impl Bidder {
@@ -470,12 +477,13 @@ impl Bidder {
             return;
         }
         let checked = value.and_then(|value| {
-            self.check_commit(from, &commit, &spec, &value).map(|ours| (ours, value.body.term))
+            let ranks = self.check_commit(from, &commit, &spec, &value)?;
+            Ok(Assigned { term: value.body.term, ranks })
         });
         match checked {
-            Ok((assignments, term)) => {
-                self.learn_term(job, term, now, out);
-                self.commit(from, &commit, spec, term, assignments, now, out);
+            Ok(assigned) => {
+                self.learn_term(job, assigned.term, now, out);
+                self.commit(from, &commit, spec, assigned, now, out);
                 out.send(self.me, from, Message::Committed { job, attempt });
             }
             Err(reason) => {
@@ -1017,14 +1025,14 @@ impl Bidder {
         from: PeerId,
         commit: &Commit,
         spec: VerifiedSpec,
-        term: u64,
-        assignments: Vec<RankAssignment>,
+        assigned: Assigned,
         now: Now,
         out: &mut Outbox,
     ) {
         let job = spec.job;
         let spec = Arc::new(spec);
-        for assignment in assignments {
+        let Assigned { term, ranks } = assigned;
+        for assignment in ranks {
             self.drop_hold(assignment.hold, out);
             let id = WorkId { job, attempt: commit.attempt, rank: assignment.rank };
             let until_ms = now.after(COMMITTED_MS);

@@ -69,6 +69,8 @@ pub const LOOK_MS: u64 = 5_000;
 pub const ASK_MS: u64 = 60_000;
 /// How long a node may be silent before an assignment is taken back.
 pub const SILENT_MS: u64 = 45_000;
+/// How long a steward pauses after pins that failed; doubled each time, five times at most.
+const PIN_PAUSE_MS: u64 = 50;
 /// How long the pins of one assignment may take.
 pub const PINNING_MS: u64 = 3_000;
 /// Starts that may fail before the job does.
@@ -577,6 +579,7 @@ impl Stewards {
             let own = matches!(drive.stage, Stage::Pinning(_)) && body.state() == State::Preparing;
             drive.stage = Stage::Assigned;
             drive.observed = Observed::keeping_stop(&drive.observed);
+            drive.pin_failures = 0;
             if own {
                 // The commit tells them who drives the job.
                 drive.observed.adopted.extend(body.nodes());
@@ -1069,12 +1072,17 @@ impl Stewards {
             return;
         }
         let Stage::Pinning(pinning) = &drive.stage else { return };
+        // What is on its way must have arrived before the next call, and until then nobody
+        // shall bid by itself: an offer made before is not known from one made after.
+        drive.pin_failures = drive.pin_failures.saturating_add(1);
+        let most_ms = PIN_PAUSE_MS << drive.pin_failures.min(5);
+        let pause_ms = most_ms / 2 + cx.random.below(most_ms / 2);
         for (node, holds) in pinning.by_node() {
-            let message = Message::Release { job, holds, call: CallFate::Stand };
-            cx.out.send(self.me, node, message);
+            let call = CallFate::Rest { ms: pause_ms + PIN_PAUSE_MS };
+            cx.out.send(self.me, node, Message::Release { job, holds, call });
         }
         let mut auction = Auction::new(drive.spec.as_ref()).avoiding(&drive.avoided);
-        let at_ms = cx.now.after(10 + cx.random.below(90));
+        let at_ms = cx.now.after(pause_ms);
         auction.wake_ms = Some(at_ms);
         auction.resting = true;
         drive.stage = Stage::Auction(auction);

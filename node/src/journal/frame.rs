@@ -11,8 +11,10 @@ use p2pit_protocol::StoreId;
 
 use super::Write;
 
-/// The newest log format this build reads and the one it writes.
-pub(super) const FORMAT_VERSION: u32 = 1;
+/// The log format this build reads and writes, and with it the form of the values in it.
+///
+/// 2: records have several keepers; jobs, holds and endings say more than before.
+pub(super) const FORMAT_VERSION: u32 = 2;
 
 /// What a batch may take on disk; a larger one is a caller's mistake.
 pub(super) const PAYLOAD_BYTES_MAX: usize = 16 << 20;

@@ -175,7 +175,7 @@ fn a_newer_format_is_not_taken_for_damage() {
     bytes[covered..covered + 4].copy_from_slice(&crc.to_le_bytes());
     std::fs::write(&log, &bytes).unwrap();
     let error = Journal::open(directory.path()).unwrap_err();
-    assert!(matches!(error, OpenError::NewerFormat { version: 9, .. }), "{error}");
+    assert!(matches!(error, OpenError::OtherFormat { version: 9, .. }), "{error}");
 }
 
 #[test]

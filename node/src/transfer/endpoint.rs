@@ -48,7 +48,7 @@ pub const DOOR: Protocol =
     Protocol { alpn: b"p2pit/door/1", connections_max: 256, window_bytes: 2 << 20 };
 /// Blobs and logs between members.
 pub const DATA: Protocol =
-    Protocol { alpn: b"p2pit/data/1", connections_max: 1024, window_bytes: 32 << 20 };
+    Protocol { alpn: b"p2pit/data/2", connections_max: 1024, window_bytes: 32 << 20 };
 
 /// Incoming connections of one peer under one protocol: a few for bulk, and those that
 /// have not noticed yet that they are dead.

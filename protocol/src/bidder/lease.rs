@@ -7,7 +7,7 @@ use tracing::{debug, info};
 use super::{Bidder, LEASE_MS, LEASE_RENEW_MS, Phase, TOMBSTONES_MAX, Timer, WorkId};
 use crate::{
     JobId, Now, PeerId,
-    job::{Attempt, Rank, RankState, State, VerifiedSpec},
+    job::{Attempt, Rank, RankState, State},
     message::{Adopt, ClockReading, LeaseAsk, LeaseGrant, Message, RENEWALS_MAX, Start},
     peer::{Event, Outbox, Slot},
     record::{Keeper, Value},
@@ -31,6 +31,14 @@ impl Lease {
     pub(super) const fn granted(until_ms: Option<u64>, now: Now) -> Self {
         Self { until_ms: Some(until_ms), answered_ms: now.boot_ms }
     }
+}
+
+/// What a certificate proves.
+pub(crate) struct Proven<'a> {
+    /// The record's value.
+    pub(crate) value: &'a Value,
+    /// Who keeps the record.
+    pub(crate) keepers: &'a [Keeper],
 }
 
 impl Bidder {
@@ -183,19 +191,17 @@ impl Bidder {
         out.put(&Slot::Term(job), &(term, now.wall_ms));
     }
 
-    /// A steward shows that it drives a job: what is here of it is its from now on. `value` is
-    /// what its certificate proves, `keepers` who keeps the record.
+    /// A steward shows that it drives a job: what is here of it is its from now on.
     pub(crate) fn handle_adopt(
         &mut self,
         from: PeerId,
         adopt: &Adopt,
-        spec: &VerifiedSpec,
-        value: &Value,
-        keepers: &[Keeper],
+        proven: &Proven<'_>,
         now: Now,
         out: &mut Outbox,
     ) {
-        let (job, body) = (spec.job, &value.body);
+        let Proven { value, keepers } = proven;
+        let (job, body) = (value.job, &value.body);
         let over = body.state() == State::Done;
         let keeper = keepers.iter().any(|(keeper, _)| *keeper == from);
         let entitled = body.steward == from || (over && keeper);

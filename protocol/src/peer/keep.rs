@@ -7,6 +7,7 @@ use tracing::debug;
 use super::{Event, Peer, Timer};
 use crate::{
     JobId, Now, PeerId, UserId,
+    bidder::Proven,
     identity::SignedBytes,
     job::VerifiedSpec,
     message::{Adopt, ClockReading, Install, Message},
@@ -162,12 +163,12 @@ impl Peer {
             .and_then(|spec| {
                 let value = self.check_certificate(&adopt.certificate, &spec)?;
                 let keepers = self.check_links(&adopt.certificate.links, &spec)?;
-                Ok((spec, value, keepers))
+                Ok((value, keepers))
             });
         match checked {
-            Ok((spec, value, keepers)) => {
-                let out = &mut self.out;
-                self.bidder.handle_adopt(from, adopt, &spec, &value, &keepers, now, out);
+            Ok((value, keepers)) => {
+                let proven = Proven { value: &value, keepers: &keepers };
+                self.bidder.handle_adopt(from, adopt, &proven, now, &mut self.out);
             }
             Err(reason) => debug!(%from, reason, "not shown to be a steward"),
         }

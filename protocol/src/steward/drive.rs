@@ -30,6 +30,8 @@ pub(crate) struct Drive {
     pub(super) withdrawals: BTreeMap<(PeerId, Attempt), u32>,
     /// Nodes that failed or refused in an earlier attempt.
     pub(super) avoided: BTreeSet<PeerId>,
+    /// Tries in a row that failed when every rank was held.
+    pub(super) pin_failures: u32,
     /// Nothing is overdue yet in the current state.
     pub(super) just_entered: bool,
     /// When this stewardship began here, on the boot clock.
@@ -110,6 +112,7 @@ impl Drive {
             acknowledged: BTreeSet::new(),
             withdrawals: BTreeMap::new(),
             avoided: BTreeSet::new(),
+            pin_failures: 0,
             just_entered: true,
             since_ms: now.boot_ms,
             acting: false,

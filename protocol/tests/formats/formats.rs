@@ -1,11 +1,10 @@
 //! Every format by name, with what reads it and writes it again.
 
 use p2pit_protocol::{
-    PeerId,
     bidder::{Hold, Work},
     door::{Hello, Reply as DoorReply},
     identity::SignedBytes,
-    job::{JobSpec, RankEnd},
+    job::JobSpec,
     message::{Advert, Command, Head, Message, Reply, Soft},
     peer::Slot,
     record::{Certificate, ForceRecover, Keeper, ReceiptBody, Replica, Value},
@@ -14,6 +13,8 @@ use p2pit_protocol::{
     wire,
 };
 use serde::{Serialize, de::DeserializeOwned};
+
+use crate::specimens::Unreported;
 
 /// One format.
 pub(crate) struct Format {
@@ -83,7 +84,7 @@ pub(crate) const ALL: &[Format] = &[
     Format { name: "hold", recode: by_codec::<Hold> },
     Format { name: "work", recode: by_codec::<Work> },
     Format { name: "tombstone", recode: by_codec::<u64> },
-    Format { name: "end", recode: by_codec::<(PeerId, RankEnd)> },
+    Format { name: "end", recode: by_codec::<Unreported> },
     Format { name: "term", recode: by_codec::<(u64, u64)> },
     Format { name: "refused", recode: by_codec::<(u64, String)> },
     // Typed by people.

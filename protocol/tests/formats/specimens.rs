@@ -992,6 +992,13 @@ fn put_user(tray: &mut Tray) {
 
 // ---- the journal --------------------------------------------------------------------
 
+/// An ending that waits for its steward: who that is, its term, the keepers, and the ending.
+pub(crate) type Unreported = (PeerId, u64, Vec<PeerId>, RankEnd);
+
+fn unreported(end: RankEnd) -> Unreported {
+    (node(2), 3, vec![node(1), node(2), node(3)], end)
+}
+
 /// One of each slot, with what it holds, as a journal entry that a peer takes back.
 pub(crate) fn journal() -> Vec<(&'static str, Slot, Vec<u8>)> {
     let Chain { assigned, .. } = chain();
@@ -1004,7 +1011,7 @@ pub(crate) fn journal() -> Vec<(&'static str, Slot, Vec<u8>)> {
         accepted: ballot(2, 2),
         value_bytes: wire::encode(&assigned),
     };
-    let unreported = (node(2), rank_end(Ending::Exited { code: 0 }));
+    let unreported = unreported(rank_end(Ending::Exited { code: 0 }));
     let refused = (WALL_MS + 120_000, "its owner is not a user of this pool".to_owned());
     vec![
         ("genesis", Slot::Genesis, genesis_bytes()),
@@ -1080,9 +1087,9 @@ fn put_journal(tray: &mut Tray) {
         tray.put("work", name, &Work { prepared: None, ..work(phase) });
     }
     for (name, ending) in endings() {
-        tray.put("end", &format!("end-{name}"), &(node(2), rank_end(ending)));
+        tray.put("end", &format!("end-{name}"), &unreported(rank_end(ending)));
     }
-    tray.put("end", "bare", &(node(2), RankEnd::bare(Ending::NeverStarted, WALL_MS)));
+    tray.put("end", "bare", &unreported(RankEnd::bare(Ending::NeverStarted, WALL_MS)));
 }
 
 // ---- requests -----------------------------------------------------------------------

@@ -7,11 +7,10 @@ use core::{cell::RefCell, fmt, marker::PhantomData};
 use std::collections::{BTreeMap, BTreeSet};
 
 use p2pit_protocol::{
-    PeerId,
     bidder::{Hold, Work},
     door::{Hello, Reply as DoorReply},
     identity::SignedBytes,
-    job::{JobSpec, RankEnd},
+    job::JobSpec,
     message::{Advert, Command, Head, Message, Reply, Soft},
     peer::Slot,
     record::{Certificate, ForceRecover, Keeper, ReceiptBody, Replica, Value},
@@ -25,7 +24,7 @@ use serde::{
     },
 };
 
-use crate::specimens::Specimen;
+use crate::specimens::{Specimen, Unreported};
 
 /// The variants of an enum, and those that occurred, by index.
 #[derive(Debug, Default)]
@@ -65,7 +64,7 @@ pub(crate) fn of_all(specimens: &[Specimen]) -> BTreeMap<String, Seen> {
             "replica" => walk::<Replica>(bytes, log),
             "hold" => walk::<Hold>(bytes, log),
             "work" => walk::<Work>(bytes, log),
-            "end" => walk::<(PeerId, RankEnd)>(bytes, log),
+            "end" => walk::<Unreported>(bytes, log),
             // Without enums, or not in the codec's encoding.
             "invite-proof" | "tombstone" | "term" | "refused" | "genesis" | "ticket"
             | "request" => {}
