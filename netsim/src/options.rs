@@ -263,6 +263,9 @@ impl Options {
             jobs: usize::try_from(r.between(25, 40)).unwrap_or(25),
             span_ms,
             run_ms_max: r.between(10_000, 900_000),
+            // Long enough for leases to run out.
+            cut_ms_max: r.between(10_000, 600_000),
+            down_ms_max: r.between(1_000, 500_000),
             ..Self::draw(seed)
         }
     }

@@ -84,9 +84,10 @@ fn phases(world: &mut World) -> Result<Vec<String>, Violation> {
 /// A rule was broken.
 pub fn finish(world: &mut World) -> Result<Vec<String>, Violation> {
     let since_ms = world.now_ms();
+    let still_ms = STILL_MS_MAX.max(world.options.run_ms_max + STILL_MS_MAX / 2);
     let is_still = |world: &World| {
         let moved_ms = world.moved_ms().max(since_ms);
-        world.now_ms() > moved_ms + STILL_MS_MAX
+        world.now_ms() > moved_ms + still_ms
     };
     world.run_until(FINISH_MS_MAX, |world| world.is_over() || is_still(world))?;
     if !world.is_over() {

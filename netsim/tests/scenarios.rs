@@ -11,12 +11,10 @@ use p2pit_netsim::{
     world::{Down, Treatment},
 };
 use p2pit_protocol::{
-    bidder::{Work, WorkId},
+    bidder::WorkId,
     job::{Outcome, State},
     message::Message,
-    peer::Slot,
     request::Request,
-    wire,
 };
 
 /// The steward of every story's job, without a GPU that anybody wants.
@@ -339,7 +337,9 @@ fn old_copies_of_every_message_change_nothing() {
         // The last copies arrive when everything is long over.
         pass(&mut world, 200_000);
         assert_eq!(world.leftovers(), Vec::<String>::new());
-        assert!(jobs.iter().all(|job| succeeded(&world, *job)), "seed {seed}");
+        for job in &jobs {
+            assert!(succeeded(&world, *job), "seed {seed}: {:?}", outcome(&world, *job));
+        }
     }
 }
 
@@ -420,40 +420,6 @@ fn a_daemon_restarted_while_its_processes_run_says_that_they_run() {
     assert_eq!(world.ledger.live(job).count(), 4);
     world.stop(gang);
     end(&mut world);
-}
-
-#[test]
-fn a_journal_of_wire_version_1_is_read_by_a_daemon_of_today() {
-    for state in [State::Preparing, State::Running] {
-        let (mut world, gang) = gang_of_four(7);
-        reach(&mut world, gang, state);
-        let bidder = BIDDERS[0];
-        let has_work = |world: &World| {
-            let daemon = world.machines[bidder].daemon.as_ref();
-            daemon.is_some_and(|peer| peer.book().1.count() == 2)
-        };
-        assert!(world.run_until(1_000, has_work).unwrap());
-        let job = world.workload.tasks[gang].job.unwrap();
-        world.crash(bidder, Down::Daemon, Some(500));
-        for (key, value) in &mut world.machines[bidder].journal {
-            if let Ok(Slot::Work(..)) = wire::decode::<Slot>(key) {
-                *value = without_certificate(&wire::decode(value).unwrap());
-            }
-        }
-        end(&mut world);
-        assert!(succeeded(&world, gang), "in {state}: {:?}", outcome(&world, gang));
-        let body = &world.ledger.current(job).unwrap().body;
-        let given_up = body.history.iter().any(|change| change.reason.contains("could not start"));
-        // What runs goes on; what prepared cannot show that it may have its inputs.
-        assert_eq!(given_up, state == State::Preparing, "{:?}", body.history);
-        assert_eq!(body.attempt.0, if given_up { 2 } else { 1 });
-    }
-}
-
-/// A rank as daemons of wire version 1 journalled it.
-fn without_certificate(work: &Work) -> Vec<u8> {
-    let Work { id, steward, assignment, phase, prepared, signed_spec, .. } = work;
-    wire::encode(&(id, steward, assignment, phase, prepared, signed_spec))
 }
 
 #[test]

@@ -47,7 +47,6 @@ stories! {
     partition_149s,
     power_cut,
     restored_disk,
-    restored_disk_of_this_start,
     steward_dies_in_the_auction,
     steward_dies_replacing_a_keeper,
     submission_retried,

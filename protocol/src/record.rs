@@ -60,9 +60,13 @@ pub const STEWARD_MS: u64 = 30_000;
 pub const STEWARD_RENEW_MS: u64 = 10_000;
 /// After how much silence of the steward a keeper begins to look around.
 pub const SUSPECT_MS: u64 = 11_000;
-/// How long a keeper sees no sign of the steward before it takes over: a lease by the slowest
-/// and the fastest clock allowed.
-pub const TAKEOVER_MS: u64 = 30_060;
+/// What every wait for somebody else's clock is longer by: one part in this many. Clocks of
+/// computers differ by less than one part in a thousand; one that is five per cent off does no
+/// harm either, whether anybody notices it or not.
+pub const CLOCK_MARGIN: u64 = 16;
+/// How long a keeper sees no sign of the steward before it takes over: a lease, by the slowest
+/// clock, on the fastest.
+pub const TAKEOVER_MS: u64 = STEWARD_MS + STEWARD_MS / CLOCK_MARGIN;
 /// How much longer each further keeper waits.
 pub const STAGGER_MS: u64 = 3_000;
 /// How often a keeper looks around while it suspects.

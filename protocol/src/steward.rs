@@ -442,8 +442,10 @@ impl Stewards {
         }
         if record.state == RankState::Ended {
             done(cx.out, self.me);
-            if !is_end {
-                // It was given up for lost, and runs.
+            let ending = record.end.as_ref().map(|end| &end.ending);
+            let lost = matches!(ending, Some(Ending::Lost { .. } | Ending::Silent));
+            if !is_end && lost {
+                // It was given up for lost, and runs. Any other such report is an old copy.
                 let reason = "its rank was given up for lost".to_owned();
                 cx.out.send(self.me, from, Message::Stop { job, attempt, reason });
             }

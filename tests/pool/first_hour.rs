@@ -94,9 +94,10 @@ fn what_is_said_to_a_daemon_that_runs_already_is_not_silently_ignored() {
 
 #[test]
 fn a_node_with_finished_jobs_is_left_only_by_force() {
-    let pool = Pool::of(&["none", "none"]);
+    let pool = Pool::of(&["none", "sim:1xv100"]);
     let node = pool.node(2);
-    let job = node.submit(&["Precious", "-d", "echo result > x", "--artifact", "x"]);
+    // It runs there; the other has the record, and would lose nothing.
+    let job = node.submit(&["Precious", "[v100]", "-d", "echo result > x", "--artifact", "x"]);
     node.wait_for_outcome(&job, "succeeded");
     let refused = node.p2pit(&["leave"]);
     refused.refused(1, &["finished jobs", &job[..4], "hint: ", "p2pit download", "--force"]);

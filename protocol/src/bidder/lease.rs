@@ -233,7 +233,8 @@ impl Bidder {
                         && rank.assignment.node == self.me
                         && rank.state != RankState::Ended
                 });
-            if !wanted {
+            // An old copy of what was so says nothing of a later attempt.
+            if !wanted && id.attempt <= body.attempt {
                 let reason = "its steward says that the attempt is over";
                 self.stop_or_bury(from, job, id.attempt, reason, now, out);
             }

@@ -8,13 +8,13 @@ use crate::{
     bidder::{LEASE_GRACE_MS, LEASE_MS},
     job::{Ending, RankEnd, RankState, State},
     message::{Adopt, ClockReading, LeaseAsk, LeaseGrant, Message, RENEWALS_MAX, Renewal},
-    record::Body,
+    record::{Body, CLOCK_MARGIN},
     sabotage::Rule,
 };
 
 /// After the last lease that may have been given to a node, when none of its processes runs
-/// any more: the lease by the slowest clock, and the time to end them.
-pub const RERUN_MS: u64 = LEASE_MS + LEASE_MS / 500 + LEASE_GRACE_MS;
+/// any more: the lease and the time to end them, by the slowest clock.
+pub const RERUN_MS: u64 = (LEASE_MS + LEASE_GRACE_MS) + (LEASE_MS + LEASE_GRACE_MS) / CLOCK_MARGIN;
 
 /// How soon a renewal that no quorum heard is repeated.
 const RETRY_MS: u64 = 2_000;
