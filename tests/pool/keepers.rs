@@ -79,15 +79,16 @@ fn a_job_that_runs_goes_on_and_ends_once_when_the_node_that_drove_it_dies() {
 fn a_job_needs_neither_its_submitter_nor_its_steward_once_it_is_submitted() {
     let mut pool = Pool::of(&["none", "none", "none", "sim:1xv100"]);
     let client = pool.add_client("laptop");
+    // Off, it neither keeps nor drives the job: only the others have what it needs.
+    switch_off(&pool, 4);
     let id = client.submit(&["Left alone", "[v100]", "-d", "echo ran"]);
     client.crash();
     let worker = pool.node(4);
-    let steward = worker.job(&id)["steward"].as_str().unwrap().to_owned();
-    // Its process would go with the worker, which is another matter.
-    if steward != "n4" {
-        let steward = pool.nodes().iter().find(|node| node.name() == steward).unwrap();
-        steward.crash();
-    }
+    let steward = pool.node(1).job(&id)["steward"].clone();
+    let steward = pool.nodes().iter().find(|node| steward == node.name()).unwrap();
+    assert_ne!(steward.name(), "n4");
+    steward.crash();
+    worker.restart();
     wait_for_end(worker, &id);
     assert_eq!(lines_of(&worker.log(&id), 0), ["ran"]);
 }
