@@ -810,6 +810,7 @@ impl Registers {
     /// See [`Message::Nack`].
     pub fn handle_nack(
         &mut self,
+        from: PeerId,
         job: JobId,
         epoch: u32,
         ballot: Ballot,
@@ -817,7 +818,7 @@ impl Registers {
         now: Now,
     ) {
         let Some(register) = self.records.get_mut(&job) else { return };
-        if register.acceptor.epoch() == epoch && register.proposer.refused(ballot, promised) {
+        if register.acceptor.epoch() == epoch && register.proposer.refused(from, ballot, promised) {
             let most_ms = BACKOFF_MS << register.proposer.refusals().min(BACKOFFS_MAX);
             let at_ms = now.after(self.random.below(most_ms));
             self.timers.set(Timer::Resend(job), at_ms);

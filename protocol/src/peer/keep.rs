@@ -94,7 +94,7 @@ impl Peer {
                 self.registers.handle_accepted(from, job, epoch, ballot, receipt, now);
             }
             Message::Nack { job, epoch, ballot, promised } => {
-                self.registers.handle_nack(job, epoch, ballot, promised, now);
+                self.registers.handle_nack(from, job, epoch, ballot, promised, now);
             }
             Message::NotInit { job, epoch } => self.registers.handle_not_init(from, job, epoch),
             Message::Moved { job, links } => {

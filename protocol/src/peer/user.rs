@@ -86,10 +86,15 @@ impl Peer {
         self.with_stewards(now, |stewards, cx| stewards.stop(job, user, cx));
         // With one keeper it is recorded at once.
         self.finish(now);
+        if self.registers.get(job).is_some_and(|kept| !kept.chosen) {
+            // From before a restart, or another keeper's: not sure yet.
+            self.registers.read(job, now);
+            self.finish(now);
+        }
         let body = self.registers.get(job).map(|kept| (&kept.value.body, kept.chosen));
         let recorded = body.is_some_and(|(body, chosen)| {
             let said = matches!(body.stop, Some(StopCause::By(_)));
-            (chosen && said) || body.state() == State::Done
+            chosen && (said || body.state() == State::Done)
         });
         Reply::Stopping { state: body.map_or(State::Done, |(body, _)| body.state()), recorded }
     }

@@ -95,6 +95,8 @@ pub struct Proposer {
     task: Option<(u64, Operation)>,
     phase: Phase,
     refusals: u32,
+    /// Who refused the ballot under way.
+    refusers: BTreeSet<StoreId>,
     sabotage: Sabotage,
 }
 
@@ -110,6 +112,7 @@ impl Proposer {
             task: None,
             phase: Phase::Idle,
             refusals: 0,
+            refusers: BTreeSet::new(),
             sabotage,
         }
     }
@@ -200,9 +203,9 @@ impl Proposer {
         self.task.take().map(|(op, _)| op)
     }
 
-    /// Try again after a refusal.
+    /// Try again with a higher ballot, where somebody refused the last.
     pub fn resume(&mut self, promised: Ballot) {
-        if self.backs_off() {
+        if self.backs_off() || !self.refusers.is_empty() {
             self.highest = self.highest.max(promised.counter);
             self.prepare();
         }
@@ -228,11 +231,13 @@ impl Proposer {
     fn prepare(&mut self) {
         self.lead = None;
         self.highest = self.highest.saturating_add(1);
+        self.refusers.clear();
         let ballot = Ballot { counter: self.highest, store: self.me };
         self.phase = Phase::Preparing { ballot, promises: BTreeMap::new() };
     }
 
     fn propose(&mut self, ballot: Ballot, value: Box<Value>, wanted: bool, now_ms: u64) {
+        self.refusers.clear();
         let next = ballot.next_of(self.me);
         self.highest = self.highest.max(next.counter);
         self.lead = None;
@@ -269,8 +274,12 @@ impl Proposer {
         if promise.ballot != *ballot {
             return None;
         }
-        if let Some((_, Operation::TakeOver { watches, .. })) = &self.task {
+        if let Some((_, Operation::TakeOver { watches, steward })) = &self.task {
+            // Of its own earlier try at this, a keeper has heard, and nothing else since.
+            let own = wire::decode::<Value>(&promise.value_bytes)
+                .is_ok_and(|value| value.body.steward == *steward);
             match watches.get(&store) {
+                _ if own => {}
                 Some(seen) if *seen == promise.watch => {}
                 // The steward was heard of: it is alive.
                 Some(_) => return self.finish(false, None),
@@ -323,6 +332,10 @@ impl Proposer {
                 self.propose(ballot, Box::new(value), false, now_ms);
                 None
             }
+            Operation::TakeOver { steward, .. } if value.body.steward == *steward => {
+                self.propose(ballot, Box::new(value), true, now_ms);
+                None
+            }
             Operation::TakeOver { steward, .. } => {
                 let mut body = value.body.clone();
                 body.steward = *steward;
@@ -363,8 +376,10 @@ impl Proposer {
         self.finish(wanted, Some((*value, value_bytes, receipts)))
     }
 
-    /// A keeper refused: somebody proposes with a higher ballot. Whether to back off.
-    pub fn refused(&mut self, of: Ballot, promised: Ballot) -> bool {
+    /// A keeper refused: somebody proposes with a higher ballot. Whether to back off: as long as
+    /// the others can make a quorum, they may.
+    pub fn refused(&mut self, from: PeerId, of: Ballot, promised: Ballot) -> bool {
+        let Some(store) = self.store_of(from) else { return false };
         let (current, next) = match &self.phase {
             Phase::Preparing { ballot, .. } => (*ballot, *ballot),
             Phase::Accepting { ballot, next, .. } => (*ballot, *next),
@@ -379,6 +394,11 @@ impl Proposer {
         if of != current || promised <= current || promised == next {
             return false;
         }
+        self.refusers.insert(store);
+        if self.refusers.len() <= self.keepers.len() - quorum_of(self.keepers.len()) {
+            return false;
+        }
+        self.refusers.clear();
         self.phase = Phase::BackingOff;
         self.lead = None;
         self.refusals = self.refusals.saturating_add(1);

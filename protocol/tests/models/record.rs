@@ -348,8 +348,9 @@ impl Record {
             Said::Nack { epoch, ballot, promised } => {
                 let node = world.node_mut(to);
                 node.told = node.told.max(promised.counter);
+                let from = keeper(from).0;
                 self.answer(world, to, epoch, |proposer| {
-                    proposer.refused(ballot, promised);
+                    proposer.refused(from, ballot, promised);
                     None
                 });
             }
