@@ -584,7 +584,8 @@ impl Registers {
         }
         let value = if member {
             let value: Value = wire::decode(&install.value_bytes).map_err(|e| e.to_string())?;
-            if value.job != job || value.epoch != epoch {
+            let canonical = wire::encode(&value) == install.value_bytes;
+            if value.job != job || value.epoch != epoch || !canonical {
                 return Err("the value is of another record or epoch".to_owned());
             }
             Some(value)

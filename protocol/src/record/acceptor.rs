@@ -212,7 +212,9 @@ impl Acceptor {
             return Err(Refused::Promised(self.promised.max(self.accepted)));
         }
         let value: Value = wire::decode(value_bytes).map_err(|_| Refused::Malformed)?;
-        if value.job != self.job() || value.epoch != epoch {
+        // Values are named by the hash of their bytes: there is one encoding of each.
+        let canonical = wire::encode(&value) == value_bytes;
+        if value.job != self.job() || value.epoch != epoch || !canonical {
             return Err(Refused::Malformed);
         }
         self.promised = ballot.max(next);

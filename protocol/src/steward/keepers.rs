@@ -4,7 +4,7 @@ use super::{Context, Stewards, Timer};
 use crate::{
     JobId, Now, PeerId,
     inventory::Board,
-    record::{EPOCHS_MAX, Keeper, Registers},
+    record::{EPOCHS_MAX, Keeper, Registers, STEWARD_MS, quorum_of},
     roster::Roster,
     sabotage::Rule,
 };
@@ -109,7 +109,7 @@ impl Stewards {
             let seq = kept.value.seq;
             let current = kept.keepers.clone();
             let next = self.next_keepers(job, &current, cx);
-            if next != current {
+            if next != current && self.can_begin(job, &current, &next, cx) {
                 self.ops += 1;
                 let op = self.ops;
                 if let Some(drive) = self.drives.get_mut(&job) {
@@ -121,6 +121,19 @@ impl Stewards {
         if !self.drives.is_empty() {
             self.timers.set(Timer::Keepers, cx.now.after(KEEPERS_CHECK_MS));
         }
+    }
+
+    /// Whether a majority of the next keepers is there: else nobody could go on after the seal.
+    fn can_begin(&self, job: JobId, current: &[Keeper], next: &[Keeper], cx: &Context<'_>) -> bool {
+        let me = cx.registers.identity();
+        let acks = cx.registers.acks(job);
+        let there = |keeper: &&Keeper| {
+            let heard_ms = acks.and_then(|acks| acks.get(&keeper.1)).copied().unwrap_or(0);
+            let heard = heard_ms.saturating_add(STEWARD_MS) > cx.now.boot_ms;
+            **keeper == me
+                || if current.contains(keeper) { heard } else { cx.board.is_connected(keeper.0) }
+        };
+        next.iter().filter(there).count() >= quorum_of(next.len())
     }
 
     /// The keepers of now without those that are gone, filled up.
@@ -156,7 +169,8 @@ impl Stewards {
             return true;
         }
         let posted = cx.board.get(node);
-        posted.is_some_and(|posted| posted.advert.store != store || posted.advert.client)
+        // One that only submits now may come back to keep what it kept.
+        posted.is_some_and(|posted| posted.advert.store != store)
     }
 
     fn is_away(&self, job: JobId, (_, store): Keeper, registers: &Registers, now: Now) -> bool {
