@@ -401,7 +401,17 @@ impl Plan {
             return Next::Done;
         };
         // Pieces are cut by what was lacking: all of a piece is lacking there, or none.
-        let has = |piece: &Piece| piece.iter().all(|it| !asked.lacks.contains(&it.ask.id));
+        let lacks = |source: &Source, piece: &Piece| {
+            piece.iter().any(|it| source.lacks.contains(&it.ask.id))
+        };
+        // What failed last is not asked for what another can give: a dead one would take each
+        // piece as soon as it has lost it.
+        let is_well = |source: &&Source| !source.given_up && source.failing_since.is_none();
+        let is_for_others = |piece: &Piece| {
+            asked.failing_since.is_some()
+                && self.sources.values().filter(is_well).any(|other| !lacks(other, piece))
+        };
+        let has = |piece: &Piece| !lacks(asked, piece) && !is_for_others(piece);
         if let Some(at) = self.waiting.iter().position(has)
             && let Some(mut piece) = self.waiting.remove(at)
         {
@@ -415,7 +425,9 @@ impl Plan {
             self.in_flight += 1;
             return Next::Piece(piece);
         }
-        if self.in_flight > 0 { Next::Wait } else { Next::Done }
+        // What others are to give may come back from them.
+        let may_be_needed = self.waiting.iter().any(|piece| !lacks(asked, piece));
+        if self.in_flight > 0 || may_be_needed { Next::Wait } else { Next::Done }
     }
 
     fn delivered(&mut self, source: PeerId, piece: Piece, absent: &[BlobId]) {
@@ -537,9 +549,8 @@ mod tests {
     }
 
     #[test]
-    fn a_source_is_given_up_when_it_lies_or_keeps_failing_and_the_other_goes_on() {
-        let missing = vec![blob(1, PIECE_BYTES), blob(2, PIECE_BYTES), blob(3, PIECE_BYTES)];
-        let mut plan = Plan::new(missing, &[peer(1), peer(2), peer(3)]);
+    fn a_source_is_given_up_when_it_lies_or_keeps_failing() {
+        let mut plan = Plan::new(vec![blob(1, PIECE_BYTES)], &[peer(1), peer(2)]);
         let (start, lied) = (Instant::now(), piece(&mut plan, peer(1)));
         let wrong = Trouble::Wrong("wrong content".to_owned());
         assert!(plan.failed(peer(1), lied, wrong, start).is_none());
@@ -552,11 +563,26 @@ mod tests {
             assert_eq!(pause.is_some(), failure < 8, "{failure}");
             plan.in_flight -= usize::from(pause.is_some());
         }
-        for _ in 0..3 {
-            let good = piece(&mut plan, peer(3));
-            plan.delivered(peer(3), good, &[]);
-        }
-        assert!(plan.in_flight == 0 && plan.outcome().is_ok());
+        assert!(plan.in_flight == 0 && plan.outcome().is_err());
+    }
+
+    #[test]
+    fn what_one_source_fails_of_is_left_to_the_other_until_that_fails_too() {
+        let mut plan = Plan::new(vec![blob(1, 10)], &[peer(1), peer(2)]);
+        let fail = |plan: &mut Plan, source: PeerId| {
+            let cut = piece(plan, source);
+            let trouble = Trouble::Cut("cut".to_owned());
+            assert!(plan.failed(source, cut, trouble, Instant::now()).is_some());
+            plan.in_flight -= 1;
+        };
+        fail(&mut plan, peer(1));
+        assert!(matches!(plan.next(peer(1)), Next::Wait));
+        fail(&mut plan, peer(2));
+        // Neither is better than the other now.
+        let good = piece(&mut plan, peer(1));
+        plan.delivered(peer(1), good, &[]);
+        assert!(plan.outcome().is_ok());
+        assert!(matches!(plan.next(peer(2)), Next::Done));
     }
 
     #[test]
