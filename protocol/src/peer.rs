@@ -22,7 +22,7 @@ mod user;
 
 use core::hash::BuildHasher;
 use std::{
-    collections::{BTreeMap, hash_map::RandomState},
+    collections::{BTreeMap, BTreeSet, hash_map::RandomState},
     sync::Arc,
 };
 
@@ -229,6 +229,8 @@ pub struct Peer {
     /// Until when, on the boot clock, this node keeps its records to itself after a start:
     /// others may know of a later life of its store.
     shy_until_ms: Option<u64>,
+    /// Who was asked twice meanwhile.
+    shy_asked: BTreeSet<PeerId>,
     /// The clocks as they stood at the last call.
     last_now: Option<Now>,
     /// Statements from the journal, until all are there.
@@ -280,6 +282,7 @@ impl Peer {
             submissions: BTreeMap::new(),
             births: BTreeMap::new(),
             shy_until_ms: None,
+            shy_asked: BTreeSet::new(),
             last_now: None,
             refused: BTreeMap::new(),
             timers: Timers::default(),

@@ -389,11 +389,11 @@ impl Peer {
         let told_all = difference.need.is_empty() && difference.next_query.is_none();
         if let Some(query) = difference.next_query {
             self.out.send(self.me, from, Message::Reconcile { query });
-        } else if self.shy_until_ms.is_some() && !told_all {
-            // What is missing is on its way, and this question comes after it.
+        } else if self.shy_until_ms.is_some() && !told_all && self.shy_asked.insert(from) {
+            // What is missing is on its way, and this question comes after it: asked once, since
+            // some of it may not be taken here.
             self.reconcile_with(from);
-        }
-        if self.shy_until_ms.is_some() && told_all {
+        } else if self.shy_until_ms.is_some() {
             self.take_up_records(now);
         }
     }
