@@ -90,6 +90,56 @@ fn seed_stress_3025_what_is_left_of_a_buried_attempt_is_given_up() {
     expect_fine(&Options::stress(3025));
 }
 
+/// A steward that had been silent went on with an auction none of whose answers had come.
+#[test]
+fn seed_stress_8_a_steward_that_acts_again_asks_anew() {
+    expect_fine(&Options::stress(8));
+}
+
+/// The first keeper got a job from another and refused it for want of its inputs.
+#[test]
+fn seed_stress_20_a_job_that_exists_is_kept_without_its_inputs() {
+    expect_fine(&Options::stress(20));
+}
+
+/// A keeper that joined in a later epoch gave a receipt for the birth.
+#[test]
+fn seed_stress_52_only_who_saw_a_birth_vouches_for_it() {
+    expect_fine(&Options::stress(52));
+}
+
+/// A record that could not be born was forgotten, and what was promised for it with it.
+#[test]
+fn seed_stress_178_what_is_forgotten_is_refused_from_then_on() {
+    expect_fine(&Options::stress(178));
+}
+
+/// The steward that had to acknowledge an ending kept the record no more.
+#[test]
+fn seed_stress_200_an_ending_finds_whoever_drives_the_job() {
+    expect_fine(&Options::stress(200));
+}
+
+/// A late refusal of the first half of a take-over ended its second, which a quorum had
+/// accepted: nobody acted, each for want of silence.
+#[test]
+fn seed_stress_20039_a_minority_that_refuses_does_not_stop_a_take_over() {
+    expect_fine(&Options::stress(20_039));
+}
+
+/// A node that had just started asked for what it would not take, again and again.
+#[test]
+fn seed_stress_20539_a_shy_node_asks_each_peer_once_more() {
+    expect_fine(&Options::stress(20_539));
+}
+
+/// Having slept, a steward made sure of a value that named another, and took the
+/// acknowledgements for its own.
+#[test]
+fn seed_10_to_accept_anothers_stewardship_renews_no_lease() {
+    expect_fine(&Options::draw(10));
+}
+
 fn expect_fine(options: &Options) {
     let report = run(options.clone(), false).unwrap();
     assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);
