@@ -862,7 +862,9 @@ pub fn job_of(message: &Message) -> Option<JobId> {
         Message::Accept(accept) => Some(accept.job),
         Message::Adopt(adopt) => Some(JobId::of(&adopt.spec.bytes)),
         Message::Install(install) => Some(JobId::of(&install.spec.bytes)),
-        Message::Renew { .. }
+        Message::WouldKeep { .. }
+        | Message::WillKeep { .. }
+        | Message::Renew { .. }
         | Message::Renewed { .. }
         | Message::AskLease { .. }
         | Message::Lease { .. }

@@ -119,6 +119,17 @@ pub enum Message {
         /// The new configuration.
         epoch: u32,
     },
+    /// Steward → node: would you keep records, in this store? What a board says of a store may
+    /// be old, and a record whose keepers were chosen by it could not go on.
+    WouldKeep {
+        /// The store.
+        store: StoreId,
+    },
+    /// Node → steward: in this one I do.
+    WillKeep {
+        /// The store.
+        store: StoreId,
+    },
     /// Steward → keeper: I am here, for all these jobs.
     Renew {
         /// The steward's clock as it sent this; the answer repeats it.
@@ -328,6 +339,8 @@ impl Message {
             Self::Moved { .. } => "moved",
             Self::Install(_) => "install",
             Self::Installed { .. } => "installed",
+            Self::WouldKeep { .. } => "would-keep",
+            Self::WillKeep { .. } => "will-keep",
             Self::Renew { .. } => "renew",
             Self::Renewed { .. } => "renewed",
             Self::Look { .. } => "look",

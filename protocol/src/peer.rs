@@ -793,6 +793,8 @@ impl Peer {
             | Message::Moved { .. }
             | Message::Install(_)
             | Message::Installed { .. }
+            | Message::WouldKeep { .. }
+            | Message::WillKeep { .. }
             | Message::Renew { .. }
             | Message::Renewed { .. }
             | Message::Look { .. }

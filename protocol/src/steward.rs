@@ -42,7 +42,7 @@ use self::{
     drive::{Observed, Stage},
 };
 use crate::{
-    BootId, HoldId, JobId, Now, PeerId, UserId,
+    BootId, HoldId, JobId, Now, PeerId, StoreId, UserId,
     inventory::Board,
     job::{
         Attempt, Ending, Outcome, Policy, Rank, RankAssignment, RankEnd, RankRecord, RankState,
@@ -121,6 +121,8 @@ pub(crate) struct Stewards {
     rouses_left: u32,
     /// Times a steward fell silent because its lease had run out.
     fences: u64,
+    /// Nodes that said they would keep records: in which store, and when, on the boot clock.
+    willing: BTreeMap<PeerId, (StoreId, u64)>,
 }
 
 impl Stewards {
@@ -135,6 +137,7 @@ impl Stewards {
             roused: None,
             rouses_left: 0,
             fences: 0,
+            willing: BTreeMap::new(),
         }
     }
 

@@ -113,6 +113,12 @@ impl Peer {
             Message::Installed { job, epoch } => {
                 self.registers.handle_installed(from, job, epoch, now);
             }
+            Message::WouldKeep { store } if store == self.store && !self.client => {
+                self.out.send(self.me, from, Message::WillKeep { store });
+            }
+            Message::WillKeep { store } => {
+                self.with_stewards(now, |stewards, cx| stewards.handle_will_keep(from, store, cx));
+            }
             Message::Renew { clock, entries } => {
                 let (kept, refused) = self.registers.handle_renew(from, &entries, now);
                 let mine = ClockReading { boot: self.boot, boot_ms: now.boot_ms };

@@ -1,9 +1,12 @@
 //! Who keeps a record: proposed once at submission, and again when keepers go or come.
 
+use std::collections::BTreeSet;
+
 use super::{Context, Stewards, Timer};
 use crate::{
-    JobId, Now, PeerId,
+    JobId, Now, PeerId, StoreId,
     inventory::Board,
+    message::Message,
     record::{EPOCHS_MAX, Keeper, Registers, STEWARD_MS, quorum_of},
     roster::Roster,
     sabotage::Rule,
@@ -11,6 +14,8 @@ use crate::{
 
 /// How long a keeper is away before it is replaced.
 pub const AWAY_MS: u64 = 10 * 60_000;
+/// For how long a node's word that it would keep a record is believed.
+const WILLING_MS: u64 = 30_000;
 /// How often it is looked whether keepers went or came.
 pub const KEEPERS_CHECK_MS: u64 = 20_000;
 
@@ -96,6 +101,7 @@ impl Stewards {
     /// Give every job driven here the keepers it should have.
     pub(super) fn check_keepers(&mut self, cx: &mut Context<'_>) {
         let jobs: Vec<JobId> = self.drives.keys().copied().collect();
+        let mut asked = BTreeSet::new();
         for job in jobs {
             let busy = cx.registers.is_busy(job);
             let proposes = self.drives.get(&job).is_none_or(|drive| drive.proposal.is_some());
@@ -109,7 +115,22 @@ impl Stewards {
             let seq = kept.value.seq;
             let current = kept.keepers.clone();
             let next = self.next_keepers(job, &current, cx);
-            if next != current && self.can_begin(job, &current, &next, cx) {
+            if next == current {
+                continue;
+            }
+            let fresh_ms = cx.now.boot_ms.saturating_sub(WILLING_MS);
+            let unsure: Vec<Keeper> = next
+                .iter()
+                .filter(|keeper| !current.contains(keeper))
+                .filter(|(node, store)| {
+                    let word = self.willing.get(node);
+                    !word.is_some_and(|(named, at_ms)| named == store && *at_ms >= fresh_ms)
+                })
+                .copied()
+                .collect();
+            if !unsure.is_empty() {
+                asked.extend(unsure);
+            } else if self.can_begin(job, &current, &next, cx) {
                 self.ops += 1;
                 let op = self.ops;
                 if let Some(drive) = self.drives.get_mut(&job) {
@@ -118,8 +139,25 @@ impl Stewards {
                 cx.registers.seal(job, seq, op, next, cx.now);
             }
         }
+        for (node, store) in asked {
+            cx.out.send(self.me, node, Message::WouldKeep { store });
+        }
         if !self.drives.is_empty() {
             self.timers.set(Timer::Keepers, cx.now.after(KEEPERS_CHECK_MS));
+        }
+    }
+
+    /// See [`Message::WillKeep`].
+    pub(crate) fn handle_will_keep(&mut self, from: PeerId, store: StoreId, cx: &mut Context<'_>) {
+        if self.drives.is_empty() {
+            return;
+        }
+        let fresh_ms = cx.now.boot_ms.saturating_sub(WILLING_MS);
+        self.willing.retain(|_, (_, at_ms)| *at_ms >= fresh_ms);
+        let before = self.willing.insert(from, (store, cx.now.boot_ms));
+        let news = before.is_none_or(|(named, _)| named != store);
+        if news {
+            self.timers.set(Timer::Keepers, cx.now.after(WILLING_MS / 100));
         }
     }
 

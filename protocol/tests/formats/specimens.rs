@@ -686,6 +686,8 @@ pub(crate) fn messages() -> Vec<Message> {
             value_bytes: wire::encode(&first_of_next),
         })),
         Message::Installed { job, epoch: 1 },
+        Message::WouldKeep { store: StoreId([3; 16]) },
+        Message::WillKeep { store: StoreId([3; 16]) },
         Message::Renew {
             clock: clock(),
             entries: vec![Renewal {
