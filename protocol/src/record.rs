@@ -755,8 +755,12 @@ impl Registers {
         if changed {
             if from != self.me {
                 register.proposer.dethrone(next);
-                register.kept = kept_of(&register.acceptor);
-                self.events.push_back(Event::Changed { job });
+                // Whoever only makes sure of what is chosen does not make it doubtful.
+                let known = register.kept.as_ref();
+                if !known.is_some_and(|kept| kept.chosen && kept.hash == hash) {
+                    register.kept = kept_of(&register.acceptor);
+                    self.events.push_back(Event::Changed { job });
+                }
             }
             self.persist(job);
         }
