@@ -129,6 +129,12 @@ impl Proposer {
         matches!(self.phase, Phase::BackingOff)
     }
 
+    /// Whether a keeper refused what is under way, so that [`Proposer::resume`] has an effect.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        self.backs_off() || !self.refusers.is_empty()
+    }
+
     /// Refusals in a row.
     #[must_use]
     pub fn refusals(&self) -> u32 {
@@ -205,7 +211,7 @@ impl Proposer {
 
     /// Try again with a higher ballot, where somebody refused the last.
     pub fn resume(&mut self, promised: Ballot) {
-        if self.backs_off() || !self.refusers.is_empty() {
+        if self.is_refused() {
             self.highest = self.highest.max(promised.counter);
             self.prepare();
         }

@@ -136,7 +136,7 @@ impl Node {
                 (kind, ballot, *blake3::hash(bytes).as_bytes(), silent)
             });
             let held = proposer.held().map(|(ballot, next, _)| (ballot, next));
-            hasher.update(&wire::encode(&(ask, held, proposer.backs_off(), self.told)));
+            hasher.update(&wire::encode(&(ask, held, proposer.is_refused(), self.told)));
         }
         hasher.update(&wire::encode(&self.ended));
         *hasher.finalize().as_bytes()
@@ -348,11 +348,12 @@ impl Record {
             Said::Nack { epoch, ballot, promised } => {
                 let node = world.node_mut(to);
                 node.told = node.told.max(promised.counter);
-                let from = keeper(from).0;
-                self.answer(world, to, epoch, |proposer| {
-                    proposer.refused(from, ballot, promised);
-                    None
-                });
+                // What is to be said again is said by the clock.
+                let epoch_now = node.acceptor.as_ref().map(Acceptor::epoch);
+                if let Some(proposer) = node.proposer.as_mut().filter(|_| epoch_now == Some(epoch))
+                {
+                    proposer.refused(keeper(from).0, ballot, promised);
+                }
             }
             Said::NotInit { epoch } => self.on_not_init(world, from, to, epoch),
             Said::Install { accepted, value } => self.on_install(world, to, accepted, value),
@@ -543,7 +544,7 @@ impl Model for Record {
         steps.extend(world.letters.iter().cloned().map(Step::Deliver));
         let retries = |who: &Who| {
             let node = &world.nodes[who];
-            !node.retried && node.proposer.as_ref().is_some_and(|proposer| proposer.backs_off())
+            !node.retried && node.proposer.as_ref().is_some_and(|proposer| proposer.is_refused())
         };
         let last = self.proposers.iter().filter_map(|of| of.last()).copied();
         steps.extend(last.filter(retries).map(Step::Retry));
@@ -631,13 +632,13 @@ impl Model for Record {
                 world
                     .nodes
                     .values()
-                    .any(|node| node.proposer.as_ref().is_some_and(|p| p.backs_off()))
+                    .any(|node| node.proposer.as_ref().is_some_and(|p| p.is_refused()))
             }));
         } else {
             properties.push(Property::always(
                 "who proposes alone is not refused",
                 |_, world: &World| {
-                    !world.nodes[&1].proposer.as_ref().is_some_and(|p| p.backs_off())
+                    !world.nodes[&1].proposer.as_ref().is_some_and(|p| p.is_refused())
                 },
             ));
         }
