@@ -2,7 +2,7 @@
 //! certificate, as a journal entry, as a message to a node, as a turn of reconciliation.
 #![no_main]
 
-use std::{cell::RefCell, collections::BTreeMap};
+use std::cell::RefCell;
 
 use libfuzzer_sys::fuzz_target;
 use p2pit_protocol::{
@@ -99,9 +99,10 @@ fuzz_target!(|bytes: &[u8]| {
     let _ = Draft::from_bytes(bytes.to_vec());
     let _ = JoinClaim::from_bytes(bytes);
     let _ = Genesis::from_bytes(bytes);
-    let items = BTreeMap::from([([1; 32], Soft::Head(signed(Domain::Head)))]);
-    let _ = reconcile::answer(&items, bytes);
-    let _ = reconcile::compare(&items, bytes);
+    let mut items = reconcile::Items::default();
+    items.insert([1; 32], Soft::Head(signed(Domain::Head)));
+    let _ = items.answer(bytes);
+    let _ = items.compare(bytes);
 
     if let Some((key, value)) = bytes.split_at_checked(bytes.first().map_or(0, |n| *n as usize)) {
         if wire::decode::<Slot>(key).is_ok() {

@@ -34,7 +34,7 @@ use p2pit_protocol::{JobId, Peer};
 
 use crate::{
     ledger::{Happening, Ledger},
-    machine::Machine,
+    machine::{Machine, Still},
     network::Network,
     options::Options,
     workload::Workload,
@@ -158,6 +158,13 @@ impl Scene<'_> {
     /// Every daemon that runs, with its machine.
     fn daemons(&self) -> impl Iterator<Item = (&Machine, &Peer)> {
         self.machines.iter().filter_map(|machine| Some((machine, machine.daemon.as_ref()?)))
+    }
+
+    /// Whether a machine sleeps, or wakes at this moment.
+    fn sleeps(&self, at: usize) -> bool {
+        self.machines.get(at).is_some_and(|machine| {
+            machine.still == Some(Still::Machine) || machine.woke_ms == Some(self.now_ms)
+        })
     }
 
     /// When a machine last went on after it slept.

@@ -30,7 +30,9 @@ impl Checker for ProcessesAreChosen {
 }
 
 fn look_at(scene: &Scene<'_>, job: JobId) -> Result<(), Broken> {
-    match scene.ledger.live(job).find(|run| !is_chosen(scene, run)) {
+    // A machine that sleeps runs nothing, and ends what is overdue as it wakes.
+    let mut awake = scene.ledger.live(job).filter(|run| !scene.sleeps(run.machine));
+    match awake.find(|run| !is_chosen(scene, run)) {
         Some(run) => {
             let state = scene.ledger.current(job).map(|value| value.body.state());
             let text = format!("{run:?} is not in the record, which is at {state:?}");

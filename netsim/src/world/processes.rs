@@ -167,8 +167,19 @@ impl World {
         self.trace.say(self.now_ms, Some(id.job), || {
             format!("{name}: the lease of {}.{} ends", id.attempt, id.rank)
         });
+        // The grace counts from the deadline, also where the machine slept over it.
+        let machine = &self.machines[at];
+        let until_ms = machine.executor.processes.get(&id).and_then(|process| process.until_ms);
+        let now_ms = machine.clock.now(self.now_ms).boot_ms;
+        let left_ms = until_ms.map_or(0, |until_ms| {
+            (until_ms + LEASE_GRACE_MS).saturating_sub(now_ms).min(LEASE_GRACE_MS)
+        });
+        if left_ms == 0 {
+            self.exits(at, id, Ending::LeaseEnded);
+            return;
+        }
         self.end_process(at, id, Ending::LeaseEnded);
-        self.after(LEASE_GRACE_MS, Occurrence::Exits { at, id, ending: Ending::LeaseEnded });
+        self.after(left_ms, Occurrence::Exits { at, id, ending: Ending::LeaseEnded });
     }
 
     /// SIGTERM, and after the grace SIGKILL: its supervisor does that, daemon or not.

@@ -13,7 +13,7 @@ use crate::{
     job::{KEEPERS_MAX, State},
     message::{Advert, Head, Message, Soft, WANT_MAX},
     peer::Event,
-    reconcile::{self, ItemId},
+    reconcile::{self, ItemId, Items},
     record::{self, Kept},
     steward::Stewards,
     wire,
@@ -52,7 +52,7 @@ pub(super) struct SoftState {
     next_reconcile_ms: u64,
     control: Vec<core::net::SocketAddr>,
     data: Vec<core::net::SocketAddr>,
-    items: BTreeMap<ItemId, Soft>,
+    items: Items,
     adverts: BTreeMap<PeerId, ItemId>,
     heads: BTreeMap<JobId, (Head, ItemId)>,
 }
@@ -72,7 +72,7 @@ impl SoftState {
             next_reconcile_ms: 0,
             control: Vec::new(),
             data: Vec::new(),
-            items: BTreeMap::new(),
+            items: Items::default(),
             adverts: BTreeMap::new(),
             heads: BTreeMap::new(),
         }
@@ -362,20 +362,20 @@ impl Peer {
     // ---- reconciliation ---------------------------------------------------------------
 
     pub(super) fn reconcile_with(&mut self, peer: PeerId) {
-        if let Some(query) = reconcile::ask(&self.soft.items) {
+        if let Some(query) = self.soft.items.ask() {
             self.out.send(self.me, peer, Message::Reconcile { query });
         }
     }
 
     pub(super) fn handle_reconcile(&mut self, from: PeerId, query: &[u8]) {
-        match reconcile::answer(&self.soft.items, query) {
+        match self.soft.items.answer(query) {
             Some(answer) => self.out.send(self.me, from, Message::Reconciled { answer }),
             None => debug!(%from, "question of a reconciliation not understood"),
         }
     }
 
     pub(super) fn handle_reconciled(&mut self, from: PeerId, answer: &[u8], now: Now) {
-        let Some(mut difference) = reconcile::compare(&self.soft.items, answer) else {
+        let Some(mut difference) = self.soft.items.compare(answer) else {
             debug!(%from, "answer of a reconciliation not understood");
             return;
         };
