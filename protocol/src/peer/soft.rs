@@ -393,7 +393,7 @@ impl Peer {
             // What is missing is on its way, and this question comes after it: asked once, since
             // some of it may not be taken here.
             self.reconcile_with(from);
-        } else if self.shy_until_ms.is_some() {
+        } else if self.shy_until_ms.is_some() && told_all {
             self.take_up_records(now);
         }
     }
