@@ -163,9 +163,10 @@ impl Found {
                     }
                     (true, "a majority of its keepers to record it")
                 }
-                Asked::NoSteward => {
-                    (false, "its steward, which is silent: another keeper takes over within 45 s")
-                }
+                Asked::NoSteward => (
+                    false,
+                    "its steward, which is silent: another keeper takes over within a minute",
+                ),
                 Asked::Nobody(silent) => return Err(self.nobody(&silent).into()),
             };
             if begun.elapsed() > STEWARD_WITHIN {
@@ -190,8 +191,9 @@ impl Found {
 
     fn no_steward(&self) -> Problem {
         let short = &self.resolved.short;
-        Problem::broken(format!("nobody drives job {short} now: its steward is silent"))
-            .hint("another keeper takes over within 45 s where a majority of them is on: try again")
+        Problem::broken(format!("nobody drives job {short} now: its steward is silent")).hint(
+            "another keeper takes over within a minute where a majority of them is on: try again",
+        )
     }
 
     fn nobody(&self, silent: &[String]) -> Problem {

@@ -711,12 +711,6 @@ impl Peer {
         self.registers.takeovers()
     }
 
-    /// Who keeps a record that this node kept once.
-    #[must_use]
-    pub fn moved(&self, job: JobId) -> Option<&[Keeper]> {
-        self.registers.moved(job)
-    }
-
     // ---- inside -----------------------------------------------------------------------
 
     fn dispatch(&mut self, from: PeerId, message: Message, now: Now) {
