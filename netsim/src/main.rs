@@ -93,14 +93,20 @@ struct Size {
     /// A long run of few jobs, of 20 node-hours or more.
     #[arg(long, conflicts_with = "stress")]
     long: bool,
+    /// Leave out no group of faults: what seeds meant before groups could be absent.
+    #[arg(long, conflicts_with = "calm")]
+    every_fault: bool,
 }
 
 impl Size {
     fn options(&self, seed: u64, without: Option<Rule>) -> Options {
-        let mut options = match (self.stress, self.long) {
-            (true, _) => Options::stress(seed),
-            (_, true) => Options::long(seed),
-            _ => Options::draw(seed),
+        let mut options = match (self.stress, self.long, self.every_fault) {
+            (true, _, false) => Options::stress(seed),
+            (true, _, true) => Options::stress_all(seed),
+            (_, true, false) => Options::long(seed),
+            (_, true, true) => Options::long_all(seed),
+            (_, _, false) => Options::draw(seed),
+            (_, _, true) => Options::draw_all(seed),
         };
         if self.calm {
             options = options.without_faults();
@@ -204,7 +210,7 @@ fn stories(path: &Path, run: &Run) -> anyhow::Result<Vec<Subject>> {
     ensure!(
         run.size == Size::default(),
         "a scenario says itself what its pool is: leave out --nodes, --clients, --tasks, --calm, \
-         --stress and --long"
+         --stress, --long and --every-fault"
     );
     let story = scenario::load(path)?;
     let asked_for = |variant: &Variant| {

@@ -155,10 +155,21 @@ impl MoreFaults {
     }
 }
 
+/// The least time of all nodes together in a run of [`Options::long`].
+const LONG_NODE_MS: u64 = 21 * 3_600_000;
+
 impl Options {
-    /// The options of `seed`, at the usual size.
+    /// The options of `seed`, at the usual size; each group of faults is absent from about a
+    /// third of all seeds.
     #[must_use]
     pub fn draw(seed: u64) -> Self {
+        Self::draw_all(seed).without_some()
+    }
+
+    /// The same with every group of faults that [`Options::draw`] may leave out: what a seed
+    /// meant before groups could be absent. Seeds that failed then are kept by it.
+    #[must_use]
+    pub fn draw_all(seed: u64) -> Self {
         let mut random = Random::of(seed, "options");
         let r = &mut random;
         let more = MoreFaults::draw(seed);
@@ -211,9 +222,15 @@ impl Options {
     }
 
     /// A small pool with too much to do, in which something goes wrong all the time: many
-    /// more faults for each event than in [`Options::draw`].
+    /// more faults for each event than in [`Options::draw`], and as many groups of them.
     #[must_use]
     pub fn stress(seed: u64) -> Self {
+        Self::stress_all(seed).without_some()
+    }
+
+    /// The same with every group of faults, as [`Options::draw_all`].
+    #[must_use]
+    pub fn stress_all(seed: u64) -> Self {
         let mut random = Random::of(seed, "stress");
         let r = &mut random;
         let nodes = r.between(2, 5);
@@ -241,24 +258,33 @@ impl Options {
             stop_percent: r.between(0, 30),
             prepare_ms_max: r.between(50, 10_000),
             prepare_failure_permille: r.between(0, 150),
-            ..Self::draw(seed)
+            ..Self::draw_all(seed)
         }
     }
 
-    /// A long run of few jobs, of 20 node-hours or more: a pool of fifty for half an hour, one
-    /// of twenty for an hour, or one of eight for three. Faults are drawn as in
-    /// [`Options::draw`], or as rarely for each hour.
+    /// A long run of few jobs, of 20 node-hours or more: of ten seeds one is a pool of fifty for
+    /// half an hour, two are one of twenty for an hour, the others of five to ten for so many
+    /// hours as it takes. Faults are drawn as in [`Options::draw`], or as rarely for each hour.
     #[must_use]
     pub fn long(seed: u64) -> Self {
+        Self::long_all(seed).without_some()
+    }
+
+    /// The same with every group of faults, as [`Options::draw_all`].
+    #[must_use]
+    pub fn long_all(seed: u64) -> Self {
         let mut random = Random::of(seed, "long");
         let r = &mut random;
-        let (nodes, span_ms) = match r.below(3) {
+        let (nodes, span_ms) = match r.below(10) {
             0 => (50, 30 * 60_000),
-            1 => (20, 3_600_000),
-            _ => (8, 3 * 3_600_000),
+            1 | 2 => (20, 3_600_000),
+            _ => {
+                let nodes = r.between(5, 10);
+                (nodes, LONG_NODE_MS.div_ceil(nodes))
+            }
         };
         Self {
-            nodes,
+            nodes: usize::try_from(nodes).unwrap_or(5),
             clients: 2,
             jobs: usize::try_from(r.between(25, 40)).unwrap_or(25),
             span_ms,
@@ -266,8 +292,40 @@ impl Options {
             // Long enough for leases to run out.
             cut_ms_max: r.between(10_000, 600_000),
             down_ms_max: r.between(1_000, 500_000),
-            ..Self::draw(seed)
+            ..Self::draw_all(seed)
         }
+    }
+
+    /// Leave out some groups of faults, so that none hides for ever what another does: each in
+    /// about a third of all seeds. Drawn from a stream of its own; the rest stays as it is.
+    fn without_some(mut self) -> Self {
+        let mut random = Random::of(self.seed, "groups of faults");
+        let mut absent = || random.percent(33);
+        if absent() {
+            (self.loss_permille, self.duplicate_permille, self.late_percent) = (0, 0, 0);
+        }
+        if absent() {
+            self.gossip_loss_permille = 0;
+        }
+        if absent() {
+            self.cuts = 0;
+        }
+        if absent() {
+            (self.daemon_crashes, self.write_crash_per_100k) = (0, 0);
+        }
+        if absent() {
+            self.reboots = 0;
+        }
+        if absent() {
+            self.drift_ppm_max = 0;
+        }
+        if absent() {
+            self.skew_ms_max = 0;
+        }
+        if absent() {
+            (self.exit_failure_permille, self.prepare_failure_permille) = (0, 0);
+        }
+        self
     }
 
     /// A small pool in which nothing goes wrong by itself and nobody submits anything:
@@ -286,7 +344,7 @@ impl Options {
             span_ms: 1_000,
             run_ms_max: 5_000,
             prepare_ms_max: 500,
-            ..Self::draw(seed).without_faults()
+            ..Self::draw_all(seed).without_faults()
         }
     }
 
@@ -338,5 +396,67 @@ impl Options {
     #[must_use]
     pub fn heal_ms(&self) -> u64 {
         crate::workload::WARM_UP_MS + self.span_ms + 30_000
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_group_of_faults_is_absent_from_about_a_third_of_all_seeds() {
+        for draw in [Options::draw, Options::stress, Options::long] {
+            let all: Vec<Options> = (0..600).map(draw).collect();
+            let groups: [fn(&Options) -> u64; 8] = [
+                |o| o.loss_permille + o.duplicate_permille + o.late_percent,
+                |o| o.gossip_loss_permille,
+                |o| o.cuts,
+                |o| o.daemon_crashes + o.write_crash_per_100k,
+                |o| o.reboots,
+                |o| o.drift_ppm_max,
+                |o| o.skew_ms_max,
+                |o| o.exit_failure_permille + o.prepare_failure_permille,
+            ];
+            for (n, group) in groups.iter().enumerate() {
+                let absent = all.iter().filter(|options| group(options) == 0).count();
+                // A few draw no cut or reboot where they could have had some.
+                assert!((150..300).contains(&absent), "group {n} is absent from {absent} of 600");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_changes_nothing_else() {
+        for seed in 0..50 {
+            let (all, some) = (Options::stress_all(seed), Options::stress(seed));
+            let with_all = Options {
+                loss_permille: all.loss_permille,
+                duplicate_permille: all.duplicate_permille,
+                late_percent: all.late_percent,
+                gossip_loss_permille: all.gossip_loss_permille,
+                cuts: all.cuts,
+                daemon_crashes: all.daemon_crashes,
+                write_crash_per_100k: all.write_crash_per_100k,
+                reboots: all.reboots,
+                drift_ppm_max: all.drift_ppm_max,
+                skew_ms_max: all.skew_ms_max,
+                exit_failure_permille: all.exit_failure_permille,
+                prepare_failure_permille: all.prepare_failure_permille,
+                ..some
+            };
+            assert_eq!(with_all, all);
+        }
+    }
+
+    #[test]
+    fn a_long_run_is_of_twenty_node_hours_or_more() {
+        let mut small = 0;
+        for seed in 0..300 {
+            let Options { nodes, span_ms, .. } = Options::long(seed);
+            assert!(nodes as u64 * span_ms >= 20 * 3_600_000, "seed {seed}");
+            assert!((5..=10).contains(&nodes) || nodes == 20 || nodes == 50, "seed {seed}");
+            small += u64::from(nodes <= 10);
+        }
+        assert!((180..240).contains(&small), "{small} of 300 are small");
     }
 }

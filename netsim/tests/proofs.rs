@@ -46,32 +46,32 @@ fn without_waiting_for_all_ranks_a_part_of_a_gang_is_started() {
 
 #[test]
 fn without_refusing_what_is_below_its_promise_a_keeper_promises_less_than_before() {
-    prove(Rule::AcceptNeedsPromise, "R5", Options::stress);
+    prove(Rule::AcceptNeedsPromise, "R5", Options::stress_all);
 }
 
 #[test]
 fn without_keeping_promises_a_keeper_promises_less_than_before() {
-    prove(Rule::PromiseIsKept, "R5", Options::stress);
+    prove(Rule::PromiseIsKept, "R5", Options::stress_all);
 }
 
 #[test]
 fn without_exactly_the_sealed_body_an_epoch_begins_with_another() {
-    prove(Rule::EpochStartsFromSeal, "R4", Options::stress);
+    prove(Rule::EpochStartsFromSeal, "R4", Options::stress_all);
 }
 
 #[test]
 fn without_waiting_a_keeper_takes_over_while_the_steward_acts() {
-    prove(Rule::TakeoverWaits, "S1", Options::stress);
+    prove(Rule::TakeoverWaits, "S1", Options::stress_all);
 }
 
 #[test]
 fn without_new_terms_two_stewards_have_the_same() {
-    prove(Rule::TermCounts, "S2", Options::stress);
+    prove(Rule::TermCounts, "S2", Options::stress_all);
 }
 
 #[test]
 fn without_a_second_copy_of_its_inputs_a_job_is_called_submitted() {
-    prove(Rule::InputsOnTwoNodes, "D1", Options::stress);
+    prove(Rule::InputsOnTwoNodes, "D1", Options::stress_all);
 }
 
 #[test]
@@ -118,6 +118,6 @@ fn busy(seed: u64) -> Options {
         cuts: 2,
         daemon_crashes: 2,
         reboots: 1,
-        ..Options::draw(seed)
+        ..Options::draw_all(seed)
     }
 }

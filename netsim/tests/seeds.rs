@@ -1,5 +1,6 @@
 //! A few seeds of every kind, run on each change; `netsim search` runs many more. Seeds
-//! that once failed are among them, with what they found.
+//! that once failed are among them, with what they found: with every group of faults, as
+//! `netsim run --seed N --stress --every-fault` has them, since groups could not be absent then.
 
 #![expect(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 
@@ -56,88 +57,88 @@ fn keeping_lines_does_not_change_the_run() {
 /// ever, and the gang never prepared whole.
 #[test]
 fn seed_19_a_torn_commitment_is_given_up() {
-    expect_fine(&Options { jobs: 60, ..Options::draw(19) });
+    expect_fine(&Options { jobs: 60, ..Options::draw_all(19) });
 }
 
 /// A submission was refused, and a copy of it that came later was taken.
 #[test]
 fn seed_stress_14_a_refusal_is_final() {
-    expect_fine(&Options::stress(14));
+    expect_fine(&Options::stress_all(14));
 }
 
 /// A pin from before a reboot came back at a second restart, beside its GPU's next job.
 #[test]
 fn seed_stress_129_holds_of_another_boot_stay_gone() {
-    expect_fine(&Options::stress(129));
+    expect_fine(&Options::stress_all(129));
 }
 
 /// A crash between the two entries of an ending left no trace of the rank.
 #[test]
 fn seed_stress_159_an_ending_is_written_before_the_rank_leaves_the_book() {
-    expect_fine(&Options::stress(159));
+    expect_fine(&Options::stress_all(159));
 }
 
 /// Of two ranks on one node one had ended and the other was given up: nobody said so.
 #[test]
 fn seed_stress_983_each_rank_that_is_given_up_is_reported() {
-    expect_fine(&Options::stress(983));
+    expect_fine(&Options::stress_all(983));
 }
 
 /// A daemon died again while it gave up a torn commitment: what it had not yet given up
 /// was renewed for ever.
 #[test]
 fn seed_stress_3025_what_is_left_of_a_buried_attempt_is_given_up() {
-    expect_fine(&Options::stress(3025));
+    expect_fine(&Options::stress_all(3025));
 }
 
 /// A steward that had been silent went on with an auction none of whose answers had come.
 #[test]
 fn seed_stress_8_a_steward_that_acts_again_asks_anew() {
-    expect_fine(&Options::stress(8));
+    expect_fine(&Options::stress_all(8));
 }
 
 /// The first keeper got a job from another and refused it for want of its inputs.
 #[test]
 fn seed_stress_20_a_job_that_exists_is_kept_without_its_inputs() {
-    expect_fine(&Options::stress(20));
+    expect_fine(&Options::stress_all(20));
 }
 
 /// A keeper that joined in a later epoch gave a receipt for the birth.
 #[test]
 fn seed_stress_52_only_who_saw_a_birth_vouches_for_it() {
-    expect_fine(&Options::stress(52));
+    expect_fine(&Options::stress_all(52));
 }
 
 /// A record that could not be born was forgotten, and what was promised for it with it.
 #[test]
 fn seed_stress_178_what_is_forgotten_is_refused_from_then_on() {
-    expect_fine(&Options::stress(178));
+    expect_fine(&Options::stress_all(178));
 }
 
 /// The steward that had to acknowledge an ending kept the record no more.
 #[test]
 fn seed_stress_200_an_ending_finds_whoever_drives_the_job() {
-    expect_fine(&Options::stress(200));
+    expect_fine(&Options::stress_all(200));
 }
 
 /// A late refusal of the first half of a take-over ended its second, which a quorum had
 /// accepted: nobody acted, each for want of silence.
 #[test]
 fn seed_stress_20039_a_minority_that_refuses_does_not_stop_a_take_over() {
-    expect_fine(&Options::stress(20_039));
+    expect_fine(&Options::stress_all(20_039));
 }
 
 /// A node that had just started asked for what it would not take, again and again.
 #[test]
 fn seed_stress_20539_a_shy_node_asks_each_peer_once_more() {
-    expect_fine(&Options::stress(20_539));
+    expect_fine(&Options::stress_all(20_539));
 }
 
 /// Having slept, a steward made sure of a value that named another, and took the
 /// acknowledgements for its own.
 #[test]
 fn seed_10_to_accept_anothers_stewardship_renews_no_lease() {
-    expect_fine(&Options::draw(10));
+    expect_fine(&Options::draw_all(10));
 }
 
 fn expect_fine(options: &Options) {
