@@ -187,6 +187,10 @@ impl<'de, A: SeqAccess<'de>> SeqAccess<'de> for Bounded<'_, Elements<A>> {
         seed: T,
     ) -> Result<Option<T::Value>, A::Error> {
         let elements = &mut self.inner;
+        // A field of one byte holds nothing that could take memory; ids and keys are made of them.
+        if !elements.is_list && size_of::<T::Value>() <= 1 {
+            return elements.access.next_element_seed(seed);
+        }
         if elements.is_list && elements.access.size_hint() != Some(0) {
             if elements.taken == elements.room {
                 let size = size_of::<T::Value>();
