@@ -100,8 +100,8 @@ fuzz_target!(|bytes: &[u8]| {
     let _ = JoinClaim::from_bytes(bytes);
     let _ = Genesis::from_bytes(bytes);
     let mut items = reconcile::Items::default();
-    items.insert([1; 32], Soft::Head(signed(Domain::Head)));
-    let _ = items.answer(bytes);
+    items.insert(Soft::head(signed(Domain::Head)));
+    let _ = items.answer(reconcile::Sum::default(), bytes);
     let _ = items.compare(bytes);
 
     if let Some((key, value)) = bytes.split_at_checked(bytes.first().map_or(0, |n| *n as usize)) {

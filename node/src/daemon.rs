@@ -466,7 +466,7 @@ impl Shared {
         network.set_members(self.members());
         for (_, advert) in self.index.board().unwrap_or_default() {
             if let Ok(signed) = wire::decode::<SignedBytes>(&advert) {
-                peer.handle_gossip(p2pit_protocol::message::Soft::Advert(signed), now);
+                peer.handle_gossip(p2pit_protocol::message::Soft::advert(signed), now);
             }
         }
         peer.set_addresses(network.listen_addrs(), self.data_addrs(&network), now);

@@ -14,7 +14,7 @@ pub use auction::{
 pub use record::{
     Accept, Adopt, ClockReading, Install, LeaseAsk, LeaseGrant, Promise, Renewal, Watch,
 };
-pub use soft::{Advert, GpuState, Head, Soft};
+pub use soft::{Advert, GpuState, Head, Piece, Soft};
 pub use user::{
     AttemptView, Command, GpuView, HoldView, JobFilter, JobView, NodeView, RankView, Reply,
     Verdict, WaitView,
@@ -24,6 +24,7 @@ use crate::{
     HoldId, JobId, StoreId,
     identity::SignedBytes,
     job::{Attempt, Rank},
+    reconcile::Sum,
     record::{Ballot, Link},
 };
 
@@ -141,8 +142,6 @@ pub enum Message {
     Renewed {
         /// The steward's clock as it asked.
         asked: ClockReading,
-        /// The keeper's clock.
-        clock: ClockReading,
         /// Those it heard for.
         kept: Vec<JobId>,
         /// Those where another proposes, or that it does not keep in that epoch.
@@ -283,8 +282,6 @@ pub enum Message {
     Lease {
         /// The bidder's clock as it asked.
         asked: ClockReading,
-        /// The steward's clock.
-        clock: ClockReading,
         /// What is granted.
         entries: Vec<LeaseGrant>,
     },
@@ -301,12 +298,14 @@ pub enum Message {
     Soft(Soft),
     /// A turn of range-based set reconciliation over soft state and statements.
     Reconcile {
+        /// The sum of the asker's items.
+        sum: Sum,
         /// A negentropy message (protocol version 1).
         query: Vec<u8>,
     },
     /// The answer to [`Message::Reconcile`].
     Reconciled {
-        /// A negentropy message (protocol version 1).
+        /// A negentropy message (protocol version 1); empty where both have the same.
         answer: Vec<u8>,
     },
     /// Send me the items with these ids.

@@ -18,11 +18,12 @@ mod outbox;
 mod random;
 mod soft;
 mod submission;
+mod turns;
 mod user;
 
 use core::hash::BuildHasher;
 use std::{
-    collections::{BTreeMap, BTreeSet, hash_map::RandomState},
+    collections::{BTreeMap, hash_map::RandomState},
     sync::Arc,
 };
 
@@ -44,7 +45,7 @@ use self::{
     submission::{Birth, Refusal, Submission},
 };
 use crate::{
-    BlobId, BootId, JobId, Now, PeerId, PoolId, StoreId,
+    BlobId, BootId, JobId, Now, PeerId, PoolId, StatementId, StoreId,
     bidder::{Bidder, Terms, WorkId},
     door::{self, DoorBook},
     identity::{KeyPair, SignedBytes},
@@ -198,6 +199,7 @@ enum Timer {
     Submit(JobId),
     Soft,
     Shy,
+    Turn,
 }
 
 /// One node.
@@ -229,8 +231,6 @@ pub struct Peer {
     /// Until when, on the boot clock, this node keeps its records to itself after a start:
     /// others may know of a later life of its store.
     shy_until_ms: Option<u64>,
-    /// Who was asked twice meanwhile.
-    shy_asked: BTreeSet<PeerId>,
     /// The clocks as they stood at the last call.
     last_now: Option<Now>,
     /// Statements from the journal, until all are there.
@@ -282,7 +282,6 @@ impl Peer {
             submissions: BTreeMap::new(),
             births: BTreeMap::new(),
             shy_until_ms: None,
-            shy_asked: BTreeSet::new(),
             last_now: None,
             refused: BTreeMap::new(),
             timers: Timers::default(),
@@ -335,25 +334,29 @@ impl Peer {
     /// # Errors
     /// Statements that cannot be placed: the journal is not whole.
     pub fn restored(&mut self) -> Result<(), String> {
-        let mut waiting = core::mem::take(&mut self.unplaced);
-        while !waiting.is_empty() {
-            let before = waiting.len();
-            let known = |roster: &Roster, signed: &SignedBytes| {
-                let statement = roster::Statement::from_bytes(&signed.bytes);
-                statement.is_ok_and(|s| s.parents.iter().all(|parent| roster.contains(*parent)))
-            };
-            let mut later = Vec::new();
-            for signed in waiting {
-                if known(&self.roster, &signed) {
-                    self.roster.insert(signed).map_err(|e| format!("journalled statement: {e}"))?;
-                } else {
-                    later.push(signed);
-                }
+        let mut ready = Vec::new();
+        let mut lacking: BTreeMap<StatementId, Vec<Unplaced>> = BTreeMap::new();
+        for signed in core::mem::take(&mut self.unplaced) {
+            let parents = roster::Statement::from_bytes(&signed.bytes)
+                .map_err(|e| format!("journalled statement: {e}"))?
+                .parents;
+            ready.push(Unplaced { signed, parents });
+        }
+        let mut left = ready.len();
+        while let Some(mut unplaced) = ready.pop() {
+            let roster = &self.roster;
+            unplaced.parents.retain(|parent| !roster.contains(*parent));
+            if let Some(parent) = unplaced.parents.last() {
+                lacking.entry(*parent).or_default().push(unplaced);
+                continue;
             }
-            if later.len() == before {
-                return Err(format!("{before} journalled statements lack what they follow from"));
-            }
-            waiting = later;
+            let inserted = self.roster.insert(unplaced.signed);
+            let id = inserted.map_err(|e| format!("journalled statement: {e}"))?.id;
+            left -= 1;
+            ready.extend(lacking.remove(&id).unwrap_or_default());
+        }
+        if left > 0 {
+            return Err(format!("{left} journalled statements lack what they follow from"));
         }
         Ok(())
     }
@@ -362,7 +365,7 @@ impl Peer {
     pub fn resume(&mut self, alive: &[WorkId], now: Now) {
         self.bidder.adopt(alive, now, &mut self.out);
         for signed in self.roster.statements().into_iter().cloned().collect::<Vec<_>>() {
-            self.soft.insert(Soft::Statement(signed));
+            self.soft.insert(Soft::statement(signed));
         }
         let me = self.me;
         let alone = self.roster.state().nodes.keys().all(|node| *node == me);
@@ -454,7 +457,8 @@ impl Peer {
     /// A connection to a member stands.
     pub fn peer_connected(&mut self, peer: PeerId, now: Now) {
         self.board.set_connected(peer, true);
-        self.reconcile_with(peer);
+        self.soft.turns.enqueue(peer);
+        self.next_turn(now);
         self.finish(now);
     }
 
@@ -478,7 +482,7 @@ impl Peer {
     pub fn say(&mut self, signed: SignedBytes, now: Now) -> Result<(), roster::Rejected> {
         if self.roster.insert_drafted(signed.clone())?.new {
             self.keep_statement(&signed);
-            self.out.transmits.push_back(Transmit::Gossip(Soft::Statement(signed)));
+            self.out.transmits.push_back(Transmit::Gossip(Soft::statement(signed)));
         }
         self.finish(now);
         Ok(())
@@ -490,7 +494,7 @@ impl Peer {
             self.doors.judge(&mut self.roster, &self.key, self.device, from, hello, now);
         for signed in added {
             self.keep_statement(&signed);
-            self.out.transmits.push_back(Transmit::Gossip(Soft::Statement(signed)));
+            self.out.transmits.push_back(Transmit::Gossip(Soft::statement(signed)));
         }
         self.finish(now);
         reply
@@ -528,6 +532,7 @@ impl Peer {
                 Timer::Submit(job) => self.send_init(job, now),
                 Timer::Soft => self.tend_soft_state(now),
                 Timer::Shy => self.take_up_records(now),
+                Timer::Turn => self.next_turn(now),
             }
         }
         self.finish(now);
@@ -556,6 +561,7 @@ impl Peer {
                 Timer::Submit(_) => "a submission is unanswered",
                 Timer::Soft => "soft state wants tending",
                 Timer::Shy => "records are to be taken up after the start",
+                Timer::Turn => "the next peer's turn to be reconciled with",
             };
             (at_ms, reason)
         });
@@ -772,7 +778,7 @@ impl Peer {
             Message::AskLease { clock, entries } => {
                 self.with_stewards(now, |s, cx| s.handle_ask_lease(from, clock, &entries, cx));
             }
-            Message::Lease { asked, entries, .. } => {
+            Message::Lease { asked, entries } => {
                 self.bidder.handle_lease(from, asked, &entries, now, &mut self.out);
             }
             Message::Elsewhere { job, steward } => {
@@ -796,7 +802,7 @@ impl Peer {
             Message::Soft(item) => {
                 self.handle_soft(item, now);
             }
-            Message::Reconcile { query } => self.handle_reconcile(from, &query),
+            Message::Reconcile { sum, query } => self.handle_reconcile(from, sum, &query),
             Message::Reconciled { answer } => self.handle_reconciled(from, &answer, now),
             Message::Want { ids } => self.handle_want(from, &ids),
         }
@@ -871,8 +877,14 @@ impl Peer {
     fn keep_statement(&mut self, signed: &SignedBytes) {
         let id = roster::Statement::id(signed);
         self.out.put(&Slot::Statement(id), signed);
-        self.soft.insert(Soft::Statement(signed.clone()));
+        self.soft.insert(Soft::statement(signed.clone()));
         self.soft.members_changed = true;
         self.out.events.push_back(Event::RosterChanged);
     }
+}
+
+/// A journalled statement, and what it follows from, as far as it is not placed.
+struct Unplaced {
+    signed: SignedBytes,
+    parents: Vec<StatementId>,
 }

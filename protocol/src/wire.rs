@@ -15,8 +15,8 @@ use self::bounded::{Allowance, Bounded};
 /// The version of everything said on the wire; peers of another are told so.
 ///
 /// 2: a certificate comes with a request for a job's inputs. 3: records have several keepers,
-/// and processes have leases.
-pub const WIRE_VERSION: u16 = 3;
+/// and processes have leases. 4: a turn of reconciliation names the asker's set.
+pub const WIRE_VERSION: u16 = 4;
 
 /// The largest message between peers, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;

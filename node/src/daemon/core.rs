@@ -321,7 +321,7 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
             let Some(posted) = state.peer.as_ref().and_then(|peer| peer.board().get(node)) else {
                 return;
             };
-            shared.remember_addresses(node, &posted.advert, &posted.signed);
+            shared.remember_addresses(node, &posted.advert, posted.item.signed());
             shared.reach_changed.notify_one();
         }
     }

@@ -247,7 +247,7 @@ async fn meet(
         shared
             .act(move |peer, now| {
                 for signed in statements {
-                    peer.handle_gossip(Soft::Statement(signed), now);
+                    peer.handle_gossip(Soft::statement(signed), now);
                 }
             })
             .await?;

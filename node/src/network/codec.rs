@@ -9,7 +9,7 @@ use libp2p::{StreamProtocol, request_response};
 use super::{Budget, Payload};
 use crate::daemon::bundle::BUNDLE_BYTES_MAX;
 
-pub(super) const PROTOCOL: StreamProtocol = StreamProtocol::new("/p2pit/message/3");
+pub(super) const PROTOCOL: StreamProtocol = StreamProtocol::new("/p2pit/message/4");
 
 /// A closed stream alone would not tell whether the message was taken.
 const TAKEN: [u8; 1] = [1];

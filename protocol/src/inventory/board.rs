@@ -1,14 +1,15 @@
 //! The board: what a node last heard of every other. Soft state, never authority.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use crate::{
     JobId, Now, PeerId,
-    identity::{Domain, SignedBytes},
     inventory::Capacity,
-    message::{Advert, GpuState, Wanted},
+    message::{Advert, GpuState, Soft, Wanted},
     request::fit_many,
-    wire,
 };
 
 /// How long an advert is believed.
@@ -22,13 +23,13 @@ pub const ADVERT_BYTES_MAX: usize = 32 << 10;
 /// How long a peer that could not be reached is left out.
 pub const UNREACHABLE_MS: u64 = 30_000;
 
-/// An advert with its signature.
+/// An advert that was believed.
 #[derive(Debug, Clone)]
 pub struct Posted {
     /// What the node said.
-    pub advert: Advert,
+    pub advert: Arc<Advert>,
     /// As it signed it.
-    pub signed: SignedBytes,
+    pub item: Soft,
 }
 
 /// Adverts by node.
@@ -41,14 +42,14 @@ pub struct Board {
 
 impl Board {
     /// Take an advert. Whether it is news; `None` where it is not to be believed.
-    pub fn post(&mut self, signed: SignedBytes, now: Now) -> Option<bool> {
-        if signed.bytes.len() > ADVERT_BYTES_MAX {
+    pub fn post(&mut self, item: Soft, now: Now) -> Option<bool> {
+        if item.signed().bytes.len() > ADVERT_BYTES_MAX {
             return None;
         }
-        let advert: Advert = wire::decode(signed.verify(Domain::Advert).ok()?).ok()?;
+        let advert = Arc::clone(item.verified_advert()?);
         let expired = advert.issued_at_ms.saturating_add(ADVERT_MS) < now.wall_ms;
         let future = advert.issued_at_ms > now.wall_ms.saturating_add(CLOCK_TOLERANCE_MS);
-        if advert.node.0 != signed.signer || expired || future {
+        if expired || future {
             return None;
         }
         if let Some(old) = self.posted.get(&advert.node).map(|old| &old.advert) {
@@ -66,7 +67,7 @@ impl Board {
         if self.posted.len() >= ADVERTS_MAX && !self.posted.contains_key(&advert.node) {
             return None;
         }
-        self.posted.insert(advert.node, Posted { advert, signed });
+        self.posted.insert(advert.node, Posted { advert, item });
         Some(true)
     }
 

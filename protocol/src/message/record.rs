@@ -9,8 +9,8 @@ use crate::{
     record::{Ballot, Certificate, Link},
 };
 
-/// A node's boot clock as it stood when a message left it: what shows a clock that runs
-/// too fast or too slow.
+/// A node's boot clock as it stood when a message left it: what the answer is good for counts
+/// from here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClockReading {
     /// The boot the clock counts from.

@@ -1,19 +1,36 @@
 //! Soft state: what gossip carries and reconciliation repairs. It expires.
 
-use core::net::SocketAddr;
+use core::{fmt, net::SocketAddr};
+use std::sync::{Arc, OnceLock};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::{
     BootId, JobId, PeerId, UserId,
-    identity::SignedBytes,
+    identity::{Domain, SignedBytes},
     inventory::{Capacity, GpuUuid},
     job::State,
+    reconcile::ItemId,
+    wire,
 };
 
 /// A piece of pool state, as its author signed it.
+///
+/// A copy is another reference to the same bytes: it lies on the board, among what is
+/// reconciled and in what is to be sent, and its hash and its advert are worked out once.
+#[derive(Clone, Deserialize)]
+#[serde(from = "Piece")]
+pub struct Soft(Arc<Inner>);
+
+struct Inner {
+    piece: Piece,
+    id: OnceLock<ItemId>,
+    advert: OnceLock<Option<Arc<Advert>>>,
+}
+
+/// What a [`Soft`] is, and what it is on the wire.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Soft {
+pub enum Piece {
     /// An [`Advert`].
     Advert(SignedBytes),
     /// A [`Head`].
@@ -22,15 +39,82 @@ pub enum Soft {
     Statement(SignedBytes),
 }
 
-impl Soft {
-    /// The signed bytes inside.
-    #[must_use]
-    pub const fn signed(&self) -> &SignedBytes {
-        match self {
-            Self::Advert(signed) | Self::Head(signed) | Self::Statement(signed) => signed,
-        }
+impl From<Piece> for Soft {
+    fn from(piece: Piece) -> Self {
+        Self(Arc::new(Inner { piece, id: OnceLock::new(), advert: OnceLock::new() }))
     }
 }
+
+impl Serialize for Soft {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.piece().serialize(serializer)
+    }
+}
+
+impl Soft {
+    /// A signed [`Advert`].
+    #[must_use]
+    pub fn advert(signed: SignedBytes) -> Self {
+        Piece::Advert(signed).into()
+    }
+
+    /// A signed [`Head`].
+    #[must_use]
+    pub fn head(signed: SignedBytes) -> Self {
+        Piece::Head(signed).into()
+    }
+
+    /// A signed roster statement.
+    #[must_use]
+    pub fn statement(signed: SignedBytes) -> Self {
+        Piece::Statement(signed).into()
+    }
+
+    /// What it is.
+    #[must_use]
+    pub fn piece(&self) -> &Piece {
+        &self.0.piece
+    }
+
+    /// The signed bytes inside.
+    #[must_use]
+    pub fn signed(&self) -> &SignedBytes {
+        match self.piece() {
+            Piece::Advert(signed) | Piece::Head(signed) | Piece::Statement(signed) => signed,
+        }
+    }
+
+    /// The BLAKE3 hash of its encoding.
+    #[must_use]
+    pub fn id(&self) -> ItemId {
+        *self.0.id.get_or_init(|| *blake3::hash(&wire::encode(self.piece())).as_bytes())
+    }
+
+    /// The advert inside; `None` where it is none, or not signed by the node it is about.
+    #[must_use]
+    pub fn verified_advert(&self) -> Option<&Arc<Advert>> {
+        let verify = || {
+            let Piece::Advert(signed) = self.piece() else { return None };
+            let advert: Advert = wire::decode(signed.verify(Domain::Advert).ok()?).ok()?;
+            (advert.node.0 == signed.signer).then(|| Arc::new(advert))
+        };
+        self.0.advert.get_or_init(verify).as_ref()
+    }
+}
+
+impl fmt::Debug for Soft {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.piece().fmt(f)
+    }
+}
+
+impl PartialEq for Soft {
+    fn eq(&self, other: &Self) -> bool {
+        self.piece() == other.piece()
+    }
+}
+
+impl Eq for Soft {}
 
 /// Whether a GPU can be had, as seen when the advert was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

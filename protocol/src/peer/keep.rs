@@ -10,7 +10,7 @@ use crate::{
     bidder::Proven,
     identity::SignedBytes,
     job::VerifiedSpec,
-    message::{Adopt, ClockReading, Install, Message},
+    message::{Adopt, Install, Message},
     record::{Certificate, Keeper, Link, Value, check_force_recover, follow},
     sabotage::Rule,
     steward::Stewards,
@@ -121,11 +121,9 @@ impl Peer {
             }
             Message::Renew { clock, entries } => {
                 let (kept, refused) = self.registers.handle_renew(from, &entries, now);
-                let mine = ClockReading { boot: self.boot, boot_ms: now.boot_ms };
-                let renewed = Message::Renewed { asked: clock, clock: mine, kept, refused };
-                self.out.send(self.me, from, renewed);
+                self.out.send(self.me, from, Message::Renewed { asked: clock, kept, refused });
             }
-            Message::Renewed { asked, kept, refused, .. } => {
+            Message::Renewed { asked, kept, refused } => {
                 self.with_stewards(now, |stewards, cx| {
                     stewards.handle_renewed(from, asked, &kept, &refused, cx);
                 });

@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 
 use tracing::debug;
 
-use super::{Peer, Timer, Transmit};
+use super::{Peer, Timer, Transmit, turns::Turns};
 use crate::{
     BootId, JobId, Now, PeerId,
     bidder::Usage,
     identity::{Domain, SignedBytes},
     inventory::{Capacity, board::CLOCK_TOLERANCE_MS},
     job::{KEEPERS_MAX, State},
-    message::{Advert, Head, Message, Soft, WANT_MAX},
+    message::{Advert, Head, Message, Piece, Soft, WANT_MAX},
     peer::Event,
-    reconcile::{self, ItemId, Items},
+    reconcile::{ItemId, Items, Sum},
     record::{self, Kept},
     steward::Stewards,
     wire,
@@ -53,6 +53,7 @@ pub(super) struct SoftState {
     control: Vec<core::net::SocketAddr>,
     data: Vec<core::net::SocketAddr>,
     items: Items,
+    pub(super) turns: Turns,
     adverts: BTreeMap<PeerId, ItemId>,
     heads: BTreeMap<JobId, (Head, ItemId)>,
 }
@@ -73,6 +74,7 @@ impl SoftState {
             control: Vec::new(),
             data: Vec::new(),
             items: Items::default(),
+            turns: Turns::default(),
             adverts: BTreeMap::new(),
             heads: BTreeMap::new(),
         }
@@ -99,13 +101,13 @@ impl SoftState {
     }
 
     pub(super) fn insert(&mut self, item: Soft) -> ItemId {
-        let id = reconcile::item_id(&item);
-        self.items.insert(id, item);
+        let id = item.id();
+        self.items.insert(item);
         id
     }
 
-    fn insert_head(&mut self, head: Head, signed: SignedBytes) {
-        let id = self.insert(Soft::Head(signed));
+    fn insert_head(&mut self, head: Head, item: Soft) {
+        let id = self.insert(item);
         if let Some((_, old)) = self.heads.insert(head.job, (head, id))
             && old != id
         {
@@ -119,8 +121,8 @@ impl SoftState {
         }
     }
 
-    fn insert_advert(&mut self, node: PeerId, signed: SignedBytes) {
-        let id = self.insert(Soft::Advert(signed));
+    fn insert_advert(&mut self, node: PeerId, item: Soft) {
+        let id = self.insert(item);
         if let Some(old) = self.adverts.insert(node, id)
             && old != id
         {
@@ -145,13 +147,24 @@ impl SoftState {
 impl Peer {
     /// Take an item; whether it was in order and news.
     pub(super) fn handle_soft(&mut self, item: Soft, now: Now) -> bool {
-        match item {
-            Soft::Statement(signed) => self.take_statement(signed).unwrap_or_else(|reason| {
-                debug!(%reason, "statement refused");
-                false
-            }),
-            Soft::Advert(signed) => self.handle_advert(signed, now),
-            Soft::Head(signed) => self.handle_head(signed, now),
+        let id = item.id();
+        let news = self.take_soft(item, now);
+        if self.soft.turns.arrived(&id) {
+            self.turn_ended(now);
+        }
+        news
+    }
+
+    fn take_soft(&mut self, item: Soft, now: Now) -> bool {
+        match item.piece() {
+            Piece::Statement(signed) => {
+                self.take_statement(signed.clone()).unwrap_or_else(|reason| {
+                    debug!(%reason, "statement refused");
+                    false
+                })
+            }
+            Piece::Advert(_) => self.handle_advert(item, now),
+            Piece::Head(_) => self.handle_head(item, now),
         }
     }
 
@@ -164,11 +177,10 @@ impl Peer {
     }
 
     /// Whether it was news.
-    fn handle_advert(&mut self, signed: SignedBytes, now: Now) -> bool {
-        let node = PeerId(signed.signer);
+    fn handle_advert(&mut self, item: Soft, now: Now) -> bool {
+        let node = PeerId(item.signed().signer);
         if node == self.me {
-            let own = signed.verify(Domain::Advert).ok();
-            if let Some(advert) = own.and_then(|bytes| wire::decode::<Advert>(bytes).ok()) {
+            if let Some(advert) = item.verified_advert() {
                 self.check_own_advert(advert.store, advert.boot_count, advert.boot);
             }
             return false;
@@ -176,9 +188,9 @@ impl Peer {
         if !self.roster.state().is_member_node(node) {
             return false;
         }
-        let news = self.board.post(signed.clone(), now) == Some(true);
+        let news = self.board.post(item.clone(), now) == Some(true);
         if news {
-            self.soft.insert_advert(node, signed);
+            self.soft.insert_advert(node, item);
             self.out.events.push_back(Event::BoardChanged { node });
             self.with_stewards(now, |stewards, cx| stewards.room_seen(node, cx));
         }
@@ -186,7 +198,8 @@ impl Peer {
     }
 
     /// Whether it was news.
-    fn handle_head(&mut self, signed: SignedBytes, now: Now) -> bool {
+    fn handle_head(&mut self, item: Soft, now: Now) -> bool {
+        let signed = item.signed();
         let Some(head) = signed
             .verify(Domain::Head)
             .ok()
@@ -198,7 +211,7 @@ impl Peer {
         let member = self.roster.state().is_member_node(head.keeper);
         let old = head.submitted_at_ms.saturating_add(HEAD_MS) < now.wall_ms;
         let future = head.submitted_at_ms > now.wall_ms.saturating_add(CLOCK_TOLERANCE_MS);
-        let id = reconcile::item_id(&Soft::Head(signed.clone()));
+        let id = item.id();
         // The later; of two alike, the one that all choose alike.
         let later = self.soft.heads.get(&head.job).is_none_or(|(known, known_id)| {
             (head.epoch, head.seq, *known_id) > (known.epoch, known.seq, id)
@@ -206,7 +219,7 @@ impl Peer {
         let named = head.keepers.contains(&head.keeper) && head.keepers.len() <= KEEPERS_MAX;
         let fresh = member && !old && !future && later && named;
         if fresh {
-            self.soft.insert_head(head, signed);
+            self.soft.insert_head(head, item);
         }
         fresh
     }
@@ -232,9 +245,9 @@ impl Peer {
         {
             return;
         }
-        let signed = SignedBytes::sign(&self.key, Domain::Head, wire::encode(&head));
-        self.soft.insert_head(head, signed.clone());
-        self.out.transmits.push_back(Transmit::Gossip(Soft::Head(signed)));
+        let item = Soft::head(SignedBytes::sign(&self.key, Domain::Head, wire::encode(&head)));
+        self.soft.insert_head(head, item.clone());
+        self.out.transmits.push_back(Transmit::Gossip(item));
     }
 
     /// Follow from what a call changed: heads of jobs that ended, use to be advertised.
@@ -292,7 +305,7 @@ impl Peer {
             let peers: Vec<PeerId> = self.board.connected().collect();
             let pick = self.random.below(peers.len() as u64);
             if let Some(peer) = usize::try_from(pick).ok().and_then(|pick| peers.get(pick)) {
-                self.reconcile_with(*peer);
+                self.soft.turns.enqueue(*peer);
             }
             let jitter = self.random.below(RECONCILE_MS / 4);
             self.soft.next_reconcile_ms = now.after(RECONCILE_MS - RECONCILE_MS / 8 + jitter);
@@ -300,6 +313,7 @@ impl Peer {
         let refresh = self.soft.last_advert_ms.map(|at_ms| at_ms + ADVERT_REFRESH_MS);
         let next_ms = self.soft.next_reconcile_ms.min(refresh.unwrap_or(u64::MAX));
         self.timers.set(Timer::Soft, next_ms.max(now.after(1)));
+        self.next_turn(now);
     }
 
     /// Forget records of jobs that ended long ago.
@@ -352,23 +366,42 @@ impl Peer {
         };
         self.soft.advertised = Some(usage);
         let signed = SignedBytes::sign(&self.key, Domain::Advert, wire::encode(&advert));
-        self.board.post(signed.clone(), now);
-        self.soft.insert_advert(self.me, signed.clone());
-        self.out.transmits.push_back(Transmit::Gossip(Soft::Advert(signed)));
+        let item = Soft::advert(signed);
+        self.board.post(item.clone(), now);
+        self.soft.insert_advert(self.me, item.clone());
+        self.out.transmits.push_back(Transmit::Gossip(item));
         let me = self.me;
         self.with_stewards(now, |stewards: &mut Stewards, cx| stewards.room_seen(me, cx));
     }
 
     // ---- reconciliation ---------------------------------------------------------------
 
-    pub(super) fn reconcile_with(&mut self, peer: PeerId) {
-        if let Some(query) = self.soft.items.ask() {
-            self.out.send(self.me, peer, Message::Reconcile { query });
+    /// Ask whoever waits for it, if nobody is being asked.
+    pub(super) fn next_turn(&mut self, now: Now) {
+        let board = &self.board;
+        if let Some(peer) = self.soft.turns.next(|peer| board.is_connected(peer), now)
+            && let Some(query) = self.soft.items.ask()
+        {
+            self.out.send(self.me, peer, Message::Reconcile { sum: self.soft.items.sum(), query });
+        }
+        if let Some(due_ms) = self.soft.turns.due_ms() {
+            let sooner = self.timers.due(&Timer::Turn).is_none_or(|at_ms| due_ms < at_ms);
+            if sooner {
+                self.timers.set(Timer::Turn, due_ms);
+            }
         }
     }
 
-    pub(super) fn handle_reconcile(&mut self, from: PeerId, query: &[u8]) {
-        match self.soft.items.answer(query) {
+    /// A peer told all it knows, and all of it is here.
+    fn turn_ended(&mut self, now: Now) {
+        if self.shy_until_ms.is_some() {
+            self.take_up_records(now);
+        }
+        self.next_turn(now);
+    }
+
+    pub(super) fn handle_reconcile(&mut self, from: PeerId, sum: Sum, query: &[u8]) {
+        match self.soft.items.answer(sum, query) {
             Some(answer) => self.out.send(self.me, from, Message::Reconciled { answer }),
             None => debug!(%from, "question of a reconciliation not understood"),
         }
@@ -380,21 +413,16 @@ impl Peer {
             return;
         };
         // They come out of a hash set, and what is sent must not depend on its order.
-        difference.have.sort_unstable();
         difference.need.sort_unstable();
-        self.send_items(from, &difference.have);
         for ids in difference.need.chunks(WANT_MAX) {
             self.out.send(self.me, from, Message::Want { ids: ids.to_vec() });
         }
-        let told_all = difference.need.is_empty() && difference.next_query.is_none();
+        let further = difference.next_query.is_some();
         if let Some(query) = difference.next_query {
-            self.out.send(self.me, from, Message::Reconcile { query });
-        } else if self.shy_until_ms.is_some() && !told_all && self.shy_asked.insert(from) {
-            // What is missing is on its way, and this question comes after it: asked once, since
-            // some of it may not be taken here.
-            self.reconcile_with(from);
-        } else if self.shy_until_ms.is_some() && told_all {
-            self.take_up_records(now);
+            self.out.send(self.me, from, Message::Reconcile { sum: self.soft.items.sum(), query });
+        }
+        if self.soft.turns.answered(from, &difference.need, further) {
+            self.turn_ended(now);
         }
     }
 
@@ -406,7 +434,7 @@ impl Peer {
     fn send_items(&mut self, to: PeerId, ids: &[ItemId]) {
         let mut items: Vec<Soft> =
             ids.iter().filter_map(|id| self.soft.items.get(id)).cloned().collect();
-        items.sort_by_key(|item| !matches!(item, Soft::Statement(_)));
+        items.sort_by_key(|item| !matches!(item.piece(), Piece::Statement(_)));
         for item in items {
             self.out.send(self.me, to, Message::Soft(item));
         }
@@ -419,7 +447,7 @@ mod tests {
         Peer, StoreId,
         identity::KeyPair,
         inventory::{Capacity, Gpu, GpuUuid},
-        message::Soft,
+        message::{Piece, Soft},
         peer::{Config, Slot, Transmit},
         roster::testing::{Replica, WALL_MS, admit_node, claim, node_key},
         sabotage::Sabotage,
@@ -455,7 +483,7 @@ mod tests {
         peer.handle_timeout(now);
         let sent = std::iter::from_fn(|| peer.poll_transmit());
         let adverts = sent.filter_map(|transmit| match transmit {
-            Transmit::Gossip(advert @ Soft::Advert(_)) => Some(advert),
+            Transmit::Gossip(item) if matches!(item.piece(), Piece::Advert(_)) => Some(item),
             _ => None,
         });
         adverts.last().unwrap()

@@ -171,8 +171,7 @@ impl Stewards {
             }
         }
         if !grants.is_empty() {
-            let clock = self.clock(cx.now);
-            cx.out.send(self.me, from, Message::Lease { asked, clock, entries: grants });
+            cx.out.send(self.me, from, Message::Lease { asked, entries: grants });
         }
     }
 

@@ -24,6 +24,7 @@ use p2pit_protocol::{
         Reply, Report, Soft, Start, Verdict, WaitView, Wanted, Watch, blinded,
     },
     peer::Slot,
+    reconcile::{Items, Sum},
     record::{
         Ballot, Body, Certificate, ForceRecover, Keeper, Link, LinkProof, Replica, StartInfo,
         Value, keepers_hash, sign_receipt,
@@ -697,12 +698,7 @@ pub(crate) fn messages() -> Vec<Message> {
                 next: ballot(70_001, 2),
             }],
         },
-        Message::Renewed {
-            asked: clock(),
-            clock: clock(),
-            kept: vec![job],
-            refused: vec![JobId([8; 32])],
-        },
+        Message::Renewed { asked: clock(), kept: vec![job], refused: vec![JobId([8; 32])] },
         Message::Look { job, epoch: 1 },
         Message::Seen { job, epoch: 1, watch: watch() },
         Message::Call(Call {
@@ -759,14 +755,19 @@ pub(crate) fn messages() -> Vec<Message> {
         Message::Elsewhere { job, steward: node(3) },
         Message::Lease {
             asked: clock(),
-            clock: clock(),
             entries: vec![LeaseGrant { job, attempt, binding: true }],
         },
-        Message::Soft(Soft::Head(signed_head())),
-        Message::Reconcile { query: vec![0x61, 0, 0, 2, 0] },
+        Message::Soft(Soft::head(signed_head())),
+        Message::Reconcile { sum: sum(), query: vec![0x61, 0, 0, 2, 0] },
         Message::Reconciled { answer: vec![0x61, 0, 0, 2, 0] },
         Message::Want { ids: vec![[1; 32], [2; 32]] },
     ]
+}
+
+fn sum() -> Sum {
+    let mut items = Items::default();
+    items.insert(Soft::head(signed_head()));
+    items.sum()
 }
 
 fn report(report: RankReport) -> Report {
@@ -875,9 +876,9 @@ fn put_soft(tray: &mut Tray) {
     let signed_advert = SignedBytes::sign(&node_key(4), Domain::Advert, wire::encode(&advert()));
     tray.put("signed", "advert", &signed_advert);
     tray.put("signed", "head", &signed_head());
-    tray.put("soft", "advert", &Soft::Advert(signed_advert));
-    tray.put("soft", "head", &Soft::Head(signed_head()));
-    tray.put("soft", "statement", &Soft::Statement(statements().remove(0).1));
+    tray.put("soft", "advert", &Soft::advert(signed_advert));
+    tray.put("soft", "head", &Soft::head(signed_head()));
+    tray.put("soft", "statement", &Soft::statement(statements().remove(0).1));
 }
 
 // ---- users --------------------------------------------------------------------------
@@ -1225,6 +1226,6 @@ pub(crate) fn wide_messages() -> Vec<Message> {
         Message::Pin { job, holds: vec![HoldId([0; 16]); 1_024] },
         Message::Want { ids: vec![[1; 32]; 256] },
         Message::Moved { job, links },
-        Message::Reconcile { query: vec![1; 256 << 10] },
+        Message::Reconcile { sum: sum(), query: vec![1; 256 << 10] },
     ]
 }
