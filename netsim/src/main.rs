@@ -19,6 +19,10 @@ use p2pit_netsim::{
 };
 use p2pit_protocol::sabotage::Rule;
 
+/// A run is made of small allocations: they take a fifth of its time with the C library's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// How many lines about the job concerned a failing run shows.
 const LINES_SHOWN: usize = 60;
 

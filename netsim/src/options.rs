@@ -96,6 +96,8 @@ options! {
     jobs: usize,
     /// In which time they are submitted.
     span_ms: u64,
+    /// Of a hundred jobs, how many are submitted together with the one before.
+    burst_percent: u64,
     /// Of a hundred jobs, how many have several processes.
     gang_percent: u64,
     /// How much of the pool the largest gang may want.
@@ -208,6 +210,7 @@ impl Options {
             drift_ppm_max: r.between(0, DRIFT_PPM_MAX),
             jobs: 300,
             span_ms: r.between(300_000, 1_200_000),
+            burst_percent: 0,
             gang_percent: r.between(20, 60),
             gang_share_percent: r.between(20, 80),
             run_ms_max: r.between(2_000, 60_000),
@@ -288,6 +291,8 @@ impl Options {
             clients: 2,
             jobs: usize::try_from(r.between(25, 40)).unwrap_or(25),
             span_ms,
+            // Few jobs for the time: only those that come together want the same GPUs.
+            burst_percent: if r.percent(50) { r.between(20, 80) } else { 0 },
             run_ms_max: r.between(10_000, 900_000),
             // Long enough for leases to run out.
             cut_ms_max: r.between(10_000, 600_000),

@@ -16,6 +16,8 @@ pub const STILL_MS_MAX: u64 = 5 * 60_000;
 pub const FINISH_MS_MAX: u64 = 6 * 3_600_000;
 /// How long after the last job's end something may still be held.
 pub const LEFTOVER_MS_MAX: u64 = 5 * 60_000;
+/// How often it is asked whether all is over.
+const LOOK_MS: u64 = 250;
 
 /// How a run went.
 #[derive(Debug)]
@@ -89,12 +91,25 @@ pub fn finish(world: &mut World) -> Result<Vec<String>, Violation> {
         let moved_ms = world.moved_ms().max(since_ms);
         world.now_ms() > moved_ms + still_ms
     };
-    world.run_until(FINISH_MS_MAX, |world| world.is_over() || is_still(world))?;
+    let ended = |world: &World| world.is_over() || is_still(world);
+    world.run_until(FINISH_MS_MAX, now_and_then(ended))?;
     if !world.is_over() {
         return Ok(unfinished(world));
     }
-    world.run_until(LEFTOVER_MS_MAX, |world| world.leftovers().is_empty())?;
+    world.run_until(LEFTOVER_MS_MAX, now_and_then(|world| world.leftovers().is_empty()))?;
     Ok(world.leftovers())
+}
+
+/// `reached`, asked only as often as [`LOOK_MS`] says: it looks at the whole world.
+fn now_and_then(reached: impl Fn(&World) -> bool) -> impl FnMut(&World) -> bool {
+    let mut next_ms = 0;
+    move |world| {
+        if world.now_ms() < next_ms {
+            return false;
+        }
+        next_ms = world.now_ms() + LOOK_MS;
+        reached(world)
+    }
 }
 
 fn unfinished(world: &World) -> Vec<String> {

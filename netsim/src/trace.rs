@@ -4,10 +4,15 @@ use std::io::Write;
 
 use p2pit_protocol::JobId;
 
+/// How many bytes are hashed at once.
+const UNHASHED_BYTES: usize = 16 << 10;
+
 /// The hash of everything, and optionally its text.
 #[derive(Debug)]
 pub struct Trace {
     hasher: blake3::Hasher,
+    /// What is not hashed yet: many small pieces take far longer than one large one.
+    unhashed: Vec<u8>,
     lines: Option<Vec<Line>>,
 }
 
@@ -26,15 +31,20 @@ impl Trace {
     /// A trace, which keeps lines if `keep_lines`.
     #[must_use]
     pub fn new(keep_lines: bool) -> Self {
-        Self { hasher: blake3::Hasher::new(), lines: keep_lines.then(Vec::new) }
+        let (hasher, unhashed) = (blake3::Hasher::new(), Vec::with_capacity(2 * UNHASHED_BYTES));
+        Self { hasher, unhashed, lines: keep_lines.then(Vec::new) }
     }
 
     /// Take bytes into the hash, with a tag that says what they are.
     pub fn mix(&mut self, tag: &str, parts: &[&[u8]]) {
-        self.hasher.update(tag.as_bytes());
+        self.unhashed.extend_from_slice(tag.as_bytes());
         for part in parts {
-            self.hasher.update(&(part.len() as u64).to_le_bytes());
-            self.hasher.update(part);
+            self.unhashed.extend_from_slice(&(part.len() as u64).to_le_bytes());
+            self.unhashed.extend_from_slice(part);
+        }
+        if self.unhashed.len() >= UNHASHED_BYTES {
+            self.hasher.update(&self.unhashed);
+            self.unhashed.clear();
         }
     }
 
@@ -54,7 +64,7 @@ impl Trace {
     /// The hash so far, in hexadecimal.
     #[must_use]
     pub fn hash(&self) -> String {
-        self.hasher.finalize().to_hex().to_string()
+        self.hasher.clone().update(&self.unhashed).finalize().to_hex().to_string()
     }
 
     /// The lines kept.

@@ -105,6 +105,9 @@ impl Behaviour {
     }
 }
 
+/// How far apart two jobs of a burst come, at most.
+const BURST_GAP_MS: u64 = 300;
+
 /// All tasks, and which job is whose.
 #[derive(Debug, Default)]
 pub struct Workload {
@@ -126,6 +129,13 @@ impl Workload {
             if random.percent(options.retry_percent) {
                 let retries = u32::try_from(random.between(1, 3)).unwrap_or(1);
                 task.behaviour = task.behaviour.clone().retried(retries);
+            }
+        }
+        tasks.sort_by_key(|task| task.at_ms);
+        let mut random = Random::of(options.seed, "bursts");
+        for task in 1..tasks.len() {
+            if random.percent(options.burst_percent) {
+                tasks[task].at_ms = tasks[task - 1].at_ms + random.below(BURST_GAP_MS);
             }
         }
         tasks.sort_by_key(|task| task.at_ms);

@@ -819,8 +819,7 @@ impl World {
     }
 
     fn mix(&mut self, tag: &str, at: usize, parts: &[&[u8]]) {
-        let head = [self.now_ms.to_le_bytes(), (at as u64).to_le_bytes()].concat();
-        self.trace.mix(tag, &[&head]);
+        self.trace.mix(tag, &[&self.now_ms.to_le_bytes(), &(at as u64).to_le_bytes()]);
         self.trace.mix("", parts);
     }
 }

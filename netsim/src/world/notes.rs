@@ -54,7 +54,7 @@ impl World {
     /// How long a steward lets processes run, by what it tells their node.
     pub(super) fn note_grant(&mut self, at: usize, message: &Message) {
         let (asked, grants) = match message {
-            Message::Lease { asked, entries, .. } => (asked, &entries[..]),
+            Message::Lease { asked, entries } => (asked, &entries[..]),
             Message::Start(start) => {
                 let Start { job, attempt, binding, asked, .. } = start;
                 let first = LeaseGrant { job: *job, attempt: *attempt, binding: *binding };
