@@ -278,6 +278,7 @@ impl Options {
     pub fn long_all(seed: u64) -> Self {
         let mut random = Random::of(seed, "long");
         let r = &mut random;
+        let mut bursts = Random::of(seed, "long bursts");
         let (nodes, span_ms) = match r.below(10) {
             0 => (50, 30 * 60_000),
             1 | 2 => (20, 3_600_000),
@@ -292,7 +293,7 @@ impl Options {
             jobs: usize::try_from(r.between(25, 40)).unwrap_or(25),
             span_ms,
             // Few jobs for the time: only those that come together want the same GPUs.
-            burst_percent: if r.percent(50) { r.between(20, 80) } else { 0 },
+            burst_percent: if bursts.percent(50) { bursts.between(20, 80) } else { 0 },
             run_ms_max: r.between(10_000, 900_000),
             // Long enough for leases to run out.
             cut_ms_max: r.between(10_000, 600_000),

@@ -141,6 +141,21 @@ fn seed_10_to_accept_anothers_stewardship_renews_no_lease() {
     expect_fine(&Options::draw_all(10));
 }
 
+/// A keeper that ran a rank of a job that was over told itself so, was asked by itself who
+/// drives the job, and told itself again, for ever.
+#[test]
+fn seed_stress_100926_an_answer_leads_to_no_question() {
+    expect_fine(&Options::stress(100_926));
+}
+
+/// The same between nodes: a process that was to end asked for its lease whenever a keeper said
+/// that its job was over, and the keepers said so whenever it asked.
+#[test]
+fn seeds_long_100045_and_100202_what_is_over_needs_no_lease() {
+    expect_fine(&Options { burst_percent: 0, ..Options::long(100_045) });
+    expect_fine(&Options { burst_percent: 0, ..Options::long(100_202) });
+}
+
 fn expect_fine(options: &Options) {
     let report = run(options.clone(), false).unwrap();
     assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);

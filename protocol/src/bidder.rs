@@ -609,7 +609,7 @@ impl Bidder {
                     out.events.push_back(Event::Discard { id });
                     self.end(id, RankEnd::bare(Ending::NeverStarted, now.wall_ms), now, out);
                 }
-                Timer::Report(id) => self.send_end(id, now, out),
+                Timer::Report(id) => self.repeat_end(id, now, out),
                 Timer::Lease => self.ask_leases(now, out),
                 Timer::Standing => {
                     self.standing.expire(now);
@@ -1219,23 +1219,30 @@ impl Bidder {
         out.send(self.me, to, Message::Report(Box::new(report)));
     }
 
+    /// Report an ending, and again after a while unless it is acknowledged.
     fn send_end(&mut self, id: WorkId, now: Now, out: &mut Outbox) {
         let Some(unreported) = self.ends.get_mut(&id) else { return };
         unreported.repeats = unreported.repeats.saturating_add(1);
-        let (repeats, term) = (unreported.repeats, unreported.term);
-        let (steward, end) = (unreported.steward, unreported.end.clone());
-        let keepers = unreported.keepers.clone();
+        let (repeats, steward) = (unreported.repeats, unreported.steward);
+        let end = unreported.end.clone();
         self.report(id, steward, RankReport::Ended(end), out);
-        if repeats > REPORTS_ALONE {
-            // Whoever drives the job by now, or knows that it is over, says so.
-            let ask = LeaseAsk { job: id.job, attempt: id.attempt, term };
-            for keeper in keepers {
-                let ask = Message::AskLease { clock: self.clock(now), entries: vec![ask] };
-                out.send(self.me, keeper, ask);
-            }
-        }
         let pause_ms = REPORT_MS << repeats.saturating_sub(REPORTS_ALONE).min(4);
         self.timers.set(Timer::Report(id), now.after(pause_ms));
+    }
+
+    /// Nobody acknowledged an ending in time: report it again, and ask who drives the job by
+    /// now, or knows that it is over. Only time leads here: what the asked ones answer leads to
+    /// another report, which must not lead to another question.
+    fn repeat_end(&mut self, id: WorkId, now: Now, out: &mut Outbox) {
+        self.send_end(id, now, out);
+        let Some(unreported) = self.ends.get(&id) else { return };
+        if unreported.repeats > REPORTS_ALONE {
+            let ask = LeaseAsk { job: id.job, attempt: id.attempt, term: unreported.term };
+            for keeper in &unreported.keepers {
+                let ask = Message::AskLease { clock: self.clock(now), entries: vec![ask] };
+                out.send(self.me, *keeper, ask);
+            }
+        }
     }
 
     /// Repeat endings of an attempt; whether there are any.

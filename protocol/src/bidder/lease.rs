@@ -210,21 +210,18 @@ impl Bidder {
             return;
         }
         self.learn_term(job, body.term, now, out);
+        let mut news = false;
         for id in self.works_of_job(job) {
             let Some(work) = self.book.work.get_mut(&id) else { continue };
             let before = core::mem::replace(&mut work.steward, from);
             if before != from || work.term != body.term {
                 work.term = body.term;
+                news = true;
                 out.put(&id.slot(), work);
                 info!(%job, term = body.term, "another node drives the job now");
             }
             if before != from && self.is_buried(before, job, id.attempt) {
                 self.bury(from, job, id.attempt, now, out);
-            }
-            let lease = self.leases.get_mut(&id);
-            if let Some(lease) = lease {
-                // Its renewal is due at once: the new steward counts from what it gives.
-                lease.answered_ms = 0;
             }
             let wanted = !over
                 && id.attempt == body.attempt
@@ -257,7 +254,13 @@ impl Bidder {
         } else {
             self.resend_all_ends(job, now, out);
         }
-        if !self.works_of_job(job).is_empty() {
+        // Its renewal is due at once: the new steward counts from what it gives. Who tells of
+        // the job's end gives none, and would answer with the same again, at once.
+        let works = self.works_of_job(job);
+        if news && !over && !works.is_empty() {
+            for id in works {
+                self.leases.entry(id).and_modify(|lease| lease.answered_ms = 0);
+            }
             self.timers.set(Timer::Lease, now.boot_ms);
         }
     }
