@@ -156,6 +156,13 @@ fn seeds_long_100045_and_100202_what_is_over_needs_no_lease() {
     expect_fine(&Options { burst_percent: 0, ..Options::long(100_202) });
 }
 
+/// The one question for a lease before a cut of 140 s was lost, and not repeated for 25 s: the
+/// lease ended before the cut did.
+#[test]
+fn seed_long_100208_a_question_for_a_lease_is_soon_repeated() {
+    expect_fine(&Options { burst_percent: 0, ..Options::long(100_208) });
+}
+
 fn expect_fine(options: &Options) {
     let report = run(options.clone(), false).unwrap();
     assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);

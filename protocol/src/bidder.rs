@@ -1102,9 +1102,12 @@ impl Bidder {
         work.phase = Phase::Starting;
         out.put(&id.slot(), work);
         self.timers.cancel(&Timer::Start(id));
-        self.leases.insert(id, Lease::granted(until_ms, now));
-        if self.timers.due(&Timer::Lease).is_none() {
-            self.timers.set(Timer::Lease, now.after(LEASE_RENEW_MS));
+        let lease = Lease::granted(until_ms, now);
+        // The others of its gang may have taken long to prepare.
+        let renew_ms = lease.renew_ms().max(now.boot_ms);
+        self.leases.insert(id, lease);
+        if self.timers.due(&Timer::Lease).is_none_or(|due_ms| renew_ms < due_ms) {
+            self.timers.set(Timer::Lease, renew_ms);
         }
         let spec = work.spec.clone().map(|spec| (*spec).clone()).map(Box::new);
         let assignment = work.assignment.clone();

@@ -14,7 +14,10 @@ use crate::{
     sabotage::Rule,
 };
 
-/// How soon a lease is asked for again where nobody answered.
+/// How soon a lease is asked for again where nobody answered: at first, and when others were
+/// asked, too. One question that is lost must not make a cut of 150 s outlast the lease.
+const RETRY_SOON_MS: u64 = 4_000;
+/// See above.
 const RETRY_MS: u64 = 10_000;
 
 /// Permission for one process.
@@ -23,13 +26,19 @@ pub(super) struct Lease {
     /// When its supervisor ends it, on the boot clock, as it was last told; the outer `None`:
     /// not known since the daemon started.
     until_ms: Option<Option<u64>>,
-    /// When a steward last said that it may run on, on the boot clock.
+    /// When that was asked for which a steward last said that it may run on, on the boot clock.
     answered_ms: u64,
 }
 
 impl Lease {
-    pub(super) const fn granted(until_ms: Option<u64>, now: Now) -> Self {
-        Self { until_ms: Some(until_ms), answered_ms: now.boot_ms }
+    pub(super) fn granted(until_ms: Option<u64>, now: Now) -> Self {
+        let asked_ms = until_ms.map_or(now.boot_ms, |until_ms| until_ms.saturating_sub(LEASE_MS));
+        Self { until_ms: Some(until_ms), answered_ms: asked_ms }
+    }
+
+    /// When it is to be renewed, on the boot clock.
+    pub(super) const fn renew_ms(self) -> u64 {
+        self.answered_ms.saturating_add(LEASE_RENEW_MS)
     }
 }
 
@@ -60,19 +69,31 @@ impl Bidder {
     /// Ask stewards to let every process here run on; where one does not answer, its job's
     /// keepers may know another.
     pub(super) fn ask_leases(&mut self, now: Now, out: &mut Outbox) {
+        /// Since the last lease was asked for: when it may be renewed, and when somebody else
+        /// than the steward is asked.
+        const SOON_MS: u64 = LEASE_RENEW_MS / 2;
+        const SILENT_MS: u64 = LEASE_RENEW_MS + 2 * RETRY_SOON_MS - 1_000;
         let mut asks: BTreeMap<PeerId, Vec<LeaseAsk>> = BTreeMap::new();
-        let mut next_ms = LEASE_RENEW_MS;
-        let mut any = false;
+        let mut next_ms = None;
         for (id, work) in &self.book.work {
             if matches!(work.phase, Phase::Committed { .. }) {
                 continue;
             }
-            any = true;
+            let answered_ms = self.leases.get(id).map_or(0, |lease| lease.answered_ms);
+            let silent_ms = now.boot_ms.saturating_sub(answered_ms);
+            // What is due soon is asked for with what is due now.
+            let pause_ms = match silent_ms {
+                0..SOON_MS => LEASE_RENEW_MS - silent_ms,
+                SOON_MS..SILENT_MS => RETRY_SOON_MS,
+                _ => RETRY_MS,
+            };
+            next_ms = Some(next_ms.map_or(pause_ms, |next_ms: u64| next_ms.min(pause_ms)));
+            if silent_ms < SOON_MS {
+                continue;
+            }
             let ask = LeaseAsk { job: id.job, attempt: id.attempt, term: work.term };
             let mut to = vec![work.steward];
-            let answered_ms = self.leases.get(id).map_or(0, |lease| lease.answered_ms);
-            if answered_ms.saturating_add(LEASE_RENEW_MS + RETRY_MS / 2) < now.boot_ms {
-                next_ms = RETRY_MS;
+            if silent_ms >= SILENT_MS {
                 to.extend(work.keepers());
             }
             to.sort_unstable();
@@ -90,10 +111,9 @@ impl Bidder {
                 out.send(self.me, steward, ask);
             }
         }
-        if any {
-            self.timers.set(Timer::Lease, now.after(next_ms));
-        } else {
-            self.timers.cancel(&Timer::Lease);
+        match next_ms {
+            Some(next_ms) => self.timers.set(Timer::Lease, now.after(next_ms)),
+            None => self.timers.cancel(&Timer::Lease),
         }
     }
 
@@ -119,7 +139,7 @@ impl Bidder {
                 let until_ms = binding.then(|| asked.boot_ms.saturating_add(LEASE_MS));
                 let lease =
                     self.leases.entry(id).or_insert(Lease { until_ms: None, answered_ms: 0 });
-                lease.answered_ms = lease.answered_ms.max(now.boot_ms);
+                lease.answered_ms = lease.answered_ms.max(asked.boot_ms);
                 let news = match (lease.until_ms, until_ms) {
                     (Some(Some(known)), Some(until_ms)) => until_ms > known,
                     (known, until_ms) => known != Some(until_ms),
