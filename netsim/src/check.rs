@@ -130,6 +130,20 @@ pub fn all() -> Vec<Box<dyn Checker>> {
     ]
 }
 
+/// Those that a run of `options` is watched by, fresh.
+///
+/// # Panics
+/// No rule has the name of the only one to be watched.
+#[must_use]
+pub fn of(options: &Options) -> Vec<Box<dyn Checker>> {
+    let mut checkers = all();
+    if let Some(rule) = options.watched_rule {
+        checkers.retain(|checker| checker.rule() == rule);
+        assert!(!checkers.is_empty(), "no rule is called `{rule}`");
+    }
+    checkers
+}
+
 /// Let every checker look.
 ///
 /// # Errors

@@ -312,7 +312,7 @@ impl World {
             executors: Random::of(options.seed, "executors"),
             people: Random::of(options.seed, "people"),
             trace: Trace::new(keep_lines),
-            checkers: check::all(),
+            checkers: check::of(&options),
             options,
             machines,
             pool,

@@ -51,6 +51,7 @@ stories! {
     steward_dies_replacing_a_keeper,
     submission_retried,
     two_reconfigurations_race,
+    two_take_over_at_once,
     worker_dies_continue,
     worker_dies_lost_after,
     worker_dies_restart,

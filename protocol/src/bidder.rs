@@ -1100,7 +1100,9 @@ impl Bidder {
     ) {
         let Some(work) = self.book.work.get_mut(&id) else { return };
         work.phase = Phase::Starting;
-        out.put(&id.slot(), work);
+        if self.sabotage.holds(Rule::StartIsWritten) {
+            out.put(&id.slot(), work);
+        }
         self.timers.cancel(&Timer::Start(id));
         self.leases.insert(id, Lease::granted(until_ms, now));
         if self.timers.due(&Timer::Lease).is_none() {
