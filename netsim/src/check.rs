@@ -125,7 +125,7 @@ pub fn all() -> Vec<Box<dyn Checker>> {
         Box::new(x6::LeasesEnd),
         Box::new(d1::SubmittedIsSafe),
         Box::new(partition::PartitionsKillNothing),
-        Box::new(w2::BoundsHold),
+        Box::new(w2::BoundsHold::default()),
         Box::new(answers::AnswersHold),
     ]
 }

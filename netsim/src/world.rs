@@ -443,6 +443,8 @@ impl World {
             let (holds, work) = peer.book();
             left.extend(holds.map(|hold| format!("{name} holds {:?} for {:?}", hold.id, hold.key)));
             left.extend(work.map(|work| format!("{name} has {:?} at {:?}", work.id, work.phase)));
+            let standing = peer.node_view().standing;
+            left.extend(standing.iter().map(|key| format!("{name} lets {key:?} wait")));
             if peer.driven() > 0 {
                 left.push(format!("{name} drives {} jobs", peer.driven()));
             }

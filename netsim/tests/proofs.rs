@@ -11,8 +11,10 @@ use p2pit_netsim::{
     check::Violation,
     run,
     scenario::{load, play, play::RULE as STORY},
+    workload::{Behaviour, WARM_UP_MS},
+    world::{Treatment, World},
 };
-use p2pit_protocol::sabotage::Rule;
+use p2pit_protocol::{job::State, message::Message, request::Request, sabotage::Rule};
 
 /// Seeds tried before a rule counts as not missed by anybody.
 const SEEDS: u64 = 12;
@@ -125,6 +127,39 @@ fn without_leases_that_bind_a_process_runs_past_its_own() {
 #[test]
 fn without_a_second_copy_of_its_inputs_a_job_is_called_submitted() {
     prove(Rule::InputsOnTwoNodes, "D1", Options::stress_all);
+}
+
+#[test]
+fn without_an_end_to_their_time_calls_of_jobs_that_ended_stand_for_ever() {
+    let notice = |removed_rule| {
+        let options = Options::calm(1, &["1xgtx1070", "1xv100"]);
+        let mut world = World::new(Options { removed_rule, ..options }, false).unwrap();
+        world.run_until(WARM_UP_MS, |_| false)?;
+        let endless = |world: &mut World| {
+            world.submit(0, Request::parse("[v100]").unwrap(), Behaviour::endless())
+        };
+        let first = endless(&mut world);
+        let runs = |world: &World| world.state_of(first) == Some(State::Running);
+        assert!(world.run_until(60_000, runs)?);
+        let second = endless(&mut world);
+        let waits = |world: &World| world.leftovers().iter().any(|left| left.ends_with(" wait"));
+        assert!(world.run_until(60_000, waits)?);
+        // Its owner gives it up, and the bidder never hears of that.
+        world.intercept(|letter| match letter.message {
+            Message::Release { .. } => Treatment::Lose,
+            _ => Treatment::AsDrawn,
+        });
+        world.stop(second);
+        assert!(world.run_until(60_000, |world| world.state_of(second) == Some(State::Done))?);
+        world.run_until(60_000, |_| false)?;
+        assert!(waits(&world), "it was told in another way");
+        world.run_until(30 * 60_000, |_| false)?;
+        assert!(!waits(&world), "a call stands, and nobody noticed");
+        Ok(())
+    };
+    assert_eq!(notice(None), Ok(()));
+    let Violation { rule, .. } = notice(Some(Rule::CallsExpire)).unwrap_err();
+    assert_eq!(rule, "W2");
 }
 
 #[test]

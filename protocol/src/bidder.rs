@@ -683,7 +683,9 @@ impl Bidder {
         }
         bid.decline = Some(self.decline(call.key, &missing));
         if call.standing && bid.decline.as_ref().is_some_and(|d| self.may_appear(d, &missing)) {
-            let standing = StandingCall::new(from, call.clone(), now);
+            let expires = self.sabotage.holds(Rule::CallsExpire);
+            let since = if expires { now } else { Now { boot_ms: u64::MAX, ..now } };
+            let standing = StandingCall::new(from, call.clone(), since);
             match self.standing.keep(standing) {
                 Ok(pushed_out) => {
                     bid.standing = true;

@@ -11,6 +11,8 @@ pub enum Rule {
     CommitNeedsCertificate,
     /// A hold ends at its expiry. (G4)
     HoldsExpire,
+    /// A call stands only for its time. (W2)
+    CallsExpire,
     /// Only holds are wounded, never pins. (Q2)
     PinsAreNotWounded,
     /// A rank is started only when the steward says so. (X2)
@@ -51,10 +53,11 @@ pub enum Rule {
 
 impl Rule {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::TakenIsNotFree,
         Self::CommitNeedsCertificate,
         Self::HoldsExpire,
+        Self::CallsExpire,
         Self::PinsAreNotWounded,
         Self::StartOnlyWhenTold,
         Self::GangStartsWhole,
