@@ -213,6 +213,7 @@ enum Occurrence {
     Crash { at: usize, down: Down, down_ms: u64 },
     Start { at: usize },
     Wipe { at: usize, down_ms: u64 },
+    HandOver { at: usize, until_ms: u64, idle: u32, down_ms: Option<u64> },
     Still { at: usize, still: Still, for_ms: u64 },
     Wake { at: usize },
     Fill { at: usize, for_ms: u64 },
@@ -252,6 +253,7 @@ impl Occurrence {
             | Self::Started { at, .. }
             | Self::Gather { at, .. }
             | Self::Gathered { at, .. }
+            | Self::HandOver { at, .. }
             | Self::Foreign { at, .. }
             | Self::ForeignEnds { at, .. } => Some((*at, Whose::Daemon)),
             Self::Spawned { at, .. }
@@ -507,6 +509,9 @@ impl World {
                 }
             }
             Occurrence::Wipe { at, down_ms } => self.wipe(at, down_ms),
+            Occurrence::HandOver { at, until_ms, idle, down_ms } => {
+                self.hand_over(at, until_ms, idle, down_ms);
+            }
             Occurrence::Still { at, still, for_ms } => self.stand_still(at, still, for_ms),
             Occurrence::Wake { at } => self.awake(at),
             Occurrence::Fill { at, for_ms } => self.fill_disk(at, for_ms),

@@ -37,8 +37,10 @@ macro_rules! stories {
 }
 
 stories! {
+    clock_five_percent_off,
     fast_clock,
     half_the_pool_leaves,
+    half_the_pool_leaves_politely,
     keeper_replaced_during_takeover,
     laptop_closes,
     partition_100s,
