@@ -125,9 +125,23 @@ pub fn all() -> Vec<Box<dyn Checker>> {
         Box::new(x6::LeasesEnd),
         Box::new(d1::SubmittedIsSafe),
         Box::new(partition::PartitionsKillNothing),
-        Box::new(w2::BoundsHold),
+        Box::new(w2::BoundsHold::default()),
         Box::new(answers::AnswersHold),
     ]
+}
+
+/// Those that a run of `options` is watched by, fresh.
+///
+/// # Panics
+/// No rule has the name of the only one to be watched.
+#[must_use]
+pub fn of(options: &Options) -> Vec<Box<dyn Checker>> {
+    let mut checkers = all();
+    if let Some(rule) = options.watched_rule {
+        checkers.retain(|checker| checker.rule() == rule);
+        assert!(!checkers.is_empty(), "no rule is called `{rule}`");
+    }
+    checkers
 }
 
 /// Let every checker look.

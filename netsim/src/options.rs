@@ -29,6 +29,8 @@ options! {
     seed: u64,
     /// A rule that is left out, to see that its checker notices.
     removed_rule: Option<Rule>,
+    /// The only rule that is watched, by its name; every one without it.
+    watched_rule: Option<&'static str>,
     /// Nodes that offer GPUs.
     nodes: usize,
     /// Nodes that only submit.
@@ -178,6 +180,7 @@ impl Options {
         Self {
             seed,
             removed_rule: None,
+            watched_rule: None,
             nodes: 10,
             clients: 2,
             users: 3,

@@ -213,6 +213,7 @@ enum Occurrence {
     Crash { at: usize, down: Down, down_ms: u64 },
     Start { at: usize },
     Wipe { at: usize, down_ms: u64 },
+    HandOver { at: usize, until_ms: u64, idle: u32, down_ms: Option<u64> },
     Still { at: usize, still: Still, for_ms: u64 },
     Wake { at: usize },
     Fill { at: usize, for_ms: u64 },
@@ -252,6 +253,7 @@ impl Occurrence {
             | Self::Started { at, .. }
             | Self::Gather { at, .. }
             | Self::Gathered { at, .. }
+            | Self::HandOver { at, .. }
             | Self::Foreign { at, .. }
             | Self::ForeignEnds { at, .. } => Some((*at, Whose::Daemon)),
             Self::Spawned { at, .. }
@@ -312,7 +314,7 @@ impl World {
             executors: Random::of(options.seed, "executors"),
             people: Random::of(options.seed, "people"),
             trace: Trace::new(keep_lines),
-            checkers: check::all(),
+            checkers: check::of(&options),
             options,
             machines,
             pool,
@@ -443,6 +445,8 @@ impl World {
             let (holds, work) = peer.book();
             left.extend(holds.map(|hold| format!("{name} holds {:?} for {:?}", hold.id, hold.key)));
             left.extend(work.map(|work| format!("{name} has {:?} at {:?}", work.id, work.phase)));
+            let standing = peer.node_view().standing;
+            left.extend(standing.iter().map(|key| format!("{name} lets {key:?} wait")));
             if peer.driven() > 0 {
                 left.push(format!("{name} drives {} jobs", peer.driven()));
             }
@@ -505,6 +509,9 @@ impl World {
                 }
             }
             Occurrence::Wipe { at, down_ms } => self.wipe(at, down_ms),
+            Occurrence::HandOver { at, until_ms, idle, down_ms } => {
+                self.hand_over(at, until_ms, idle, down_ms);
+            }
             Occurrence::Still { at, still, for_ms } => self.stand_still(at, still, for_ms),
             Occurrence::Wake { at } => self.awake(at),
             Occurrence::Fill { at, for_ms } => self.fill_disk(at, for_ms),

@@ -436,6 +436,48 @@ fn a_job_that_never_ends_counts_as_lack_of_progress_and_so_does_what_is_left() {
 }
 
 #[test]
+fn a_steward_whose_boot_clock_jumps_is_silent_until_it_is_heard_again() {
+    for by_ms in [30_000, -5_000] {
+        let mut world = pool(1, &["1xgtx1070", "2xv100", "2xv100"]);
+        let gang = world.submit(STEWARD, Request::parse("4:[v100]").unwrap(), Behaviour::endless());
+        reach(&mut world, gang, State::Running);
+        let job = world.workload.tasks[gang].job.unwrap();
+        pass(&mut world, 60_000);
+        assert_eq!(world.counts.silences, 0);
+        world.step_boot_clock(STEWARD, by_ms);
+        let silent = |world: &World| world.counts.silences == 1;
+        assert!(world.run_until(15_000, silent).unwrap(), "{by_ms} ms were not noticed");
+        let acts = |world: &World| world.ledger.acting.contains_key(&job);
+        assert!(world.run_until(5_000, acts).unwrap(), "{by_ms} ms were the end of it");
+        pass(&mut world, 60_000);
+        assert_eq!((world.counts.silences, world.counts.takeovers), (1, 0));
+        world.stop(gang);
+        end(&mut world);
+    }
+}
+
+#[test]
+fn a_boot_clock_that_is_far_off_silences_its_steward_and_five_percent_touch_nothing() {
+    for (drift_ppm, is_noticed) in
+        [(50_000, false), (-50_000, false), (400_000, true), (-400_000, true)]
+    {
+        let mut world = pool(1, &["1xgtx1070", "2xv100", "2xv100"]);
+        let gang = submit(&mut world, STEWARD, "4:[v100]", 1);
+        world.workload.tasks[gang].behaviour = Behaviour::endless();
+        reach(&mut world, gang, State::Running);
+        world.set_boot_drift(STEWARD, drift_ppm);
+        pass(&mut world, 300_000);
+        assert_eq!(world.counts.silences > 0, is_noticed, "{drift_ppm} ppm");
+        let job = world.workload.tasks[gang].job.unwrap();
+        assert_eq!(world.ledger.live(job).count(), 4, "{drift_ppm} ppm");
+        world.set_boot_drift(STEWARD, 0);
+        world.stop(gang);
+        end(&mut world);
+        assert_eq!(world.counts.lease_ends, 0, "{drift_ppm} ppm");
+    }
+}
+
+#[test]
 fn a_node_that_is_no_member_any_more_waits_quietly() {
     let mut world = World::new(Options::calm(1, &["1xv100", "1xv100"]), false).unwrap();
     world.machines[1].journal.clear();

@@ -37,8 +37,10 @@ macro_rules! stories {
 }
 
 stories! {
+    clock_five_percent_off,
     fast_clock,
     half_the_pool_leaves,
+    half_the_pool_leaves_politely,
     keeper_replaced_during_takeover,
     laptop_closes,
     partition_100s,
@@ -51,6 +53,7 @@ stories! {
     steward_dies_replacing_a_keeper,
     submission_retried,
     two_reconfigurations_race,
+    two_take_over_at_once,
     worker_dies_continue,
     worker_dies_lost_after,
     worker_dies_restart,

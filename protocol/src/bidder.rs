@@ -683,7 +683,9 @@ impl Bidder {
         }
         bid.decline = Some(self.decline(call.key, &missing));
         if call.standing && bid.decline.as_ref().is_some_and(|d| self.may_appear(d, &missing)) {
-            let standing = StandingCall::new(from, call.clone(), now);
+            let expires = self.sabotage.holds(Rule::CallsExpire);
+            let since = if expires { now } else { Now { boot_ms: u64::MAX, ..now } };
+            let standing = StandingCall::new(from, call.clone(), since);
             match self.standing.keep(standing) {
                 Ok(pushed_out) => {
                     bid.standing = true;
@@ -1100,7 +1102,9 @@ impl Bidder {
     ) {
         let Some(work) = self.book.work.get_mut(&id) else { return };
         work.phase = Phase::Starting;
-        out.put(&id.slot(), work);
+        if self.sabotage.holds(Rule::StartIsWritten) {
+            out.put(&id.slot(), work);
+        }
         self.timers.cancel(&Timer::Start(id));
         let lease = Lease::granted(until_ms, now);
         // The others of its gang may have taken long to prepare.

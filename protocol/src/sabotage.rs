@@ -11,6 +11,8 @@ pub enum Rule {
     CommitNeedsCertificate,
     /// A hold ends at its expiry. (G4)
     HoldsExpire,
+    /// A call stands only for its time. (W2)
+    CallsExpire,
     /// Only holds are wounded, never pins. (Q2)
     PinsAreNotWounded,
     /// A rank is started only when the steward says so. (X2)
@@ -19,7 +21,11 @@ pub enum Rule {
     GangStartsWhole,
     /// Nothing depends on anything but inputs and seed. (W3)
     OnlySeededRandomness,
-    /// An acceptor accepts nothing below what it promised. (R1, R2)
+    /// No two proposers have a ballot in common. (R1)
+    BallotsDiffer,
+    /// A proposer goes on from what was accepted last. (R2)
+    LastAcceptedWins,
+    /// An acceptor accepts nothing below what it promised. (R5)
     AcceptNeedsPromise,
     /// A promise never falls. (R5)
     PromiseIsKept,
@@ -37,6 +43,8 @@ pub enum Rule {
     LeaseBinds,
     /// A rank is run again only when the last run has surely ended. (X1)
     RerunWaitsForLease,
+    /// That a rank is started is durable before it is. (X3)
+    StartIsWritten,
     /// A result is taken only from the node and attempt that the record names. (X5)
     ResultNamesAttempt,
     /// A job counts as submitted once its inputs are on two nodes. (D1)
@@ -45,14 +53,17 @@ pub enum Rule {
 
 impl Rule {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 22] = [
         Self::TakenIsNotFree,
         Self::CommitNeedsCertificate,
         Self::HoldsExpire,
+        Self::CallsExpire,
         Self::PinsAreNotWounded,
         Self::StartOnlyWhenTold,
         Self::GangStartsWhole,
         Self::OnlySeededRandomness,
+        Self::BallotsDiffer,
+        Self::LastAcceptedWins,
         Self::AcceptNeedsPromise,
         Self::PromiseIsKept,
         Self::SealEndsEpoch,
@@ -62,6 +73,7 @@ impl Rule {
         Self::TermCounts,
         Self::LeaseBinds,
         Self::RerunWaitsForLease,
+        Self::StartIsWritten,
         Self::ResultNamesAttempt,
         Self::InputsOnTwoNodes,
     ];

@@ -115,6 +115,8 @@ pub struct Step {
     pub crash: Option<Deed>,
     /// The machine dies with everything that runs on it, and keeps its disk.
     pub reboot: Option<Deed>,
+    /// The daemon hands over what it drives, and the machine is switched off.
+    pub leave: Option<Deed>,
     /// What is down comes back now.
     pub start: Option<Deed>,
     /// The machine dies and comes back without its disk's content.

@@ -286,6 +286,7 @@ impl<'v> Play<'v> {
         match name {
             "crash" => world.crash(at, Down::Daemon, lasts_ms),
             "reboot" => world.crash(at, Down::Machine, lasts_ms),
+            "leave" => world.leave(at, lasts_ms),
             "start" => world.start(at),
             "empty-disk" => world.crash_and_wipe(at, for_ms),
             "backup" => {

@@ -357,8 +357,16 @@ impl<'t> Checker<'t> {
             true => Err(self.reader.wrong(&field.key(key), format!("`{name}` has no such field"))),
             false => Ok(()),
         };
-        let comes_back =
-            ["crash", "reboot", "empty-disk", "restored-disk", "cloned-disk", "suspend", "pause"];
+        let comes_back = [
+            "crash",
+            "reboot",
+            "leave",
+            "empty-disk",
+            "restored-disk",
+            "cloned-disk",
+            "suspend",
+            "pause",
+        ];
         fits(deed.lasts.is_some(), "for", &comes_back)?;
         fits(deed.of.is_some(), "of", &["cloned-disk"])?;
         for (given, key) in of_clock(deed) {
@@ -531,6 +539,7 @@ pub(super) fn deeds(step: &Step) -> impl Iterator<Item = (&'static str, &Deed)> 
     let all = [
         ("crash", &step.crash),
         ("reboot", &step.reboot),
+        ("leave", &step.leave),
         ("start", &step.start),
         ("empty-disk", &step.empty_disk),
         ("backup", &step.backup),

@@ -19,6 +19,12 @@ use crate::{
 /// How long a daemon may stand still before others take it for gone.
 const STILL_NOTICED_MS: u64 = 20_000;
 
+/// How long a daemon that ends in good order tries to hand over what it drives; how often it
+/// looks, and how often it does where nothing is under way: as the real one.
+const HAND_OVER_WITHIN_MS: u64 = 3_000;
+const HAND_OVER_POLL_MS: u64 = 50;
+const HAND_OVER_TRIES: u32 = 10;
+
 /// How long what has no end counts as trouble.
 const NO_END_MS: u64 = 1 << 40;
 
@@ -224,6 +230,27 @@ impl World {
         }
         if let Some(down_ms) = down_ms {
             self.after(down_ms, Occurrence::Start { at });
+        }
+    }
+
+    /// The daemon of a machine hands over what it drives, and then the machine is switched off,
+    /// to come back `down_ms` later, if it is to.
+    pub fn leave(&mut self, at: usize, down_ms: Option<u64>) {
+        if self.healed_ms.is_none() {
+            let until_ms = self.now_ms + HAND_OVER_WITHIN_MS;
+            self.after(0, Occurrence::HandOver { at, until_ms, idle: 0, down_ms });
+        }
+    }
+
+    pub(super) fn hand_over(&mut self, at: usize, until_ms: u64, idle: u32, down_ms: Option<u64>) {
+        let handed = self.with_daemon(at, Peer::hand_over);
+        let left = self.machines[at].daemon.as_ref().map_or(0, Peer::driven);
+        let idle = if handed.is_some_and(|under_way| under_way > 0) { 0 } else { idle + 1 };
+        if left == 0 || idle == HAND_OVER_TRIES || self.now_ms >= until_ms {
+            self.crash(at, Down::Machine, down_ms);
+        } else {
+            let next = Occurrence::HandOver { at, until_ms, idle, down_ms };
+            self.after(HAND_OVER_POLL_MS, next);
         }
     }
 

@@ -104,6 +104,7 @@ impl Proposer {
     /// Nothing to do yet, among `keepers`.
     #[must_use]
     pub fn new(me: StoreId, keepers: Vec<Keeper>, sabotage: Sabotage) -> Self {
+        let me = if sabotage.holds(Rule::BallotsDiffer) { me } else { Ballot::ZERO.store };
         Self {
             me,
             keepers,
@@ -307,7 +308,11 @@ impl Proposer {
         promises: &BTreeMap<StoreId, Promise>,
         now_ms: u64,
     ) -> Option<End> {
-        let highest = promises.values().max_by_key(|promise| promise.accepted)?;
+        let highest = if self.sabotage.holds(Rule::LastAcceptedWins) {
+            promises.values().max_by_key(|promise| promise.accepted)?
+        } else {
+            promises.values().min_by_key(|promise| promise.accepted)?
+        };
         let Ok(value) = wire::decode::<Value>(&highest.value_bytes) else {
             return self.finish(false, None);
         };
