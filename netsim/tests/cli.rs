@@ -22,6 +22,19 @@ fn two_processes_print_the_same_but_for_their_speed_for_one_seed() {
 }
 
 #[test]
+fn a_seed_that_leaves_out_a_group_of_faults_has_all_where_that_is_asked_for() {
+    let options = |args: &[&str]| {
+        let run = ["run", "--seed", "3", "--stress", "--tasks", "1"];
+        text(&netsim(&[&run, args].concat()))
+    };
+    let (some, all) = (options(&[]), options(&["--every-fault"]));
+    let is_absent = |lines: &str, name| lines.contains(&format!("\n{name} 0\n"));
+    let groups = ["loss_permille", "gossip_loss_permille", "drift_ppm_max", "skew_ms_max"];
+    assert!(groups.iter().any(|name| is_absent(&some, name)), "{some}");
+    assert!(!groups.iter().any(|name| is_absent(&all, name)), "{all}");
+}
+
+#[test]
 fn a_broken_rule_is_shown_with_the_last_events_of_its_job_and_exits_with_3() {
     let shown = netsim(&["run", "--seed", "1", "--stress", "--without", "TakenIsNotFree"]);
     assert_eq!(shown.status.code(), Some(3));

@@ -163,6 +163,13 @@ fn seed_long_100208_a_question_for_a_lease_is_soon_repeated() {
     expect_fine(&Options { burst_percent: 0, ..Options::long(100_208) });
 }
 
+/// A job had ended, two of its three keepers lost their disks, and a node that had a rank of an
+/// attempt given up waited for ever to be told: more than is promised, so no such disk is lost.
+#[test]
+fn seed_stress_773_who_waits_for_an_answer_keeps_somebody_who_can_give_it() {
+    expect_fine(&Options::stress(773));
+}
+
 fn expect_fine(options: &Options) {
     let report = run(options.clone(), false).unwrap();
     assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);

@@ -1,11 +1,12 @@
 //! What goes wrong: crashes, cuts, other people's processes. And the end of it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use p2pit_protocol::{
     JobId, Peer, StoreId,
     peer::Slot,
     record::{Keeper, quorum_of},
+    wire,
 };
 
 use super::{Occurrence, World};
@@ -284,9 +285,15 @@ impl World {
                     && machine.journal.contains_key(&slot)
             })
         };
-        let open = self.ledger.open.iter();
+        // Of a job that ended somebody may still have a rank, and waits to be told.
+        let slots = self.machines.iter().flat_map(|machine| machine.journal.keys());
+        let waiting = slots.filter_map(|key| match wire::decode(key) {
+            Ok(Slot::Work(job, ..) | Slot::End(job, ..)) => Some(job),
+            _ => None,
+        });
+        let jobs: BTreeSet<JobId> = self.ledger.open.iter().copied().chain(waiting).collect();
         let mut registers =
-            open.filter_map(|job| Some((job, self.ledger.registers.get(job)?.keepers())));
+            jobs.iter().filter_map(|job| Some((job, self.ledger.registers.get(job)?.keepers())));
         let survive = registers.all(|(job, keepers)| {
             let left = keepers.iter().filter(|keeper| keeps(job, keeper)).count();
             left >= quorum_of(keepers.len())
