@@ -155,6 +155,7 @@ fn of_node(peer: p2pit_protocol::PeerId, addrs: &[SocketAddr], max: usize) -> Ve
 
 #[cfg(test)]
 mod tests {
+    use p2pit_node::api::types::Journalled;
     use p2pit_protocol::{
         StoreId, UserId, identity::PublicKey, inventory::Capacity, roster::DeviceId, roster::Leave,
     };
@@ -188,6 +189,7 @@ mod tests {
             isolation: String::new(),
             locked_gpus: Vec::new(),
             wall_ms: 0,
+            journal: Journalled { entries: 0, fsyncs: 0 },
             warnings: Vec::new(),
         }
     }

@@ -457,10 +457,9 @@ fn a_steward_whose_boot_clock_jumps_is_silent_until_it_is_heard_again() {
 }
 
 #[test]
-fn a_boot_clock_that_is_far_off_silences_its_steward_and_five_percent_touch_nothing() {
-    for (drift_ppm, is_noticed) in
-        [(50_000, false), (-50_000, false), (400_000, true), (-400_000, true)]
-    {
+fn a_boot_clock_that_is_five_percent_off_is_noticed_and_touches_no_process() {
+    let rates = [10_000, 50_000, 400_000].map(|ppm| [(ppm, ppm > 10_000), (-ppm, ppm > 10_000)]);
+    for (drift_ppm, is_noticed) in rates.into_iter().flatten() {
         let mut world = pool(1, &["1xgtx1070", "2xv100", "2xv100"]);
         let gang = submit(&mut world, STEWARD, "4:[v100]", 1);
         world.workload.tasks[gang].behaviour = Behaviour::endless();

@@ -57,7 +57,7 @@ use crate::{
     executor::{Executor, Isolation, SupervisorCommand},
     gpu::{GpuLock, GpuLocks, GpuMonitor, GpuReading, GpuSource, Health, foreign_use},
     home::{Home, KeyKind, Ports, load_or_create_key},
-    journal::{Entries, JournalHandle},
+    journal::{self, Entries, JournalHandle},
     network::{Network, NetworkConfig},
     store::{PeerEntry, Store},
     transfer::{
@@ -109,6 +109,7 @@ pub(crate) struct Shared {
     /// Wakes who waits for something that others say, or for their coming.
     pub(crate) heard: Notify,
     pub(crate) shutdown: Notify,
+    pub(crate) journal: Arc<journal::Counts>,
     on_demand: bool,
     inputs: mpsc::Sender<Input>,
     members: Arc<RwLock<BTreeSet<PeerId>>>,
@@ -227,6 +228,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         reach_changed: Notify::new(),
         heard: Notify::new(),
         shutdown: Notify::new(),
+        journal: journal.counts(),
         on_demand,
         inputs,
         members,

@@ -57,7 +57,7 @@ use self::{
     snapshot::{CopyError, Copying},
 };
 
-pub use self::handle::{JournalHandle, JournalThread};
+pub use self::handle::{Counts, JournalHandle, JournalThread};
 
 /// An upsert of `key`, or its removal where there is no value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -170,8 +170,8 @@ impl Journal {
     /// new id. `keep` gets what can still be read of the old one, some of it outdated, and
     /// returns the entries that hold whatever was lost: the new store begins with these.
     ///
-    /// The old files stay beside it as `damaged.<n>`, for whoever wants to look; a note
-    /// says where. A crash on the way leaves either the damaged journal or the new one.
+    /// The old files stay beside it as `damaged.<n>`, for whoever wants to look, the newest
+    /// five of them; a note says where. A crash on the way leaves either the damaged journal or the new one.
     pub fn reset_as_new_store(
         directory: &Path,
         keep: impl FnOnce(Entries) -> Entries,
@@ -467,6 +467,8 @@ const FIRST_GENERATION: u64 = 1;
 const LOG_PREFIX: &str = "log.";
 const NEW_LOG: &str = "log.new";
 const SET_ASIDE_PREFIX: &str = "damaged.";
+/// Files set aside that stay; those before them are removed.
+const SET_ASIDE_MAX: usize = 5;
 
 impl Limits {
     fn snapshot_at(&self, live_bytes: u64) -> u64 {
@@ -545,21 +547,35 @@ fn clear_away(disk: &mut dyn Disk, name: &str, store_id: StoreId) -> io::Result<
         disk.remove(name)?;
         return Ok(None);
     }
-    let names = disk.list()?;
-    let mut free = (1_u64..).map(|n| format!("{SET_ASIDE_PREFIX}{n}"));
-    let Some(aside) = free.find(|it| !names.contains(it)) else { return Ok(None) };
+    let mut earlier: Vec<u64> = disk.list()?.iter().filter_map(|it| set_aside(it)).collect();
+    earlier.sort_unstable();
+    let next = earlier.last().map_or(1, |last| last.saturating_add(1));
+    let aside = set_aside_name(next);
     disk.rename(name, &aside)?;
+    // Only now, so that no crash leaves fewer.
     disk.sync_dir()?;
+    for old in earlier.iter().rev().skip(SET_ASIDE_MAX - 1) {
+        disk.remove(&set_aside_name(*old))?;
+    }
     Ok(Some(format!(
         "the journal was damaged, so what this node had promised to others is not known any \
          more: it goes on as another store, without the jobs it kept and ran; the damaged file \
-         is kept as {}",
+         is kept as {}, until there are {SET_ASIDE_MAX} newer ones",
         disk.path(&aside).display()
     )))
 }
 
 fn log_name(generation: u64) -> String {
     format!("{LOG_PREFIX}{generation}")
+}
+
+fn set_aside_name(n: u64) -> String {
+    format!("{SET_ASIDE_PREFIX}{n}")
+}
+
+fn set_aside(name: &str) -> Option<u64> {
+    let n = name.strip_prefix(SET_ASIDE_PREFIX)?.parse().ok()?;
+    (set_aside_name(n) == name).then_some(n)
 }
 
 fn generation(name: &str) -> Option<u64> {

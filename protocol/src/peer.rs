@@ -233,6 +233,8 @@ pub struct Peer {
     shy_until_ms: Option<u64>,
     /// The clocks as they stood at the last call.
     last_now: Option<Now>,
+    /// The clocks as they stood when their rates were last compared.
+    clocks_since: Now,
     /// Statements from the journal, until all are there.
     unplaced: Vec<SignedBytes>,
 }
@@ -283,6 +285,7 @@ impl Peer {
             births: BTreeMap::new(),
             shy_until_ms: None,
             last_now: None,
+            clocks_since: Now { boot_ms: 0, wall_ms: 0 },
             refused: BTreeMap::new(),
             timers: Timers::default(),
             out: Outbox::default(),

@@ -57,7 +57,11 @@ fn a_node_whose_journal_is_lost_ends_what_ran_and_joins_again() {
     let (log, bytes) = log_of(node);
     fs::write(&log, &bytes[..20]).unwrap();
 
-    // Without a ticket it would found a pool, as in any home that is in none.
+    // Without a ticket it would be alone in a pool of its own; the second time, too.
+    for _ in 0..2 {
+        let parts = ["was in a pool", "p2pit join TICKET", "p2pit join --found"];
+        node.p2pit(&["join", "--detach"]).refused(1, &parts);
+    }
     node.p2pit(&["join", &other.invite(), "--detach"]).ended(0);
 
     assert!(warnings(&node.me()).iter().any(|it| it.contains("join again with a ticket")));

@@ -405,6 +405,7 @@ impl Newcomer<'_> {
 
     async fn found(&self, client: &Client, me: &Me, wish: &Wish) -> anyhow::Result<Me> {
         if !wish.found {
+            self.refuse_lost_pool()?;
             self.refuse_peers()?;
             self.look_around(client).await?;
         }
@@ -428,6 +429,25 @@ impl Newcomer<'_> {
                 .map_err(|e| Problem::request(e.to_string()))?,
         };
         client.post(path::FOUND, &found).await
+    }
+
+    /// Whoever starts a node again means its pool, even where its roster was lost with the
+    /// journal.
+    fn refuse_lost_pool(&self) -> anyhow::Result<()> {
+        if !self.home.is_member() {
+            return Ok(());
+        }
+        let home = self.home.path().display();
+        let message = format!(
+            "the node of {home} was in a pool, and its journal, which was damaged or lost, no \
+             longer says in which"
+        );
+        Err(Problem::request(message)
+            .hint(
+                "join again with `p2pit join TICKET`: `p2pit invite` makes a ticket at any other \
+                 node of the pool; `p2pit join --found` founds a separate pool",
+            )
+            .into())
     }
 
     /// Whoever names a node to try means its pool, not one of their own.

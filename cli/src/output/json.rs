@@ -40,6 +40,7 @@ impl Format for Json {
             isolation,
             locked_gpus,
             wall_ms,
+            journal,
             warnings,
         } = me;
         let pool = pool.as_ref().map(|PoolInfo { id, name, nodes, users }| {
@@ -78,6 +79,7 @@ impl Format for Json {
             "isolation": isolation,
             "locked_gpus": locked_gpus,
             "time": iso8601(*wall_ms),
+            "journal": journal,
             "warnings": warnings,
         }))
     }

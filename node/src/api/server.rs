@@ -40,9 +40,9 @@ use tracing::warn;
 
 use super::types::{
     Answer, ApiError, Ask, Audience, DraftReply, DraftRequest, Fetch, Files, Found, HandedOver,
-    JobFiles, Join, LanNode, Log, Me, NodeInfo, Plan, Planned, PoolInfo, Pull, PullEvent, Recover,
-    Resolve, Resolved, Submit, SubmitEvent, Survey, Surveyed, Unsatisfiable, Uploaded, UserInfo,
-    Watch, path,
+    JobFiles, Join, Journalled, LanNode, Log, Me, NodeInfo, Plan, Planned, PoolInfo, Pull,
+    PullEvent, Recover, Resolve, Resolved, Submit, SubmitEvent, Survey, Surveyed, Unsatisfiable,
+    Uploaded, UserInfo, Watch, path,
 };
 use crate::{
     daemon::{
@@ -212,6 +212,7 @@ async fn describe(shared: &Arc<Shared>) -> Result<Me, Failure> {
         },
         locked_gpus: shared.locked_gpus.clone(),
         wall_ms: now().wall_ms,
+        journal: Journalled { entries: shared.journal.entries(), fsyncs: shared.journal.groups() },
         warnings: shared.warnings(),
     })
 }

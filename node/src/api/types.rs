@@ -120,8 +120,17 @@ pub struct Me {
     pub locked_gpus: Vec<String>,
     /// Milliseconds since the epoch, by the daemon's clock.
     pub wall_ms: u64,
+    /// What the journal wrote since the daemon started.
+    pub journal: Journalled,
     /// What the owner should know: clock, disk, rebuilt indexes.
     pub warnings: Vec<String>,
+}
+
+/// One fsync serves all entries that wait for it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Journalled {
+    pub entries: u64,
+    pub fsyncs: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -18,16 +18,25 @@ use crate::{
 };
 
 /// Opens the journal of `home`. Where it is damaged, a new store is begun with what of the
-/// old one proves itself, which is this node's membership; a note says so.
+/// old one proves itself, which is this node's membership; a note says so. Another does at
+/// every start for as long as the membership is lost.
 ///
 /// # Errors
 /// As of [`Journal::open`], and where nothing new can be begun.
 pub(super) fn open_journal(home: &Home) -> anyhow::Result<(Journal, Recovered)> {
     let directory = home.journal();
-    match Journal::open(&directory) {
-        Err(damage @ OpenError::Damaged { .. }) => begin(home, &directory, &damage),
-        opened => Ok(opened?),
+    let (journal, mut recovered) = match Journal::open(&directory) {
+        Err(damage @ OpenError::Damaged { .. }) => begin(home, &directory, &damage)?,
+        opened => opened?,
+    };
+    if home.is_member() && !recovered.entries.contains_key(&Slot::Genesis.to_bytes()) {
+        recovered.notes.push(
+            "of the pool's roster too little could be read: join again with a ticket, which \
+             `p2pit invite` makes at any other node"
+                .to_owned(),
+        );
     }
+    Ok((journal, recovered))
 }
 
 fn begin(
@@ -38,16 +47,7 @@ fn begin(
     warn!(%damage, "the node goes on as another store");
     let (key, _) = load_or_create_key(&home.node_key(), KeyKind::Node)?;
     let me = PeerId(key.public());
-    let (journal, mut recovered) =
-        Journal::reset_as_new_store(directory, |entries| membership(&entries, me))?;
-    if recovered.entries.is_empty() {
-        recovered.notes.push(
-            "of the pool's roster too little could be read: join again with a ticket, which \
-             `p2pit invite` makes at any other node"
-                .to_owned(),
-        );
-    }
-    Ok((journal, recovered))
+    Ok(Journal::reset_as_new_store(directory, |entries| membership(&entries, me))?)
 }
 
 /// Begins a new store in place of one that must not be used any more, and says what to do.

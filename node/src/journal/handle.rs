@@ -21,7 +21,31 @@ use super::{Journal, Poisoned, Write, frame};
 #[derive(Debug, Clone)]
 pub struct JournalHandle {
     commits: mpsc::Sender<Commit>,
-    groups: Arc<AtomicU64>,
+    counts: Arc<Counts>,
+}
+
+/// What a journal wrote since it was opened, without what its snapshots took.
+#[derive(Debug, Default)]
+pub struct Counts {
+    groups: AtomicU64,
+    entries: AtomicU64,
+}
+
+impl Counts {
+    /// Groups of commits, each with one fsync.
+    pub fn groups(&self) -> u64 {
+        self.groups.load(Ordering::Relaxed)
+    }
+
+    /// Entries written or removed by these.
+    pub fn entries(&self) -> u64 {
+        self.entries.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, entries: usize) {
+        self.entries.fetch_add(entries as u64, Ordering::Relaxed);
+        self.groups.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// The thread behind a [`JournalHandle`].
@@ -40,19 +64,19 @@ impl JournalHandle {
     pub fn spawn(journal: Journal) -> io::Result<(Self, JournalThread)> {
         let (commits, receiver) = mpsc::channel(WAITING_COMMITS_MAX);
         let (finished, done) = oneshot::channel();
-        let groups = Arc::new(AtomicU64::new(0));
-        let counted = Arc::clone(&groups);
+        let counts = Arc::<Counts>::default();
+        let counted = Arc::clone(&counts);
         thread::Builder::new().name("journal".to_owned()).spawn(move || {
             run(journal, receiver, &counted);
             // Nobody may be waiting for the end.
             let _ = finished.send(());
         })?;
-        Ok((Self { commits, groups }, JournalThread { done }))
+        Ok((Self { commits, counts }, JournalThread { done }))
     }
 
-    /// How many groups of commits were written so far, each with one fsync.
-    pub fn groups(&self) -> u64 {
-        self.groups.load(Ordering::Relaxed)
+    /// What was written so far; does not keep the journal open.
+    pub fn counts(&self) -> Arc<Counts> {
+        Arc::clone(&self.counts)
     }
 
     /// Returns once `writes` are durable, all or none. Commits that are waiting
@@ -85,7 +109,7 @@ const WAITING_COMMITS_MAX: usize = 1024;
 /// What one fsync may cover, and one commit more: beyond it, waiting longer helps nobody.
 const GROUP_BYTES_MAX: usize = 4 << 20;
 
-fn run(mut journal: Journal, mut commits: mpsc::Receiver<Commit>, groups: &AtomicU64) {
+fn run(mut journal: Journal, mut commits: mpsc::Receiver<Commit>, counts: &Counts) {
     loop {
         let first = if journal.is_snapshot_due() {
             match commits.try_recv() {
@@ -119,7 +143,7 @@ fn run(mut journal: Journal, mut commits: mpsc::Receiver<Commit>, groups: &Atomi
         }
         let batches: Vec<&[Write]> = fitting.iter().map(|c| c.writes.as_slice()).collect();
         let result = journal.append_group(&batches);
-        groups.fetch_add(1, Ordering::Relaxed);
+        counts.add(batches.iter().map(|batch| batch.len()).sum());
         for commit in fitting {
             commit.answer(result.as_ref().copied().map_err(copy_of));
         }
@@ -222,7 +246,8 @@ mod tests {
         }
         // The first, and then four together.
         assert_eq!(disk.syncs() - before.0, 1 + (COMMITS - 1) / 4);
-        assert_eq!(handle.groups(), 1 + (COMMITS as u64 - 1) / 4);
+        assert_eq!(handle.counts().groups(), 1 + (COMMITS as u64 - 1) / 4);
+        assert_eq!(handle.counts().entries(), COMMITS as u64);
     }
 
     #[tokio::test]

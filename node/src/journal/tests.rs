@@ -135,6 +135,28 @@ fn a_damaged_store_is_refused_and_can_only_begin_anew_under_another_id() {
 }
 
 #[test]
+fn of_the_files_set_aside_the_newest_five_stay() {
+    let disk = FaultyDisk::new(1);
+    drop(Journal::open_on(disk.boxed(), Limits::default()).unwrap());
+    let mut set_aside = Vec::new();
+    for n in 1..=8 {
+        let log = disk.names().into_iter().find(|name| generation(name).is_some()).unwrap();
+        set_aside.push((format!("damaged.{n}"), disk.content(&log)));
+        let reset = Journal::reset_on(disk.boxed(), Limits::default(), |_| Entries::new());
+        let (_, recovered) = reset.unwrap();
+        assert!(recovered.notes[0].contains(&format!("damaged.{n}")), "{:?}", recovered.notes);
+        let kept: Vec<String> =
+            disk.names().into_iter().filter(|name| name.starts_with("damaged.")).collect();
+        let newest: Vec<&str> =
+            set_aside.iter().rev().take(5).rev().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(kept, newest);
+    }
+    for (name, content) in &set_aside[3..] {
+        assert_eq!(disk.content(name), *content);
+    }
+}
+
+#[test]
 fn a_snapshot_that_is_not_whole_is_damage_even_at_the_end_of_the_file() {
     let directory = tempfile::tempdir().unwrap();
     let (mut journal, _) = Journal::open(directory.path()).unwrap();

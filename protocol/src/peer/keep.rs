@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{Event, Peer, Timer};
 use crate::{
@@ -19,22 +19,47 @@ use crate::{
 /// How much further than the boot clock the wall clock may move between two calls, beside one
 /// part in a hundred, before neither is believed to have run evenly.
 const JUMP_MS: u64 = 2_000;
+/// Over how long, on the boot clock, the rates of the two clocks are compared at the least.
+const RATE_WINDOW_MS: u64 = 60_000;
+/// One part in so many is how far they may differ over that time: far more than the 0.05 % of
+/// sound machines and the corrections of NTP, and less than the 5 % that is not to go unnoticed.
+const RATE_TOLERANCE: u64 = 25;
 
 impl Peer {
     /// A clock that was set, or a machine that stood still, makes what was measured by it
     /// worthless: stewards fall silent until they are heard again, waits begin anew.
     pub(super) fn notice_clock(&mut self, now: Now) {
         let before = self.last_now.replace(now);
-        let Some(before) = before else { return };
+        let Some(before) = before else {
+            self.clocks_since = now;
+            return;
+        };
         let boot_ms = now.boot_ms.saturating_sub(before.boot_ms);
         let wall_ms = now.wall_ms.saturating_sub(before.wall_ms);
         let back =
             now.boot_ms < before.boot_ms || now.wall_ms.saturating_add(JUMP_MS) < before.wall_ms;
-        if back || boot_ms.abs_diff(wall_ms) > JUMP_MS + boot_ms / 100 {
+        let jumped = back || boot_ms.abs_diff(wall_ms) > JUMP_MS + boot_ms / 100;
+        let drifted = !jumped && self.clocks_drift(now);
+        if drifted {
+            warn!("boot and wall clock run at different rates: one is set by hand, or broken");
+        }
+        if jumped || drifted {
             debug!(boot_ms, wall_ms, "the clocks moved unevenly");
+            self.clocks_since = now;
             self.registers.clock_jumped(now);
             self.with_stewards(now, Stewards::clock_jumped);
         }
+    }
+
+    /// Whether the clocks ran at different rates; judged once in [`RATE_WINDOW_MS`].
+    fn clocks_drift(&mut self, now: Now) -> bool {
+        let boot_ms = now.boot_ms.saturating_sub(self.clocks_since.boot_ms);
+        let wall_ms = now.wall_ms.saturating_sub(self.clocks_since.wall_ms);
+        if boot_ms.max(wall_ms) < RATE_WINDOW_MS {
+            return false;
+        }
+        self.clocks_since = now;
+        boot_ms.abs_diff(wall_ms) > boot_ms.max(wall_ms) / RATE_TOLERANCE
     }
 
     /// Whether `user` may give the keepers of a job of `owner` up for lost.

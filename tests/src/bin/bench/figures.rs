@@ -59,6 +59,13 @@ pub(crate) fn cpu_seconds(pid: u32) -> Result<f64> {
     Ok(ticks.iter().sum::<u64>() as f64 / per_second as f64)
 }
 
+/// Processes that ran or wanted to, over one, five and fifteen minutes.
+pub(crate) fn load_average() -> Result<String> {
+    let path = "/proc/loadavg";
+    let text = fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
+    Ok(text.split_whitespace().take(3).collect::<Vec<_>>().join(" "))
+}
+
 pub(crate) fn machine() -> String {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let read = |path| fs::read_to_string(path).unwrap_or_default();

@@ -77,7 +77,7 @@ async fn commits(path: &Path, writers: usize, entries: usize) -> Result<Measured
         }
     }
     let start = Instant::now();
-    let groups = handle.groups();
+    let groups = handle.counts().groups();
     let value: Arc<[u8]> = vec![0x33; VALUE_BYTES].into();
     let tasks: Vec<_> = (0..writers)
         .map(|writer| {
@@ -101,7 +101,8 @@ async fn commits(path: &Path, writers: usize, entries: usize) -> Result<Measured
     for task in tasks {
         times_ms.extend(task.await??);
     }
-    let measured = Measured { took: start.elapsed(), fsyncs: handle.groups() - groups, times_ms };
+    let measured =
+        Measured { took: start.elapsed(), fsyncs: handle.counts().groups() - groups, times_ms };
     drop(handle);
     thread.closed().await;
     ensure!(entries == 0 || path.join("log.2").exists(), "the log was not rewritten");

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! cargo build --release -p p2pit-cli -p p2pit-tests
-//! target/release/p2pit-bench [PART ...] [--runs N]
+//! target/release/p2pit-bench [PART ...] [--runs N] [--quick]
 //! ```
 //!
 //! Homes and files are in `/dev/shm` unless `TMPDIR` says otherwise, and what that is on
@@ -18,6 +18,7 @@ mod data;
 mod figures;
 mod idle;
 mod journal;
+mod keepers;
 mod latency;
 mod load;
 mod quic;
@@ -50,6 +51,7 @@ struct Part {
 const PARTS: &[Part] = &[
     Part { name: "latency", run: |options| latency::run(options).map(|()| Vec::new()) },
     Part { name: "load", run: |options| load::run(options).map(|()| Vec::new()) },
+    Part { name: "keepers", run: keepers::run },
     Part { name: "ready", run: |options| ready::run(options).map(|()| Vec::new()) },
     Part { name: "idle", run: |options| idle::run(options).map(|()| Vec::new()) },
     Part { name: "journal", run: |options| journal::run(options).map(|()| Vec::new()) },
@@ -63,6 +65,8 @@ struct Options {
     runs: usize,
     /// Where whatever is compared takes turns; by default, each part has its own number.
     turns: Option<usize>,
+    /// Within two minutes, for the parts that can.
+    quick: bool,
 }
 
 #[expect(clippy::print_stdout, clippy::print_stderr, reason = "it is what this program is for")]
@@ -92,8 +96,8 @@ fn main() -> Result<()> {
 /// The parts named, in the order of [`PARTS`]; all where none is.
 fn parse(args: impl Iterator<Item = String>) -> Result<(Vec<&'static Part>, Options)> {
     let names = PARTS.iter().map(|part| part.name).collect::<Vec<_>>().join(", ");
-    let usage = || format!("usage: p2pit-bench [PART ...] [--runs N]; parts: {names}");
-    let mut options = Options { runs: RUNS, turns: None };
+    let usage = || format!("usage: p2pit-bench [PART ...] [--runs N] [--quick]; parts: {names}");
+    let mut options = Options { runs: RUNS, turns: None, quick: false };
     let mut wanted = Vec::new();
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
@@ -101,6 +105,8 @@ fn parse(args: impl Iterator<Item = String>) -> Result<(Vec<&'static Part>, Opti
             let runs = args.next().and_then(|text| text.parse().ok()).filter(|runs| *runs > 0);
             options.runs = runs.with_context(usage)?;
             options.turns = runs;
+        } else if arg == "--quick" {
+            options.quick = true;
         } else if PARTS.iter().any(|part| part.name == arg) {
             wanted.push(arg);
         } else {

@@ -13,12 +13,12 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use p2pit_node::{
-    api::types::{Answer, Ask, Plan, Planned, Submit, SubmitEvent, jobs_of, path},
+    api::types::{Answer, Ask, Plan, Planned, Submit, SubmitEvent, Watch, jobs_of, path},
     home::{Home, KeyKind, load_key},
-    transfer::{Snapshot, SnapshotOptions, snapshot},
+    transfer::{SnapshotOptions, snapshot},
 };
 use p2pit_protocol::{
-    JobId, PeerId, UserId,
+    BlobId, JobId, PeerId, UserId,
     identity::{Domain, KeyPair, SignedBytes},
     job::{
         Command as JobCommand, Grace, JobSpec, LOST_AFTER_MS, Outcome, Policy, Source, State,
@@ -37,8 +37,8 @@ pub(crate) struct Submitter {
     home: Home,
     key: KeyPair,
     planned: Planned,
-    code: Snapshot,
-    count: AtomicU64,
+    /// The root of the code, and its bytes.
+    code: (BlobId, u64),
 }
 
 /// What became of a number of jobs, by the clock of this machine.
@@ -60,7 +60,17 @@ impl Submitter {
         let plan = Plan { request: request.to_owned(), user };
         let planned = exchange(&home, path::PLAN, &plan)?;
         let code = snapshot(code_dir, &SnapshotOptions::default())?;
-        Ok(Self { home, key, planned, code, count: AtomicU64::new(0) })
+        Ok(Self { home, key, planned, code: (code.root, code.tree.total_bytes()) })
+    }
+
+    /// The same, with jobs that fewer nodes keep: the first `keepers` of the others' keepers.
+    pub(crate) fn kept_by(&self, keepers: usize) -> Result<Self> {
+        let Self { home, key, planned, code } = self;
+        let mut planned = planned.clone();
+        let there = planned.keepers.len();
+        ensure!(there >= keepers, "{keepers} keepers are wanted, and there are {there}");
+        planned.keepers.truncate(keepers);
+        Ok(Self { home: home.clone(), key: key.clone(), planned, code: *code })
     }
 
     /// Who drives the jobs; others keep them, too.
@@ -102,6 +112,23 @@ impl Submitter {
         Ok(Burst { jobs, submitted_s: start.elapsed().as_secs_f64(), started_wall_ms })
     }
 
+    /// Submits a job and sees it end: milliseconds from the start of the submission until it
+    /// is known to be kept, and until its record is known to say that it is done.
+    pub(crate) fn run_one(&self, request: &str, command: &str) -> Result<(f64, f64)> {
+        let start = Instant::now();
+        let took_ms = || start.elapsed().as_secs_f64() * 1e3;
+        let job = self.submit_one(request, command)?;
+        let submitted_ms = took_ms();
+        let node = self.steward()?;
+        let signed = self.sign(&Command::Job(job), &[node])?;
+        let views = post(&self.home, path::WATCH, &Watch { node, signed })?;
+        let done_ms = took_ms();
+        let last = views.lines().last().context("nothing is said of the job")?;
+        let view: JobView = serde_json::from_str(last)?;
+        ensure!(view.outcome == Some(Outcome::Succeeded), "a job failed: {view:?}");
+        Ok((submitted_ms, done_ms))
+    }
+
     fn submit_one(&self, request: &str, command: &str) -> Result<JobId> {
         let spec = JobSpec {
             pool: self.planned.pool,
@@ -109,8 +136,8 @@ impl Submitter {
             title: "bench".to_owned(),
             request: request.parse()?,
             command: JobCommand::Direct(command.to_owned()),
-            code: self.code.root,
-            code_bytes: self.code.tree.total_bytes(),
+            code: self.code.0,
+            code_bytes: self.code.1,
             source: Source::default(),
             continues: None,
             artifacts: Vec::new(),
@@ -121,7 +148,7 @@ impl Submitter {
             retries: 0,
             policy: Policy::Continue,
             lost_after_ms: LOST_AFTER_MS,
-            nonce: self.nonce()?,
+            nonce: nonce()?,
             submitted_at_ms: wall_ms()?,
             keepers: self.planned.keepers.clone(),
         };
@@ -165,14 +192,7 @@ impl Submitter {
 
     fn ask(&self, command: &Command) -> Result<Vec<Answer>> {
         let nodes = vec![self.steward()?];
-        let request = UserRequest {
-            pool: self.planned.pool,
-            audience: nodes.iter().copied().collect(),
-            nonce: self.nonce()?,
-            expires_wall_ms: wall_ms()? + REQUEST_AHEAD_MS_MAX,
-            command: wire::encode(command),
-        };
-        let signed = request.sign(&self.key);
+        let signed = self.sign(command, &nodes)?;
         let answers: Vec<Answer> =
             exchange(&self.home, path::ASK, &Ask { signed, nodes, within_ms: None })?;
         let error = answers.iter().find_map(|answer| answer.error.as_deref());
@@ -180,17 +200,26 @@ impl Submitter {
         Ok(answers)
     }
 
+    fn sign(&self, command: &Command, nodes: &[PeerId]) -> Result<SignedBytes> {
+        let request = UserRequest {
+            pool: self.planned.pool,
+            audience: nodes.iter().copied().collect(),
+            nonce: nonce()?,
+            expires_wall_ms: wall_ms()? + REQUEST_AHEAD_MS_MAX,
+            command: wire::encode(command),
+        };
+        Ok(request.sign(&self.key))
+    }
+
     fn user(&self) -> UserId {
         UserId(self.key.public())
     }
+}
 
-    /// No two of this program are the same, nor of two programs.
-    fn nonce(&self) -> Result<[u8; 16]> {
-        let mut nonce = [0; 16];
-        File::open("/dev/urandom")?.read_exact(&mut nonce[..8])?;
-        nonce[8..].copy_from_slice(&self.count.fetch_add(1, Ordering::Relaxed).to_be_bytes());
-        Ok(nonce)
-    }
+fn nonce() -> Result<[u8; 16]> {
+    let mut nonce = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut nonce)?;
+    Ok(nonce)
 }
 
 pub(crate) fn wall_ms() -> Result<u64> {

@@ -66,6 +66,11 @@ impl Figures {
         median(self.turns.clone())
     }
 
+    /// How much more p2pit takes than the other.
+    fn more_than(&self, other: &Self) -> f64 {
+        median(self.turns.iter().zip(&other.turns).map(|(ours, theirs)| ours - theirs).collect())
+    }
+
     /// How much p2pit takes for one that the other takes: below 1 it is ahead.
     fn ratio_to(&self, other: &Self) -> f64 {
         let pairs = self.turns.iter().zip(&other.turns);
@@ -126,6 +131,8 @@ pub(crate) enum Goal {
     Figure(f64),
     /// By the ratio: at most.
     Ratio(f64),
+    /// By how much more it is than the other: at most.
+    Added(f64),
 }
 
 /// One line of the table.
@@ -170,11 +177,17 @@ impl Row {
         Some(self.ours.ratio_to(figures.as_ref().ok()?))
     }
 
+    fn more(&self) -> Option<f64> {
+        let (_, figures) = self.other.as_ref()?;
+        Some(self.ours.more_than(figures.as_ref().ok()?))
+    }
+
     /// `None` where there is no goal, or nothing to hold against it.
     fn is_met(&self) -> Option<bool> {
         let (reached, goal, more_is_better) = match self.goal? {
             Goal::Figure(goal) => (self.ours.median(), goal, self.ours.unit.more_is_better()),
             Goal::Ratio(goal) => (self.ratio()?, goal, false),
+            Goal::Added(goal) => (self.more()?, goal, false),
         };
         Some(if more_is_better { reached >= goal } else { reached <= goal })
     }
@@ -198,6 +211,10 @@ impl Row {
             }
             Goal::Figure(goal) => format!("≤ {}", self.ours.unit.show(goal)),
             Goal::Ratio(goal) => format!("ratio ≤ {goal:.2}"),
+            Goal::Added(goal) => {
+                let is = self.more().map_or_else(none, |more| self.ours.unit.show(more));
+                format!("at most {} more; it is {is}", self.ours.unit.show(goal))
+            }
         });
         let met = match self.is_met() {
             Some(true) => "yes",
@@ -247,6 +264,18 @@ mod tests {
         let line = "| copy | 1.20 s (1.00 s–10.00 s) | other: 2.40 s (2.00 s–20.00 s) | 0.50 \
                     | ratio ≤ 0.60 | yes |";
         assert_eq!(row.line(true), line);
+    }
+
+    #[test]
+    fn what_is_added_is_the_median_of_the_differences_of_the_turns() {
+        let ours = Figures { unit: Unit::Seconds, turns: vec![1.0, 10.0, 1.2] };
+        let theirs = Figures { unit: Unit::Seconds, turns: vec![0.98, 9.0, 1.17] };
+        for (goal, met) in [(0.031, "yes"), (0.029, "**no**")] {
+            let row = beside(ours.clone(), Ok(theirs.clone())).goal(Goal::Added(goal));
+            let line = row.line(false);
+            assert!(line.contains("more; it is 30.0 ms"), "{line}");
+            assert!(line.ends_with(&format!("| {met} |")), "{line}");
+        }
     }
 
     #[test]
