@@ -201,7 +201,7 @@ enum Timer {
 }
 
 /// One node.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Peer {
     me: PeerId,
     key: KeyPair,

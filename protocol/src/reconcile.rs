@@ -36,7 +36,7 @@ pub struct Difference {
 
 /// What is reconciled, by id. To be changed by its methods only: what follows from the ids is
 /// worked out once between two changes, since peers whose sets are alike ask all the time.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Items {
     items: BTreeMap<ItemId, Soft>,
     storage: OnceCell<Option<NegentropyStorageVector>>,

@@ -12,9 +12,9 @@ use std::{
 };
 
 use p2pit_protocol::{
-    BlobId, BootId, PeerId, PoolId, StoreId, UserId,
-    identity::{Domain, KeyPair, SignedBytes},
-    job::{Command, Grace, JobSpec, LOST_AFTER_MS, Policy, Source, VerifiedSpec},
+    BootId, PoolId,
+    identity::SignedBytes,
+    job::VerifiedSpec,
     message::{Promise, Watch},
     record::{
         Acceptor, Ask, Ballot, Certificate, End, Keeper, Link, LinkProof, Operation, Proposer,
@@ -25,22 +25,13 @@ use p2pit_protocol::{
 };
 use stateright::{Model, Property};
 
-use crate::search;
+use crate::{
+    cast::{keeper, node_key, sign_job, small_job_spec, store},
+    search,
+};
 
 /// Keepers, by number from 1.
 type Who = u8;
-
-fn key(n: Who) -> KeyPair {
-    KeyPair::from_seed(&[n | 0x80; 32])
-}
-
-fn store(n: Who) -> StoreId {
-    StoreId([n; 16])
-}
-
-fn keeper(n: Who) -> Keeper {
-    (PeerId(key(n).public()), store(n))
-}
 
 const NEXT: [Who; 3] = [2, 3, 4];
 
@@ -224,31 +215,8 @@ struct Record {
 
 impl Record {
     fn new(proposers: [&'static [Who]; 2]) -> Self {
-        let owner = KeyPair::from_seed(&[1; 32]);
-        let spec = JobSpec {
-            pool: PoolId([7; 32]),
-            owner: UserId(owner.public()),
-            title: String::new(),
-            request: "[]".parse().unwrap(),
-            command: Command::Script,
-            code: BlobId([1; 32]),
-            code_bytes: 0,
-            source: Source::default(),
-            continues: None,
-            artifacts: Vec::new(),
-            env: BTreeMap::new(),
-            private: false,
-            time_limit_ms: None,
-            grace: Grace::default(),
-            retries: 0,
-            policy: Policy::Continue,
-            lost_after_ms: LOST_AFTER_MS,
-            nonce: [0; 16],
-            submitted_at_ms: 0,
-            keepers: [1, 2, 3].map(keeper).into(),
-        };
-        let signed = SignedBytes::sign(&owner, Domain::JobSpec, spec.to_bytes());
-        let spec = Arc::new(VerifiedSpec::verify(signed).unwrap());
+        let spec = small_job_spec(PoolId([7; 32]), [1, 2, 3].map(keeper).into());
+        let spec = Arc::new(VerifiedSpec::verify(sign_job(&spec)).unwrap());
         Self { spec, proposers, values: Mutex::default(), receipts: Mutex::default() }
     }
 
@@ -267,7 +235,7 @@ impl Record {
         let mut receipts = self.receipts.lock().unwrap();
         let made = receipts
             .entry((who, ballot, hash))
-            .or_insert_with(|| sign_receipt(&key(who), store(who), ballot, &value, hash));
+            .or_insert_with(|| sign_receipt(&node_key(who), store(who), ballot, &value, hash));
         made.clone()
     }
 
