@@ -838,20 +838,26 @@ impl Model for Gangs {
         fn bidders<'a>(tables: &'a Tables, world: &World) -> [&'a Seen; 3] {
             BIDDERS.map(|who| tables.seen(world.nodes[usize::from(who)]))
         }
-        vec![
+        let mut properties = vec![
             Property::always(HOLDS, |_, world: &World| world.broken.is_none()),
             Property::sometimes("both gangs get to run", |model: &Self, world: &World| {
                 let tables = model.tables();
                 model.records(&tables, world).iter().all(|record| record.succeeded)
             }),
             Property::sometimes("a hold is wounded", |_, world: &World| !world.wounded.is_empty()),
-            Property::sometimes("each gang has half", |model: &Self, world: &World| {
-                let tables = model.tables();
-                let seen = bidders(&tables, world);
-                let has = |job| seen.iter().filter(|seen| seen.has.contains(&job)).count();
-                model.jobs.iter().all(|job| has(*job) == 1)
-            }),
-        ]
+        ];
+        if !self.faults.higher_later {
+            properties.push(Property::sometimes(
+                "each gang has half",
+                |model: &Self, world: &World| {
+                    let tables = model.tables();
+                    let seen = bidders(&tables, world);
+                    let has = |job| seen.iter().filter(|seen| seen.has.contains(&job)).count();
+                    model.jobs.iter().all(|job| has(*job) == 1)
+                },
+            ));
+        }
+        properties
     }
 }
 
