@@ -19,7 +19,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    sync::{Mutex, MutexGuard},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use p2pit_protocol::{
@@ -449,6 +452,8 @@ struct Gangs {
     jobs: [JobId; 2],
     specs: [SignedBytes; 2],
     tables: Mutex<Tables>,
+    /// Whether each gang had half at some time, also between two counted states.
+    halved: AtomicBool,
 }
 
 impl Gangs {
@@ -465,7 +470,8 @@ impl Gangs {
         };
         let specs = STEWARDS.map(spec);
         let jobs = [0, 1].map(|job: usize| JobId::of(&specs[job].bytes));
-        Self { faults, sabotage, roster, stewards, jobs, specs, tables: Mutex::default() }
+        let (tables, halved) = (Mutex::default(), AtomicBool::new(false));
+        Self { faults, sabotage, roster, stewards, jobs, specs, tables, halved }
     }
 
     fn tables(&self) -> MutexGuard<'_, Tables> {
@@ -704,6 +710,10 @@ impl Gangs {
         let over = records.iter().all(|record| record.state == State::Done);
         let mut work =
             bidders.iter().flat_map(|(who, seen)| seen.work.iter().map(move |w| (who, w)));
+        let has = |job| bidders.iter().filter(|(_, seen)| seen.has.contains(&job)).count();
+        if self.jobs.iter().all(|job| has(*job) == 1) {
+            self.halved.store(true, Ordering::Relaxed);
+        }
         let mut named = records.iter().flat_map(|record| &record.ranks);
         if bidders.iter().any(|(_, seen)| seen.shared.is_some()) {
             return Some(GPU);
@@ -835,9 +845,6 @@ impl Model for Gangs {
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
-        fn bidders<'a>(tables: &'a Tables, world: &World) -> [&'a Seen; 3] {
-            BIDDERS.map(|who| tables.seen(world.nodes[usize::from(who)]))
-        }
         let mut properties = vec![
             Property::always(HOLDS, |_, world: &World| world.broken.is_none()),
             Property::sometimes("both gangs get to run", |model: &Self, world: &World| {
@@ -847,15 +854,9 @@ impl Model for Gangs {
             Property::sometimes("a hold is wounded", |_, world: &World| !world.wounded.is_empty()),
         ];
         if !self.faults.higher_later {
-            properties.push(Property::sometimes(
-                "each gang has half",
-                |model: &Self, world: &World| {
-                    let tables = model.tables();
-                    let seen = bidders(&tables, world);
-                    let has = |job| seen.iter().filter(|seen| seen.has.contains(&job)).count();
-                    model.jobs.iter().all(|job| has(*job) == 1)
-                },
-            ));
+            properties.push(Property::sometimes("each gang has half", |model: &Self, _| {
+                model.halved.load(Ordering::Relaxed)
+            }));
         }
         properties
     }
