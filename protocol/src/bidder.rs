@@ -89,7 +89,7 @@ enum Timer {
 }
 
 /// The bidder's machine.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Bidder {
     me: PeerId,
     boot: BootId,

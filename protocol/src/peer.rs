@@ -203,7 +203,7 @@ enum Timer {
 }
 
 /// One node.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Peer {
     me: PeerId,
     key: KeyPair,
@@ -887,6 +887,7 @@ impl Peer {
 }
 
 /// A journalled statement, and what it follows from, as far as it is not placed.
+#[derive(Debug, Clone)]
 struct Unplaced {
     signed: SignedBytes,
     parents: Vec<StatementId>,

@@ -58,7 +58,7 @@ impl Sum {
 
 /// What is reconciled, by id. To be changed by its methods only: what follows from the ids is
 /// worked out once between two changes.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Items {
     items: BTreeMap<ItemId, Soft>,
     sum: Sum,

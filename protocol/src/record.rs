@@ -131,7 +131,7 @@ enum Timer {
     Hand(JobId),
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Register {
     acceptor: Acceptor,
     proposer: Proposer,
@@ -156,7 +156,7 @@ struct Register {
     handing: Option<Handing>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Handing {
     install: Install,
     keepers: Vec<Keeper>,
@@ -164,7 +164,7 @@ struct Handing {
 }
 
 /// All records this node keeps.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Registers {
     me: PeerId,
     store: StoreId,

@@ -107,7 +107,7 @@ pub(crate) struct Context<'a> {
 }
 
 /// The drives of every job this node is steward of.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Stewards {
     me: PeerId,
     boot: BootId,

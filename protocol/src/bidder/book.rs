@@ -17,7 +17,7 @@ pub(crate) type Usage = (Vec<(GpuUuid, GpuState)>, u32, u64);
 
 /// Who has what of this node. To be changed by its methods only: what follows from it is
 /// worked out once between two changes, since it is asked for after every message.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Book {
     sabotage: Sabotage,
     /// What the node offers.

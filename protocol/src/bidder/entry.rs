@@ -56,7 +56,7 @@ impl Hold {
 }
 
 /// A rank of an attempt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct WorkId {
     /// The job.
     pub job: JobId,

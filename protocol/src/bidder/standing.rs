@@ -32,7 +32,7 @@ impl StandingCall {
 }
 
 /// By key: the highest job first.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Standing {
     calls: BTreeMap<Key, StandingCall>,
 }

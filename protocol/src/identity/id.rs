@@ -121,7 +121,9 @@ macro_rules! hex_id {
 
         impl fmt::Debug for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&HEXLOWER.encode(&self.0[..4]))
+                // Ids that are counted differ at their end.
+                let (start, end) = (&self.0[..4], &self.0[14..]);
+                write!(f, "{}-{}", HEXLOWER.encode(start), HEXLOWER.encode(end))
             }
         }
 

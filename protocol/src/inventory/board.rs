@@ -33,7 +33,7 @@ pub struct Posted {
 }
 
 /// Adverts by node.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Board {
     posted: BTreeMap<PeerId, Posted>,
     connected: BTreeSet<PeerId>,

@@ -107,7 +107,7 @@ pub struct Change {
 }
 
 /// A process of a job: its number among all.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Rank(pub u32);
 
 impl fmt::Display for Rank {
@@ -117,7 +117,9 @@ impl fmt::Display for Rank {
 }
 
 /// A start of all ranks of a job: its number from 1; 0 before the first.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub struct Attempt(pub u32);
 
 impl fmt::Display for Attempt {

@@ -67,7 +67,7 @@ pub enum Transmit {
 }
 
 /// Collects effects in the order they arose.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Outbox {
     pub(crate) writes: VecDeque<Write>,
     pub(crate) transmits: VecDeque<Transmit>,

@@ -4,7 +4,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 
 /// A deterministic stream of numbers (ChaCha8) from a 32-byte seed.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Random(ChaCha8Rng);
 
 impl Random {

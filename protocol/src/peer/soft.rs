@@ -34,7 +34,7 @@ pub const HEAD_MS: u64 = 30 * 24 * 3_600_000;
 /// Adverts that may follow each other at [`ADVERT_GAP_MS`] after a quiet time.
 const ADVERT_BURST: u64 = 6;
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct SoftState {
     boot: BootId,
     boot_count: u64,

@@ -39,7 +39,7 @@ const REFUSAL_BYTES_MAX: usize = 1_024;
 /// Nodes that have a job's inputs when it counts as submitted; all keepers, if fewer.
 pub(super) const INPUT_COPIES: usize = 2;
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Submission {
     spec: Arc<VerifiedSpec>,
     until_ms: u64,
@@ -51,7 +51,7 @@ pub(super) struct Submission {
 }
 
 /// A job's first keeper brings it to the others.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Birth {
     until_ms: u64,
     receipts: BTreeMap<StoreId, SignedBytes>,

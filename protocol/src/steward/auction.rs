@@ -38,7 +38,7 @@ pub(crate) struct Pick {
 }
 
 /// Holds chosen for every rank, and which of them are pinned.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Pinning {
     picks: Vec<(Pick, bool)>,
     assignments: Vec<RankAssignment>,
@@ -97,7 +97,7 @@ enum Answer {
 }
 
 /// One job's auction.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Auction {
     /// When to step again, if nothing is heard before.
     pub(super) wake_ms: Option<u64>,

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Everything volatile about one job: lost with the steward, found out again by asking.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Drive {
     pub(super) spec: Arc<VerifiedSpec>,
     pub(super) stage: Stage,
@@ -43,7 +43,7 @@ pub(crate) struct Drive {
 }
 
 /// What the steward is busy with.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Stage {
     /// Collecting holds, or waiting for room.
     Auction(Auction),
@@ -54,7 +54,7 @@ pub(super) enum Stage {
 }
 
 /// What bidders said about the current attempt, and users about the job.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Observed {
     pub(super) stop_asked: Option<UserId>,
     pub(super) committed: BTreeSet<PeerId>,

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use p2pit_protocol::{
-    BlobId, BootId, HoldId, JobId, PeerId, PoolId, StatementId, StoreId, UserId,
+    BlobId, BootId, HoldId, JobId, PeerId, PoolId, StatementId, StoreId,
     bidder::{Hold, Phase, Work, WorkId},
     door::{
         Hello, InviteUse, JoinRequest, Purpose, Reconcile, Reconciled, Refusal, RefusalCode,
@@ -31,16 +31,15 @@ use p2pit_protocol::{
     },
     request::{Grant, Request},
     roster::{
-        Accept as RosterAccept, AdmitNode, Author, ClaimId, DeviceId, Founder, Genesis, Invite,
-        JoinClaim, Kind, Leave, Name, Profile, Rights, SignedClaim, Statement, Ticket, UserRequest,
-        prove_invite,
+        Accept as RosterAccept, AdmitNode, Author, ClaimId, Founder, Genesis, Invite, JoinClaim,
+        Kind, Leave, Profile, Rights, SignedClaim, Statement, Ticket, UserRequest, prove_invite,
     },
     wire,
 };
 use serde::Serialize;
 
-/// The wall clock of all specimens.
-pub(crate) const WALL_MS: u64 = 1_700_000_000_000;
+use crate::cast::{self, device, keeper, name, sign_job};
+pub(crate) use crate::cast::{WALL_MS, node, node_key, user, user_key};
 
 /// The bytes of one value, in the format named first.
 #[derive(Debug, Clone)]
@@ -81,34 +80,6 @@ pub(crate) fn all() -> Vec<Specimen> {
 }
 
 // ---- the cast -----------------------------------------------------------------------
-
-pub(crate) fn user_key(n: u8) -> KeyPair {
-    KeyPair::from_seed(&[n; 32])
-}
-
-pub(crate) fn node_key(n: u8) -> KeyPair {
-    KeyPair::from_seed(&[n | 0x80; 32])
-}
-
-pub(crate) fn user(n: u8) -> UserId {
-    UserId(user_key(n).public())
-}
-
-pub(crate) fn node(n: u8) -> PeerId {
-    PeerId(node_key(n).public())
-}
-
-fn keeper(n: u8) -> Keeper {
-    (node(n), StoreId([n; 16]))
-}
-
-fn name(text: &str) -> Name {
-    Name::new(text).unwrap()
-}
-
-fn device(n: u8) -> DeviceId {
-    DeviceId([n; 16])
-}
 
 pub(crate) fn genesis_bytes() -> Vec<u8> {
     let founder = |n: u8, full_name: Option<&str>| Founder {
@@ -189,26 +160,11 @@ pub(crate) fn job_spec() -> JobSpec {
 
 /// The other side of every choice that [`job_spec`] makes.
 fn small_job_spec() -> JobSpec {
-    JobSpec {
-        title: String::new(),
-        request: "[]".parse().unwrap(),
-        command: JobCommand::Script,
-        source: Source::default(),
-        continues: None,
-        artifacts: Vec::new(),
-        env: BTreeMap::new(),
-        private: false,
-        time_limit_ms: None,
-        grace: Grace::default(),
-        retries: 0,
-        policy: Policy::Continue,
-        keepers: vec![keeper(1)],
-        ..job_spec()
-    }
+    cast::small_job_spec(pool(), vec![keeper(1)])
 }
 
 pub(crate) fn signed_spec() -> SignedBytes {
-    SignedBytes::sign(&user_key(1), Domain::JobSpec, job_spec().to_bytes())
+    sign_job(&job_spec())
 }
 
 pub(crate) fn verified_spec() -> VerifiedSpec {
@@ -320,8 +276,7 @@ fn claim() -> JoinClaim {
 }
 
 fn signed_claim() -> SignedClaim {
-    let by_user = JoinClaim::sign(claim().to_bytes(), &user_key(3)).unwrap();
-    SignedClaim::countersign(by_user, &node_key(3)).unwrap()
+    cast::signed_claim(3, &claim())
 }
 
 const INVITE_SEED: [u8; 32] = [0x50; 32];

@@ -9,44 +9,22 @@ use std::{
 };
 
 use p2pit_protocol::{
-    PeerId, StatementId, UserId,
+    StatementId,
     identity::{Domain, KeyPair, SignedBytes},
     roster::{
-        Accept, AdmitNode, Author, DeviceId, Founder, Genesis, Invite, JoinClaim, Kind, Leave,
-        Name, Profile, Rights, Roster, SignedClaim, Statement, prove_invite,
+        Accept, Author, Invite, Kind, Leave, Profile, Rights, Roster, Statement, prove_invite,
     },
     wire,
 };
 use stateright::{Model, Property};
 
-use crate::search;
+use crate::{
+    cast::{WALL_MS, device, name, node, node_key, user, user_key},
+    members::{admission, claim, pool_of, say},
+    search,
+};
 
-const WALL_MS: u64 = 1_700_000_000_000;
 const INVITE_SEED: [u8; 32] = [0x50; 32];
-
-fn user_key(n: u8) -> KeyPair {
-    KeyPair::from_seed(&[n; 32])
-}
-
-fn node_key(n: u8) -> KeyPair {
-    KeyPair::from_seed(&[n | 0x80; 32])
-}
-
-fn user(n: u8) -> UserId {
-    UserId(user_key(n).public())
-}
-
-fn node(n: u8) -> PeerId {
-    PeerId(node_key(n).public())
-}
-
-fn name(text: &str) -> Name {
-    Name::new(text).unwrap()
-}
-
-fn device(n: u8) -> DeviceId {
-    DeviceId([n; 16])
-}
 
 /// One thing that is done at most once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -158,23 +136,7 @@ struct Admins {
 
 impl Admins {
     fn new(acts: [Act; 3]) -> Self {
-        let founder =
-            |n: u8| Founder { user: user(n), username: name(&format!("user{n}")), full_name: None };
-        let genesis = Genesis {
-            name: name("lab"),
-            founders: (1..=3).map(founder).collect(),
-            threshold: 1,
-            created_wall_ms: WALL_MS,
-            nonce: [7; 16],
-        };
-        let mut base = Roster::new(genesis.to_bytes().unwrap()).unwrap();
-        for n in 1..=3 {
-            let kind = Kind::AdmitNode(AdmitNode {
-                claim: claim(&base, n),
-                node_name: name(&format!("node{n}")),
-            });
-            say(&mut base, Author::Node(node(n)), n, kind).unwrap();
-        }
+        let mut base = pool_of(3, 3);
         let invite = Kind::Invite(Invite {
             key: KeyPair::from_seed(&INVITE_SEED).public(),
             rights: Rights::User,
@@ -212,9 +174,7 @@ impl Admins {
                 one(say(roster, Author::User(user(2)), 2, kind))
             }
             Act::TwoReturnsBackDated => {
-                let claim = claim(&self.base, 2);
-                let kind = Kind::AdmitNode(AdmitNode { claim, node_name: name("node2") });
-                let forged = self.forge(Author::Node(node(2)), 2, kind);
+                let forged = self.forge(Author::Node(node(2)), 2, admission(&self.base, 2));
                 roster.insert(forged.clone()).unwrap();
                 vec![forged]
             }
@@ -274,30 +234,6 @@ impl Admins {
         let said = world.done.iter().find(|(done, _)| *done == act).map(|(_, said)| said);
         said.is_some_and(|said| !said.is_empty() && said.iter().all(|(id, _)| roster.contains(*id)))
     }
-}
-
-fn claim(roster: &Roster, n: u8) -> SignedClaim {
-    let claim = JoinClaim {
-        pool: roster.pool(),
-        user: user(n),
-        username: name(&format!("user{n}")),
-        full_name: None,
-        node: node(n),
-        node_name: name(&format!("node{n}")),
-        client: false,
-        wall_ms: WALL_MS,
-        nonce: [0; 16],
-    };
-    let by_user = JoinClaim::sign(claim.to_bytes(), &user_key(n)).unwrap();
-    SignedClaim::countersign(by_user, &node_key(n)).unwrap()
-}
-
-fn say(roster: &mut Roster, author: Author, n: u8, kind: Kind) -> Option<SignedBytes> {
-    let draft = roster.draft(author, device(n), kind, WALL_MS).ok()?;
-    let key = if matches!(author, Author::User(_)) { user_key(n) } else { node_key(n) };
-    let signed = draft.sign(&key).unwrap();
-    roster.insert_drafted(signed.clone()).unwrap();
-    Some(signed)
 }
 
 impl Model for Admins {

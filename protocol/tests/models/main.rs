@@ -7,6 +7,10 @@
 #![allow(clippy::print_stdout, reason = "the counts of states are what a search has to say")]
 
 mod admins;
+#[path = "../cast/mod.rs"]
+mod cast;
+mod gangs;
+mod members;
 mod record;
 
 use std::fmt::Debug;

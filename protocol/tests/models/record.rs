@@ -1,7 +1,8 @@
 //! One record, three keepers, two proposers, one change of keepers.
 //!
 //! Keeper 1 seals the epoch for keepers 2, 3 and 4, while keeper 2 changes the record; or it
-//! does so alone, and keeper 2 changes the record in the next epoch. Acceptors and proposers
+//! does so alone, and keeper 2 changes the record in the next epoch. Or keeper 2 seals it, too,
+//! for other keepers; or 2 and 3 both change the record in the next epoch. Acceptors and proposers
 //! are the real ones. Messages are never used up: each may arrive at any time, in
 //! any order, again and again, or not at all; except that a node hears itself at once.
 
@@ -12,9 +13,9 @@ use std::{
 };
 
 use p2pit_protocol::{
-    BlobId, BootId, PeerId, PoolId, StoreId, UserId,
-    identity::{Domain, KeyPair, SignedBytes},
-    job::{Command, Grace, JobSpec, LOST_AFTER_MS, Policy, Source, VerifiedSpec},
+    BootId, PoolId,
+    identity::SignedBytes,
+    job::VerifiedSpec,
     message::{Promise, Watch},
     record::{
         Acceptor, Ask, Ballot, Certificate, End, Keeper, Link, LinkProof, Operation, Proposer,
@@ -25,24 +26,17 @@ use p2pit_protocol::{
 };
 use stateright::{Model, Property};
 
-use crate::search;
+use crate::{
+    cast::{keeper, node_key, sign_job, small_job_spec, store},
+    search,
+};
 
 /// Keepers, by number from 1.
 type Who = u8;
 
-fn key(n: Who) -> KeyPair {
-    KeyPair::from_seed(&[n | 0x80; 32])
-}
-
-fn store(n: Who) -> StoreId {
-    StoreId([n; 16])
-}
-
-fn keeper(n: Who) -> Keeper {
-    (PeerId(key(n).public()), store(n))
-}
-
 const NEXT: [Who; 3] = [2, 3, 4];
+/// Whom keeper 2 would have instead.
+const OTHERS: [Who; 3] = [1, 2, 4];
 
 /// What is said. A message to a proposer names the epoch it is of.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -217,6 +211,10 @@ struct Record {
     spec: Arc<VerifiedSpec>,
     /// Who proposes in the first epoch, and who in the next.
     proposers: [&'static [Who]; 2],
+    /// Whether keeper 2 ends the first epoch, too, for other keepers.
+    two_seals: bool,
+    /// Whether who was refused tries once more.
+    retries: bool,
     /// Every value met.
     values: Mutex<BTreeMap<Hashed, Value>>,
     receipts: Mutex<BTreeMap<(Who, Ballot, Hashed), SignedBytes>>,
@@ -224,32 +222,20 @@ struct Record {
 
 impl Record {
     fn new(proposers: [&'static [Who]; 2]) -> Self {
-        let owner = KeyPair::from_seed(&[1; 32]);
-        let spec = JobSpec {
-            pool: PoolId([7; 32]),
-            owner: UserId(owner.public()),
-            title: String::new(),
-            request: "[]".parse().unwrap(),
-            command: Command::Script,
-            code: BlobId([1; 32]),
-            code_bytes: 0,
-            source: Source::default(),
-            continues: None,
-            artifacts: Vec::new(),
-            env: BTreeMap::new(),
-            private: false,
-            time_limit_ms: None,
-            grace: Grace::default(),
-            retries: 0,
-            policy: Policy::Continue,
-            lost_after_ms: LOST_AFTER_MS,
-            nonce: [0; 16],
-            submitted_at_ms: 0,
-            keepers: [1, 2, 3].map(keeper).into(),
-        };
-        let signed = SignedBytes::sign(&owner, Domain::JobSpec, spec.to_bytes());
-        let spec = Arc::new(VerifiedSpec::verify(signed).unwrap());
-        Self { spec, proposers, values: Mutex::default(), receipts: Mutex::default() }
+        Self::with(proposers, false, true)
+    }
+
+    fn with(proposers: [&'static [Who]; 2], two_seals: bool, retries: bool) -> Self {
+        let spec = small_job_spec(PoolId([7; 32]), [1, 2, 3].map(keeper).into());
+        let spec = Arc::new(VerifiedSpec::verify(sign_job(&spec)).unwrap());
+        Self {
+            spec,
+            proposers,
+            two_seals,
+            retries,
+            values: Mutex::default(),
+            receipts: Mutex::default(),
+        }
     }
 
     fn note(&self, value: Value) -> Hashed {
@@ -267,14 +253,15 @@ impl Record {
         let mut receipts = self.receipts.lock().unwrap();
         let made = receipts
             .entry((who, ballot, hash))
-            .or_insert_with(|| sign_receipt(&key(who), store(who), ballot, &value, hash));
+            .or_insert_with(|| sign_receipt(&node_key(who), store(who), ballot, &value, hash));
         made.clone()
     }
 
     /// What this keeper wants in this epoch, after `known`.
-    fn wish(who: Who, known: &Value) -> Value {
+    fn wish(&self, who: Who, known: &Value) -> Value {
         match who {
             1 => known.seal(NEXT.map(keeper).into()),
+            2 if self.two_seals && known.epoch == 0 => known.seal(OTHERS.map(keeper).into()),
             _ => {
                 let mut body = known.body.clone();
                 body.failed_starts += u32::from(who);
@@ -290,7 +277,7 @@ impl Record {
         let Some(value) = acceptor.value() else { return };
         let mut proposer =
             Proposer::new(store(who), acceptor.keepers().to_vec(), Sabotage::default());
-        let wish = Operation::Set(Box::new(Self::wish(who, value)));
+        let wish = Operation::Set(Box::new(self.wish(who, value)));
         proposer.begin(1, wish, None, acceptor.promised(), 0).unwrap();
         node.proposer = Some(proposer);
         self.pursue(world, who);
@@ -470,10 +457,20 @@ impl Record {
         world.link.get_or_insert_with(|| Arc::new(link));
         let value = self.note(sealed.first_of_next_epoch());
         let install = Said::Install { accepted: Ballot::ZERO, value };
-        for to in NEXT.into_iter().filter(|to| *to != who) {
-            world.letters.insert((who, to, install.clone()));
+        let next: Vec<Who> = next.iter().map(|(_, store)| store.0[0]).collect();
+        if self.proposers[1].len() > 1 {
+            // Rivals begin together, and what is left of the first epoch is lost: all else is
+            // in the other searches, and would be too much in one.
+            world.letters.clear();
+            for to in next {
+                self.on_install(world, to, Ballot::ZERO, value);
+            }
+            return;
         }
-        if NEXT.contains(&who) {
+        for to in next.iter().filter(|to| **to != who) {
+            world.letters.insert((who, *to, install.clone()));
+        }
+        if next.contains(&who) {
             self.on_install(world, who, Ballot::ZERO, value);
         }
     }
@@ -544,7 +541,9 @@ impl Model for Record {
         steps.extend(world.letters.iter().cloned().map(Step::Deliver));
         let retries = |who: &Who| {
             let node = &world.nodes[who];
-            !node.retried && node.proposer.as_ref().is_some_and(|proposer| proposer.is_refused())
+            self.retries
+                && !node.retried
+                && node.proposer.as_ref().is_some_and(|proposer| proposer.is_refused())
         };
         let last = self.proposers.iter().filter_map(|of| of.last()).copied();
         steps.extend(last.filter(retries).map(Step::Retry));
@@ -608,26 +607,48 @@ impl Model for Record {
             ),
             Property::sometimes("the seal is chosen", |_, world: &World| world.link.is_some()),
         ];
+        if self.two_seals {
+            properties.push(Property::sometimes("the other seal is chosen", |_, world: &World| {
+                world.link.as_ref().is_some_and(|link| link.next == OTHERS.map(keeper))
+            }));
+        }
         if !self.proposers[1].is_empty() {
             properties.push(Property::sometimes("the next epoch goes on", |_, world: &World| {
                 world.nodes[&2].ended.get(&1) == Some(&true)
             }));
-            properties.push(Property::sometimes(
-                "a keeper begins with what another accepted",
-                |_, world: &World| {
-                    world.letters.iter().any(|(_, _, said)| {
+            if self.proposers[1].len() > 1 {
+                properties.push(Property::sometimes(
+                    "rivals meet in the next epoch",
+                    |_, world: &World| {
+                        let refused = |node: &Arc<Node>| {
+                            let epoch = node.acceptor.as_ref().map(Acceptor::epoch);
+                            epoch == Some(1)
+                                && node.proposer.as_ref().is_some_and(|p| p.is_refused())
+                        };
+                        world.nodes.values().any(refused)
+                    },
+                ));
+            }
+            if self.proposers[1].len() == 1 {
+                properties.push(Property::sometimes(
+                    "a keeper begins with what another accepted",
+                    |_, world: &World| {
+                        world.letters.iter().any(|(_, _, said)| {
                         matches!(said, Said::Install { accepted, .. } if *accepted > Ballot::ZERO)
                     })
-                },
-            ));
+                    },
+                ));
+            }
         }
         if self.proposers[0].len() > 1 {
-            properties.push(Property::sometimes(
-                "who comes second carries on",
-                |_, world: &World| {
-                    world.nodes.values().any(|node| node.ended.get(&0) == Some(&false))
-                },
-            ));
+            if self.retries {
+                properties.push(Property::sometimes(
+                    "who comes second carries on",
+                    |_, world: &World| {
+                        world.nodes.values().any(|node| node.ended.get(&0) == Some(&false))
+                    },
+                ));
+            }
             properties.push(Property::sometimes("a proposer is refused", |_, world: &World| {
                 world
                     .nodes
@@ -656,4 +677,16 @@ fn a_seal_and_a_change_at_once() {
 #[test]
 fn a_change_after_a_seal() {
     search("record, a change after a seal", Record::new([&[1], &[2]]));
+}
+
+/// Two seals in one epoch, each for other keepers: one of them is chosen.
+#[test]
+fn two_seals_at_once() {
+    search("record, two seals", Record::with([&[1, 2], &[]], true, false));
+}
+
+/// Two rivals in the epoch after a seal.
+#[test]
+fn rivals_after_a_seal() {
+    search("record, rivals after a seal", Record::with([&[1], &[2, 3]], false, false));
 }
