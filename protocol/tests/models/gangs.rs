@@ -534,7 +534,7 @@ impl Gangs {
             control: Vec::new(),
             data: Vec::new(),
         };
-        Soft::Advert(SignedBytes::sign(&key_of(who), Domain::Advert, wire::encode(&advert)))
+        Soft::advert(SignedBytes::sign(&key_of(who), Domain::Advert, wire::encode(&advert)))
     }
 
     /// What follows in a node from an input.
