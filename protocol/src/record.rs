@@ -899,8 +899,8 @@ impl Registers {
         for renewal in entries.iter().take(RENEWALS_MAX) {
             let Renewal { job, epoch, ballot, next } = *renewal;
             let Some(register) = self.records.get_mut(&job) else {
+                // Its disk is new: that says nothing of who drives the job.
                 self.sends.push_back((from, Message::NotInit { job, epoch }));
-                refused.push(job);
                 continue;
             };
             if !register.acceptor.keepers().iter().any(|(keeper, _)| *keeper == from) {

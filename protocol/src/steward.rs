@@ -528,11 +528,10 @@ impl Stewards {
     /// Take the outcomes of proposals, and go on from the values chosen.
     pub(crate) fn settle(&mut self, cx: &mut Context<'_>) {
         while let Some(event) = cx.registers.poll_event() {
-            let (job, op) = match event {
-                record::Event::Chosen { job, op } | record::Event::Conflict { job, op } => {
-                    (job, Some(op))
-                }
-                record::Event::Changed { job } => (job, None),
+            let (job, op, failed) = match event {
+                record::Event::Chosen { job, op } => (job, Some(op), false),
+                record::Event::Conflict { job, op } => (job, Some(op), true),
+                record::Event::Changed { job } => (job, None, false),
             };
             cx.out.events.push_back(Event::RecordChanged { job });
             cx.out.changed.push(job);
@@ -545,7 +544,9 @@ impl Stewards {
             if drive.proposal.is_none() {
                 self.notice_lease(job, cx);
                 if self.acts(job, cx) {
-                    self.take_stage(job, cx);
+                    if failed || !self.has_taken(job, cx.registers) {
+                        self.take_stage(job, cx);
+                    }
                     self.advance(job, cx);
                 }
             }
@@ -558,11 +559,22 @@ impl Stewards {
         }
     }
 
+    /// Whether the attempt stands as it stood: a value that was only made sure of again must not
+    /// put off what is due to be asked.
+    fn has_taken(&self, job: JobId, registers: &Registers) -> bool {
+        let (Some(drive), Some(kept)) = (self.drives.get(&job), registers.get(job)) else {
+            return false;
+        };
+        let at = (kept.value.epoch, kept.value.seq);
+        matches!(drive.stage, Stage::Assigned) && drive.taken == Some(at)
+    }
+
     /// After a value was chosen: what it lets us say, and which stage follows from it.
     fn take_stage(&mut self, job: JobId, cx: &mut Context<'_>) {
         let Some(kept) = cx.registers.get(job) else { return };
-        let body = kept.value.body.clone();
+        let (body, at) = (kept.value.body.clone(), (kept.value.epoch, kept.value.seq));
         let Some(drive) = self.drives.get_mut(&job) else { return };
+        drive.taken = Some(at);
         for rank in body.ranks.iter().filter(|rank| rank.state == RankState::Ended) {
             let acknowledged = drive.acknowledged.insert((body.attempt, rank.assignment.rank));
             if acknowledged {

@@ -24,6 +24,8 @@ pub(crate) struct Drive {
     pub(super) observed: Observed,
     /// The proposal in flight: one at a time.
     pub(super) proposal: Option<u64>,
+    /// The value that was last followed, as epoch and seq.
+    pub(super) taken: Option<(u32, u64)>,
     /// Endings whose nodes were told that they are recorded.
     pub(super) acknowledged: BTreeSet<(Attempt, Rank)>,
     /// Nodes to be told that an attempt is off, with the times they were.
@@ -109,6 +111,7 @@ impl Drive {
             spec,
             observed: Observed::default(),
             proposal: None,
+            taken: None,
             acknowledged: BTreeSet::new(),
             withdrawals: BTreeMap::new(),
             avoided: BTreeSet::new(),
