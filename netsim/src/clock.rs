@@ -65,6 +65,12 @@ impl Clock {
         self.wall_start_ms = self.wall_right_ms;
     }
 
+    /// How far the wall clock is from where it stood before anybody stepped it.
+    #[must_use]
+    pub fn wall_error_ms(&self) -> u64 {
+        self.wall_start_ms.abs_diff(self.wall_right_ms)
+    }
+
     /// What the clocks say at `true_ms`.
     #[must_use]
     pub fn now(&self, true_ms: u64) -> Now {

@@ -170,6 +170,22 @@ fn seed_stress_773_who_waits_for_an_answer_keeps_somebody_who_can_give_it() {
     expect_fine(&Options::stress(773));
 }
 
+/// A keeper whose disk was emptied refused each renewal; the steward made sure of its value each
+/// time, and so put off for ever to ask that node about the rank it had.
+#[test]
+fn seed_stress_302521_what_is_due_to_be_asked_is_not_put_off() {
+    expect_fine(&Options::stress(302_521));
+}
+
+/// What a submission is told once the keepers changed, and a hold behind a wall clock that was set
+/// back before a reboot.
+#[test]
+fn seeds_stress_301442_302922_and_36_are_within_what_is_promised() {
+    for seed in [301_442, 302_922, 36] {
+        expect_fine(&Options::stress(seed));
+    }
+}
+
 fn expect_fine(options: &Options) {
     let report = run(options.clone(), false).unwrap();
     assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);

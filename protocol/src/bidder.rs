@@ -103,6 +103,8 @@ pub(crate) struct Bidder {
     /// The latest stewardship known of jobs that changed theirs: who comes with an earlier
     /// one is not their steward any more. With the wall time it was learnt.
     known_terms: BTreeMap<JobId, (u64, u64)>,
+    /// Who was said to drive a job, and when it was asked, on the boot clock.
+    pointed: BTreeMap<(JobId, PeerId), u64>,
     /// Leases of ranks with processes here.
     leases: BTreeMap<WorkId, Lease>,
     /// Endings no steward has acknowledged.
@@ -146,6 +148,7 @@ impl Bidder {
             standing: Standing::default(),
             tombstones: BTreeMap::new(),
             known_terms: BTreeMap::new(),
+            pointed: BTreeMap::new(),
             leases: BTreeMap::new(),
             ends: BTreeMap::new(),
             timers: Timers::default(),

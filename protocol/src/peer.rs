@@ -378,7 +378,7 @@ impl Peer {
         let jobs: Vec<JobId> = self.registers.iter().map(|(job, _)| *job).collect();
         for job in jobs {
             if self.registers.get(job).is_some_and(|k| k.value.body.state() == State::Done) {
-                self.announce_head(job);
+                self.announce_head(job, now);
             }
         }
         match self.shy_until_ms {
@@ -785,7 +785,7 @@ impl Peer {
                 self.bidder.handle_lease(from, asked, &entries, now, &mut self.out);
             }
             Message::Elsewhere { job, steward } => {
-                self.bidder.handle_elsewhere(job, steward, now, &mut self.out);
+                self.bidder.handle_elsewhere(from, job, steward, now, &mut self.out);
             }
             Message::Prepare { .. }
             | Message::Promise(_)

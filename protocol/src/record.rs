@@ -35,7 +35,8 @@ pub use acceptor::{Acceptor, Refused};
 pub use ballot::{Ballot, Keeper};
 pub use certificate::{
     Certificate, CertificateError, EPOCHS_MAX, ForceRecover, Link, LinkProof, ReceiptBody,
-    check_force_recover, check_receipt, follow, keepers_hash, quorum_of, sign_receipt,
+    are_distinct, check_force_recover, check_receipt, follow, keepers_hash, quorum_of,
+    sign_receipt,
 };
 pub use proposer::{Ask, BACKOFF_MS, BACKOFFS_MAX, End, Operation, Proposer};
 pub use replica::Replica;
@@ -137,8 +138,10 @@ struct Register {
     proposer: Proposer,
     kept: Option<Kept>,
     /// See [`Watch`].
-    heard: u64,
+    heard: BTreeMap<PeerId, u64>,
     heard_ms: u64,
+    /// When this configuration was begun here, on the boot clock.
+    epoch_ms: u64,
     /// What keepers had heard when this one first asked, and when that was.
     seen: BTreeMap<StoreId, (Watch, u64)>,
     /// When each keeper last heard of this node as steward: the time it was told.
@@ -154,6 +157,18 @@ struct Register {
     /// This node sealed an epoch in whose successor it keeps nothing: whom it still has to
     /// install.
     handing: Option<Handing>,
+}
+
+impl Register {
+    /// Somebody spoke as this job's steward, or candidate.
+    fn hear(&mut self, from: PeerId) {
+        *self.heard.entry(from).or_default() += 1;
+    }
+
+    /// How often anybody but `asker` did: what a candidate says itself is no sign of the steward.
+    fn heard_beside(&self, asker: PeerId) -> u64 {
+        self.heard.iter().filter(|(from, _)| **from != asker).map(|(_, count)| count).sum()
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -227,16 +242,20 @@ impl Registers {
 
     fn insert(&mut self, acceptor: Acceptor, now: Now) {
         let job = acceptor.job();
+        let forced = |link: &Link| matches!(link.proof, LinkProof::Forced(_));
+        let forced = acceptor.links().last().is_some_and(forced);
         let register = Register {
             proposer: Proposer::new(self.store, acceptor.keepers().to_vec(), self.sabotage),
             kept: kept_of(&acceptor),
             acceptor,
-            heard: 0,
+            heard: BTreeMap::new(),
             heard_ms: now.boot_ms,
+            epoch_ms: now.boot_ms,
             seen: BTreeMap::new(),
             acks: BTreeMap::new(),
             carried_ms: 0,
-            quiet_until_ms: 0,
+            // A recovering node that starts again does not know how much of it is over.
+            quiet_until_ms: if forced { now.after(TAKEOVER_MS) } else { 0 },
             resends: 0,
             former: Vec::new(),
             handing: None,
@@ -531,7 +550,8 @@ impl Registers {
         register.seen.clear();
         register.handing = None;
         register.heard_ms = now.boot_ms;
-        register.heard += 1;
+        register.epoch_ms = now.boot_ms;
+        register.hear(self.me);
         self.timers.cancel(&Timer::Resend(job));
         self.timers.cancel(&Timer::Hand(job));
         self.persist(job);
@@ -588,6 +608,13 @@ impl Registers {
             if value.job != job || value.epoch != epoch || !canonical {
                 return Err("the value is of another record or epoch".to_owned());
             }
+            let first = install.accepted == Ballot::ZERO;
+            if first && !install.links.last().is_some_and(|link| link.leads_to(&value)) {
+                return Err("the value does not follow from the one that was sealed".to_owned());
+            }
+            if !first && !keepers.iter().any(|(keeper, _)| *keeper == from) {
+                return Err("only its keepers know what an epoch has accepted".to_owned());
+            }
             Some(value)
         } else {
             None
@@ -611,9 +638,10 @@ impl Registers {
 
     /// A keeper of the next epoch has begun it.
     pub fn handle_installed(&mut self, from: PeerId, job: JobId, epoch: u32, now: Now) {
+        let is_keeper = self.is_keeper(job, from);
         let Some(register) = self.records.get_mut(&job) else { return };
         let Some(handing) = &mut register.handing else {
-            if epoch == register.acceptor.epoch() {
+            if is_keeper && epoch == register.acceptor.epoch() {
                 self.pursue(job, now);
             }
             return;
@@ -656,6 +684,9 @@ impl Registers {
         if value.hash() != forced.value_hash {
             return Err("the record has changed here meanwhile: try again".to_owned());
         }
+        if !are_distinct(&forced.next) {
+            return Err("a keeper is named twice".to_owned());
+        }
         if !forced.next.contains(&(self.me, self.store)) {
             return Err("the node that has the record must be one of its next keepers".to_owned());
         }
@@ -673,7 +704,7 @@ impl Registers {
 
     // ---- messages ---------------------------------------------------------------------
 
-    fn is_keeper(&self, job: JobId, peer: PeerId) -> bool {
+    pub(crate) fn is_keeper(&self, job: JobId, peer: PeerId) -> bool {
         self.records
             .get(&job)
             .is_some_and(|register| register.acceptor.keepers().iter().any(|(k, _)| *k == peer))
@@ -719,7 +750,7 @@ impl Registers {
                     ballot,
                     accepted: register.acceptor.accepted(),
                     value_bytes: register.acceptor.value_bytes().to_vec(),
-                    watch: Watch { boot, heard: register.heard },
+                    watch: Watch { boot, heard: register.heard_beside(from) },
                 };
                 self.persist(job);
                 self.sends.push_back((from, Message::Promise(Box::new(promise))));
@@ -746,7 +777,7 @@ impl Registers {
                 return;
             }
         };
-        register.heard += 1;
+        register.hear(from);
         register.heard_ms = now.boot_ms;
         register.seen.clear();
         let Some(value) = register.acceptor.value() else { return };
@@ -909,7 +940,7 @@ impl Registers {
             }
             match register.acceptor.renew(epoch, ballot, next) {
                 Ok(()) => {
-                    register.heard += 1;
+                    register.hear(from);
                     register.heard_ms = now.boot_ms;
                     register.seen.clear();
                     heard.push(job);
@@ -948,6 +979,18 @@ impl Registers {
             }
             Some(_) | None => 0,
         }
+    }
+
+    /// Until when nobody may act for a job whose keepers were given up, on the boot clock.
+    #[must_use]
+    pub fn quiet_until(&self, job: JobId) -> u64 {
+        self.records.get(&job).map_or(0, |register| register.quiet_until_ms)
+    }
+
+    /// Since when a job has the keepers it has, as far as this node knows, on the boot clock.
+    #[must_use]
+    pub fn epoch_since(&self, job: JobId) -> u64 {
+        self.records.get(&job).map_or(0, |register| register.epoch_ms)
     }
 
     /// When each keeper of a job last heard of this node as steward, on the boot clock.
@@ -1005,25 +1048,33 @@ impl Registers {
             debug!(%job, "no sign of its steward: taking over");
             let take_over = Operation::TakeOver { steward: self.me, watches: ripe };
             self.timers.set(Timer::Watch(job), now.after(LOOK_MS));
+            // Some of them may be gone by now, and others back.
+            self.look(job);
             self.begin(job, OWN_OP, take_over, now);
             return;
-        }
-        let epoch = register.acceptor.epoch();
-        for (peer, _) in &kept.keepers {
-            self.sends.push_back((*peer, Message::Look { job, epoch }));
         }
         let mut sinces: Vec<u64> = register.seen.values().map(|(_, since_ms)| *since_ms).collect();
         sinces.sort_unstable();
         let ripens = sinces.get(quorum - 1).map(|since_ms| since_ms.saturating_add(wait_ms));
         let at_ms = ripens.filter(|at_ms| *at_ms > now.boot_ms).unwrap_or(u64::MAX);
         self.timers.set(Timer::Watch(job), at_ms.min(now.after(LOOK_MS)));
+        self.look(job);
+    }
+
+    /// Ask the job's keepers what they have heard.
+    fn look(&mut self, job: JobId) {
+        let Some(register) = self.records.get(&job) else { return };
+        let epoch = register.acceptor.epoch();
+        for (peer, _) in register.acceptor.keepers() {
+            self.sends.push_back((*peer, Message::Look { job, epoch }));
+        }
     }
 
     /// See [`Message::Look`].
     pub fn handle_look(&mut self, from: PeerId, job: JobId, epoch: u32) {
         let message = match self.records.get(&job) {
             Some(register) if register.acceptor.epoch() == epoch && register.kept.is_some() => {
-                let watch = Watch { boot: self.boot, heard: register.heard };
+                let watch = Watch { boot: self.boot, heard: register.heard_beside(from) };
                 Message::Seen { job, epoch, watch }
             }
             Some(register) if register.acceptor.epoch() >= epoch => {

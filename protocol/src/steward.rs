@@ -123,6 +123,8 @@ pub(crate) struct Stewards {
     fences: u64,
     /// Nodes that said they would keep records: in which store, and when, on the boot clock.
     willing: BTreeMap<PeerId, (StoreId, u64)>,
+    /// Nodes that were asked whether they would keep in which store.
+    asked: BTreeMap<PeerId, StoreId>,
 }
 
 impl Stewards {
@@ -138,6 +140,7 @@ impl Stewards {
             rouses_left: 0,
             fences: 0,
             willing: BTreeMap::new(),
+            asked: BTreeMap::new(),
         }
     }
 
@@ -177,8 +180,13 @@ impl Stewards {
             // Handed over to this node, or from before a restart.
             cx.registers.read(job, cx.now);
         } else if kept.chosen && body.state() != State::Done && !self.drives.contains_key(&job) {
-            self.drives.insert(job, Drive::new(Arc::clone(&kept.spec), cx.now));
-            self.timers.set(Timer::Keepers, cx.now.after(KEEPERS_CHECK_MS));
+            let mut drive = Drive::new(Arc::clone(&kept.spec), cx.now);
+            // Until then the steward of an epoch that was given up may grant leases.
+            drive.since_ms = drive.since_ms.max(cx.registers.quiet_until(job));
+            self.drives.insert(job, drive);
+            if self.timers.due(&Timer::Keepers).is_none() {
+                self.timers.set(Timer::Keepers, cx.now.after(KEEPERS_CHECK_MS));
+            }
             self.renew_one(job, cx);
             self.notice_lease(job, cx);
         }
@@ -215,9 +223,11 @@ impl Stewards {
     /// Begin or cease to act, as the lease says.
     fn notice_lease(&mut self, job: JobId, cx: &mut Context<'_>) {
         let acts = self.acts(job, cx);
+        // Else the keepers change, and nobody lacks anything.
+        let chosen = cx.registers.get(job).is_some_and(|kept| kept.chosen);
         let Some(drive) = self.drives.get_mut(&job) else { return };
         let acted = core::mem::replace(&mut drive.acting, acts);
-        if acted && !acts && !drive.leaving {
+        if acted && !acts && chosen && !drive.leaving {
             self.fences += 1;
             warn!(%job, "no quorum of its keepers heard of this steward: it is silent");
         }
@@ -1235,7 +1245,12 @@ fn finish_if_over(mut body: Body, drive: &Drive, at_ms: u64) -> Body {
     if !body.all_at_least(RankState::Ended) {
         return body;
     }
-    if let Some(StopCause::StartFailed(reason)) = body.stop.clone() {
+    // What may still run somewhere is never run again.
+    let surely_over = !body
+        .ranks
+        .iter()
+        .any(|rank| rank.end.as_ref().is_some_and(|end| end.ending == Ending::Silent));
+    if surely_over && let Some(StopCause::StartFailed(reason)) = body.stop.clone() {
         body.failed_starts += 1;
         if body.failed_starts < FAILED_STARTS_MAX && drive.observed.stop_asked.is_none() {
             body.ranks.clear();
@@ -1247,11 +1262,6 @@ fn finish_if_over(mut body: Body, drive: &Drive, at_ms: u64) -> Body {
     }
     let (outcome, reason) = outcome::decide(&body, drive.observed.stop_asked);
     let retries = drive.spec.spec.retries;
-    // What may still run somewhere is never run again.
-    let surely_over = !body
-        .ranks
-        .iter()
-        .any(|rank| rank.end.as_ref().is_some_and(|end| end.ending == Ending::Silent));
     let failed = matches!(outcome, Outcome::Failed { .. } | Outcome::Lost { .. });
     if failed && surely_over && body.retried < retries {
         body.retried += 1;

@@ -103,7 +103,9 @@ impl World {
             self.ledger.remove_acting(*job, at);
             let still_named = self.ledger.current(*job).is_some_and(|value| {
                 let body = &value.body;
-                body.steward == peer && body.term == *term && body.state() != State::Done
+                let in_office = body.steward == peer && body.term == *term;
+                // While its keepers change a job has no steward, and nobody lacks one.
+                in_office && value.sealed.is_none() && body.state() != State::Done
             });
             self.counts.silences += u64::from(still_named);
         }

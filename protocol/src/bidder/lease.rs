@@ -20,6 +20,9 @@ const RETRY_SOON_MS: u64 = 4_000;
 /// See above.
 const RETRY_MS: u64 = 10_000;
 
+/// Most nodes that this one remembers to have been sent to, with the jobs they were asked about.
+const POINTED_MAX: usize = 4_096;
+
 /// Permission for one process.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Lease {
@@ -141,6 +144,8 @@ impl Bidder {
                     self.leases.entry(id).or_insert(Lease { until_ms: None, answered_ms: 0 });
                 lease.answered_ms = lease.answered_ms.max(asked.boot_ms);
                 let news = match (lease.until_ms, until_ms) {
+                    // It never binds again: this is an answer from before.
+                    (Some(None), _) => false,
                     (Some(Some(known)), Some(until_ms)) => until_ms > known,
                     (known, until_ms) => known != Some(until_ms),
                 };
@@ -152,14 +157,29 @@ impl Bidder {
         }
     }
 
-    /// A keeper says who drives a job: ask there.
+    /// A keeper says who drives a job: ask there. Two that name each other must not be asked in
+    /// turns without a pause, and nobody but those that were asked sends this node anywhere.
     pub(crate) fn handle_elsewhere(
         &mut self,
+        from: PeerId,
         job: JobId,
         steward: PeerId,
         now: Now,
         out: &mut Outbox,
     ) {
+        let names = |keepers: &[PeerId]| keepers.contains(&from);
+        let known = self.works_of_job(job).iter().any(|id| {
+            let work = &self.book.work[id];
+            work.steward == from || names(&work.keepers())
+        }) || self
+            .ends
+            .iter()
+            .any(|(id, end)| id.job == job && (end.steward == from || names(&end.keepers)))
+            || self.pointed.contains_key(&(job, from));
+        let soon_ms = now.boot_ms.saturating_sub(RETRY_SOON_MS);
+        if !known || self.pointed.get(&(job, steward)).is_some_and(|at_ms| *at_ms > soon_ms) {
+            return;
+        }
         let works = self.works_of_job(job).into_iter().filter_map(|id| {
             let work = &self.book.work[&id];
             let waits = matches!(work.phase, Phase::Committed { .. });
@@ -173,6 +193,13 @@ impl Bidder {
             .take(1)
             .collect();
         if !asks.is_empty() {
+            if self.pointed.len() >= POINTED_MAX {
+                self.pointed.retain(|_, at_ms| *at_ms > soon_ms);
+            }
+            if self.pointed.len() >= POINTED_MAX {
+                return;
+            }
+            self.pointed.insert((job, steward), now.boot_ms);
             let ask = Message::AskLease { clock: self.clock(now), entries: asks };
             out.send(self.me, steward, ask);
         }

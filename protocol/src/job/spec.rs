@@ -184,7 +184,7 @@ pub enum SpecError {
     )]
     LostAfter,
     /// No keeper, or more than a job may have.
-    #[error("a job names 1 to {KEEPERS_MAX} keepers")]
+    #[error("a job names 1 to {KEEPERS_MAX} keepers, each once")]
     Keepers,
     /// A path that leaves the work directory.
     #[error("artifact path `{0}` is not below the work directory")]
@@ -260,7 +260,8 @@ impl JobSpec {
         if !(LOST_AFTER_MS_MIN..=LOST_AFTER_MS_MAX).contains(&self.lost_after_ms) {
             return Err(SpecError::LostAfter);
         }
-        if self.keepers.is_empty() || self.keepers.len() > KEEPERS_MAX {
+        let distinct = crate::record::are_distinct(&self.keepers);
+        if self.keepers.is_empty() || self.keepers.len() > KEEPERS_MAX || !distinct {
             return Err(SpecError::Keepers);
         }
         self.request.check().map_err(|e| SpecError::Malformed(e.to_string()))

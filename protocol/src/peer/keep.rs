@@ -220,6 +220,10 @@ impl Peer {
     /// # Errors
     /// Why not, with the next step.
     pub fn recover(&mut self, signed: SignedBytes, now: Now) -> Result<JobId, String> {
+        if self.shy_until_ms.is_some() || self.store_refused {
+            let reason = "this node has just started and asks the others first";
+            return Err(format!("{reason}: try again in {} s", crate::peer::SHY_MS / 1_000));
+        }
         let bytes: crate::record::ForceRecover = crate::wire::decode(&signed.bytes)
             .map_err(|e| format!("the request cannot be read: {e}"))?;
         let job = bytes.job;

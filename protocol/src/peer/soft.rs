@@ -34,6 +34,11 @@ pub const HEAD_MS: u64 = 30 * 24 * 3_600_000;
 /// Adverts that may follow each other at [`ADVERT_GAP_MS`] after a quiet time.
 const ADVERT_BURST: u64 = 6;
 
+/// Whether the head of a job that was submitted then is told no more.
+fn is_old(submitted_at_ms: u64, now: Now) -> bool {
+    submitted_at_ms.saturating_add(HEAD_MS) < now.wall_ms
+}
+
 #[derive(Debug, Clone)]
 pub(super) struct SoftState {
     boot: BootId,
@@ -209,7 +214,7 @@ impl Peer {
             return false;
         };
         let member = self.roster.state().is_member_node(head.keeper);
-        let old = head.submitted_at_ms.saturating_add(HEAD_MS) < now.wall_ms;
+        let old = is_old(head.submitted_at_ms, now);
         let future = head.submitted_at_ms > now.wall_ms.saturating_add(CLOCK_TOLERANCE_MS);
         let id = item.id();
         // The later; of two alike, the one that all choose alike.
@@ -225,8 +230,11 @@ impl Peer {
     }
 
     /// Tell the pool of a job kept here: at its birth, when its keepers change, and at its end.
-    pub(super) fn announce_head(&mut self, job: JobId) {
+    pub(super) fn announce_head(&mut self, job: JobId, now: Now) {
         let Some(kept) = self.registers.get(job) else { return };
+        if is_old(kept.spec.spec.submitted_at_ms, now) {
+            return;
+        }
         let head = Head {
             job,
             keeper: self.me,
@@ -259,7 +267,7 @@ impl Peer {
             let over = kept.value.body.state() == State::Done;
             let known = self.soft.heads.get(&job).map(|(head, _)| head.epoch);
             if ours && (over || known != Some(kept.value.epoch)) {
-                self.announce_head(job);
+                self.announce_head(job, now);
             }
         }
         // Else who has left is asked for bids, and counts for what the pool could do.
@@ -316,8 +324,15 @@ impl Peer {
         self.next_turn(now);
     }
 
-    /// Forget records of jobs that ended long ago.
+    /// Forget records of jobs that ended long ago, and heads that nobody would take any more.
     fn drop_old_records(&mut self, now: Now) {
+        let heads = self.soft.heads.values();
+        let stale = heads.filter(|(head, _)| is_old(head.submitted_at_ms, now));
+        for job in stale.map(|(head, _)| head.job).collect::<Vec<_>>() {
+            if let Some((_, id)) = self.soft.heads.remove(&job) {
+                self.soft.items.remove(&id);
+            }
+        }
         let old = |kept: &Kept| {
             let last = kept.value.body.history.last();
             last.is_some_and(|change| {

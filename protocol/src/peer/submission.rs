@@ -136,6 +136,11 @@ impl Peer {
         refused: Option<String>,
         now: Now,
     ) {
+        // What is promised while others may know of a later life of this store may be lost with
+        // it; the submitter asks again.
+        if self.shy_until_ms.is_some() || self.store_refused {
+            return;
+        }
         let job = JobId::of(&signed.bytes);
         if let Some(links) = self.registers.links(job).filter(|links| !links.is_empty()) {
             // This store may never have seen its birth; that its keepers changed shows it.
@@ -179,11 +184,11 @@ impl Peer {
             let init = Message::Init { spec, receipts, refused: None };
             self.out.send(self.me, *keeper, init);
         }
-        self.answer_birth(job, &spec);
+        self.answer_birth(job, &spec, now);
     }
 
     /// Tell those who wait what is known of a job's birth, once it counts as submitted.
-    fn answer_birth(&mut self, job: JobId, spec: &VerifiedSpec) {
+    fn answer_birth(&mut self, job: JobId, spec: &VerifiedSpec, now: Now) {
         let two = self.sabotage.holds(Rule::InputsOnTwoNodes);
         let Some(birth) = self.births.get_mut(&job) else { return };
         if !is_submitted(spec, &birth.receipts, &birth.inputs, two) {
@@ -198,7 +203,7 @@ impl Peer {
         if waiting.is_empty() {
             return;
         }
-        self.announce_head(job);
+        self.announce_head(job, now);
         for submitter in waiting {
             // Whoever submitted can find the job at once, before gossip comes round.
             if let Some(head) = self.soft.head(job) {
@@ -340,7 +345,7 @@ impl Peer {
         if let Some(birth) = self.births.get_mut(&job) {
             birth.receipts.extend(fresh.clone());
             birth.inputs.extend(&inputs);
-            self.answer_birth(job, &spec);
+            self.answer_birth(job, &spec, now);
         }
         if let Some(submission) = self.submissions.get_mut(&job) {
             submission.receipts.extend(fresh);

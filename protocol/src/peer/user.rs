@@ -88,7 +88,9 @@ impl Peer {
         self.finish(now);
         if self.registers.get(job).is_some_and(|kept| !kept.chosen) {
             // From before a restart, or another keeper's: not sure yet.
-            self.registers.read(job, now);
+            if self.shy_until_ms.is_none() && !self.store_refused {
+                self.registers.read(job, now);
+            }
             self.finish(now);
         }
         let body = self.registers.get(job).map(|kept| (&kept.value.body, kept.chosen));

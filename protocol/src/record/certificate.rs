@@ -183,6 +183,30 @@ fn agreeing(
     stores.len()
 }
 
+/// Whether no node and no store is named twice.
+#[must_use]
+pub fn are_distinct(keepers: &[Keeper]) -> bool {
+    let nodes: BTreeSet<_> = keepers.iter().map(|(node, _)| node).collect();
+    let stores: BTreeSet<_> = keepers.iter().map(|(_, store)| store).collect();
+    nodes.len() == keepers.len() && stores.len() == keepers.len()
+}
+
+impl Link {
+    /// Whether `first` is the first value of the epoch that this link leads to, as far as a link
+    /// tells: it follows the value that was sealed, or that the recovery goes on from.
+    #[must_use]
+    pub fn leads_to(&self, first: &Value) -> bool {
+        match &self.proof {
+            LinkProof::Sealed(receipts) => receipts.iter().any(|receipt| {
+                let body = wire::decode::<ReceiptBody>(&receipt.bytes);
+                body.is_ok_and(|body| body.value_hash == first.prev && body.seq + 1 == first.seq)
+            }),
+            LinkProof::Forced(signed) => wire::decode::<ForceRecover>(&signed.bytes)
+                .is_ok_and(|forced| forced.value_hash == first.prev),
+        }
+    }
+}
+
 /// The keepers that `links` lead to, from those that the spec names.
 ///
 /// # Errors
@@ -201,6 +225,9 @@ pub fn follow(
         let bad = |reason: String| CertificateError::Link { epoch: epoch + 1, reason };
         if link.next.is_empty() || link.next.len() > KEEPERS_MAX {
             return Err(bad(format!("{} keepers", link.next.len())));
+        }
+        if !are_distinct(&link.next) {
+            return Err(bad("a keeper is named twice".to_owned()));
         }
         match &link.proof {
             LinkProof::Sealed(receipts) => {

@@ -28,8 +28,8 @@ pub enum Operation {
     TakeOver {
         /// Who does.
         steward: PeerId,
-        /// Keepers and what they had heard: only they count, and only if they have heard
-        /// nothing since.
+        /// Keepers and what they had heard of others: only they count, and only if they have
+        /// heard of nobody else since.
         watches: BTreeMap<StoreId, Watch>,
     },
 }
@@ -281,12 +281,8 @@ impl Proposer {
         if promise.ballot != *ballot {
             return None;
         }
-        if let Some((_, Operation::TakeOver { watches, steward })) = &self.task {
-            // Of its own earlier try at this, a keeper has heard, and nothing else since.
-            let own = wire::decode::<Value>(&promise.value_bytes)
-                .is_ok_and(|value| value.body.steward == *steward);
+        if let Some((_, Operation::TakeOver { watches, .. })) = &self.task {
             match watches.get(&store) {
-                _ if own => {}
                 Some(seen) if *seen == promise.watch => {}
                 // The steward was heard of: it is alive.
                 Some(_) => return self.finish(false, None),

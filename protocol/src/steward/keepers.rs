@@ -115,7 +115,7 @@ impl Stewards {
             let seq = kept.value.seq;
             let current = kept.keepers.clone();
             let next = self.next_keepers(job, &current, cx);
-            if next == current {
+            if next.iter().collect::<BTreeSet<_>>() == current.iter().collect() {
                 continue;
             }
             let fresh_ms = cx.now.boot_ms.saturating_sub(WILLING_MS);
@@ -139,7 +139,9 @@ impl Stewards {
                 cx.registers.seal(job, seq, op, next, cx.now);
             }
         }
+        self.asked.retain(|node, _| cx.board.is_connected(*node));
         for (node, store) in asked {
+            self.asked.insert(node, store);
             cx.out.send(self.me, node, Message::WouldKeep { store });
         }
         if !self.drives.is_empty() {
@@ -149,15 +151,16 @@ impl Stewards {
 
     /// See [`Message::WillKeep`].
     pub(crate) fn handle_will_keep(&mut self, from: PeerId, store: StoreId, cx: &mut Context<'_>) {
-        if self.drives.is_empty() {
+        if self.drives.is_empty() || self.asked.get(&from) != Some(&store) {
             return;
         }
         let fresh_ms = cx.now.boot_ms.saturating_sub(WILLING_MS);
         self.willing.retain(|_, (_, at_ms)| *at_ms >= fresh_ms);
         let before = self.willing.insert(from, (store, cx.now.boot_ms));
         let news = before.is_none_or(|(named, _)| named != store);
-        if news {
-            self.timers.set(Timer::Keepers, cx.now.after(WILLING_MS / 100));
+        let at_ms = cx.now.after(WILLING_MS / 100);
+        if news && self.timers.due(&Timer::Keepers).is_none_or(|due_ms| at_ms < due_ms) {
+            self.timers.set(Timer::Keepers, at_ms);
         }
     }
 
@@ -212,7 +215,9 @@ impl Stewards {
     }
 
     fn is_away(&self, job: JobId, (_, store): Keeper, registers: &Registers, now: Now) -> bool {
-        let since_ms = self.drives.get(&job).map_or(0, |drive| drive.since_ms);
+        let drive_ms = self.drives.get(&job).map_or(0, |drive| drive.since_ms);
+        // Since the keepers changed nobody may have had to answer yet.
+        let since_ms = drive_ms.max(registers.epoch_since(job));
         let heard_ms = registers.acks(job).and_then(|acks| acks.get(&store)).copied();
         heard_ms.unwrap_or(0).max(since_ms).saturating_add(AWAY_MS) < now.boot_ms
     }

@@ -99,7 +99,7 @@ impl Stewards {
             self.notice_lease(*job, cx);
         }
         for job in refused {
-            if self.drives.contains_key(job) {
+            if self.drives.contains_key(job) && cx.registers.is_keeper(*job, from) {
                 cx.registers.read(*job, cx.now);
             }
         }
