@@ -42,6 +42,11 @@ impl Clock {
         (self.since_ms, self.boot_start_ms) = (true_ms, after_ms);
     }
 
+    /// The machine is up: a boot that was to come later has come by now.
+    pub fn runs_by(&mut self, true_ms: u64) {
+        self.since_ms = self.since_ms.min(true_ms);
+    }
+
     /// The boot clock runs fast by `drift_ppm` from now on.
     pub fn set_drift(&mut self, true_ms: u64, drift_ppm: i64) {
         let boot_ms = self.now(true_ms).boot_ms;

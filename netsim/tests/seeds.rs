@@ -186,6 +186,13 @@ fn seeds_stress_301442_302922_and_36_are_within_what_is_promised() {
     }
 }
 
+/// A machine that came back early, since the world healed, had a boot clock that stood still until
+/// it was to have come back.
+#[test]
+fn seed_long_404448_a_machine_that_is_up_has_a_clock_that_runs() {
+    expect_fine(&Options::long(404_448));
+}
+
 fn expect_fine(options: &Options) {
     let report = run(options.clone(), false).unwrap();
     assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);

@@ -496,6 +496,8 @@ impl World {
         if self.is_up(at) || self.machines[at].disk_full {
             return;
         }
+        // The world may have healed before the machine was to be back.
+        self.machines[at].clock.runs_by(self.now_ms);
         let now = self.machines[at].clock.now(self.now_ms);
         let machine = &mut self.machines[at];
         machine.starts += 1;
