@@ -27,7 +27,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -72,8 +72,9 @@ const ROOM_PATIENCE: Duration = Duration::from_secs(2);
 /// How long other keepers may take to take over what a node drives that is about to go.
 const HAND_OVER_WITHIN: Duration = Duration::from_secs(3);
 const HAND_OVER_POLL: Duration = Duration::from_millis(50);
-/// A change of the record that is under way keeps it from being handed over for so many polls.
-const HAND_OVER_TRIES: u32 = 10;
+/// A change of the record that is under way keeps it from being handed over; one that takes
+/// longer than this is not waited for.
+const HAND_OVER_STALL: Duration = Duration::from_millis(500);
 
 /// How a daemon is run.
 #[derive(Debug)]
@@ -265,11 +266,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
     let result = match ended {
         Some(ended) => ended.context("the core broke")?,
         None => {
-            // Else the jobs driven here would stand still until others notice.
-            match shared.hand_over().await {
-                Ok(HandedOver { handed: 0, left: 0 }) | Err(_) => {}
-                Ok(HandedOver { handed, left }) => info!(handed, left, "handed jobs over"),
-            }
+            shared.hand_over_before_the_end().await;
             shared.ending.store(true, Ordering::Relaxed);
             // Fails where the core has ended by itself meanwhile.
             let _ = shared.inputs.send(Input::Shutdown).await;
@@ -397,19 +394,36 @@ impl Shared {
     /// that took long enough.
     pub(crate) async fn hand_over(&self) -> Result<HandedOver, NoPeer> {
         let before = self.act(|peer, _| peer.driven()).await?;
-        let deadline = tokio::time::Instant::now() + HAND_OVER_WITHIN;
-        let mut tries = 0;
+        let mut patience = HandOverPatience::begun(before, Instant::now());
         loop {
             let heard = self.heard.notified();
             let (under_way, left) =
                 self.act(|peer, now| (peer.hand_over(now), peer.driven())).await?;
-            tries = if under_way == 0 { tries + 1 } else { 0 };
-            let is_over = left == 0 || tries == HAND_OVER_TRIES;
-            if is_over || tokio::time::Instant::now() > deadline {
+            if patience.is_over(under_way, left, Instant::now()) {
                 return Ok(HandedOver { handed: before.saturating_sub(left), left });
             }
             // Woken by what others say; else it is looked at again.
             let _ = tokio::time::timeout(HAND_OVER_POLL, heard).await;
+        }
+    }
+
+    /// Else the jobs driven here would stand still until others notice. Without room on the
+    /// disk nothing can be handed over, and nothing that does not answer keeps a daemon from
+    /// ending.
+    async fn hand_over_before_the_end(&self) {
+        let mut waits = self.waits_for_room.subscribe();
+        let handed = tokio::select! {
+            biased;
+            // Its sender lives as long as this.
+            _ = waits.wait_for(|waits| *waits) => {
+                return warn!("the disk is full: no job can be handed over");
+            }
+            handed = tokio::time::timeout(2 * HAND_OVER_WITHIN, self.hand_over()) => handed,
+        };
+        match handed {
+            Ok(Ok(HandedOver { handed: 0, left: 0 }) | Err(_)) => {}
+            Ok(Ok(HandedOver { handed, left })) => info!(handed, left, "handed jobs over"),
+            Err(_) => warn!("the journal does not answer: no job can be handed over"),
         }
     }
 
@@ -604,11 +618,6 @@ impl Shared {
         }
     }
 
-    /// The daemon was told to end.
-    fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::Relaxed)
-    }
-
     /// GPUs that must not be given to anybody now.
     fn unusable(&self) -> Vec<GpuUuid> {
         let mut unusable = in_foreign_use(&lock(&self.readings), &self.work.pids());
@@ -685,6 +694,30 @@ impl Shared {
             listen.set_port(ports.control);
         }
         listen
+    }
+}
+
+/// How long a hand-over goes on: by time, as what others say may wake it any number of times
+/// in between.
+#[derive(Debug)]
+struct HandOverPatience {
+    deadline: Instant,
+    /// When a change was last under way, or last fewer were left than before.
+    progress_at: Instant,
+    left: usize,
+}
+
+impl HandOverPatience {
+    fn begun(left: usize, now: Instant) -> Self {
+        Self { deadline: now + HAND_OVER_WITHIN, progress_at: now, left }
+    }
+
+    fn is_over(&mut self, under_way: usize, left: usize, now: Instant) -> bool {
+        if under_way > 0 || left < self.left {
+            self.progress_at = now;
+        }
+        self.left = left;
+        left == 0 || now >= self.deadline || now >= self.progress_at + HAND_OVER_STALL
     }
 }
 
@@ -869,4 +902,29 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The roster of the pool, as the core has it now.
 pub(crate) async fn roster(shared: &Shared) -> Result<Roster, NoPeer> {
     shared.act(|peer, _| peer.roster().clone()).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hand_over_is_given_up_by_time_and_not_by_how_often_others_say_something() {
+        let begin = Instant::now();
+        let mut patience = HandOverPatience::begun(3, begin);
+        for _ in 0..1000 {
+            assert!(!patience.is_over(0, 3, begin));
+        }
+        let mut at = begin + HAND_OVER_STALL - Duration::from_millis(1);
+        assert!(!patience.is_over(0, 2, at), "one was handed over");
+        at += HAND_OVER_STALL - Duration::from_millis(1);
+        assert!(!patience.is_over(1, 2, at), "one is under way");
+        at += HAND_OVER_STALL - Duration::from_millis(1);
+        assert!(!patience.is_over(0, 2, at));
+        assert!(patience.is_over(0, 2, at + Duration::from_millis(1)), "nothing moves");
+        assert!(patience.is_over(0, 0, begin), "nothing is left");
+        let mut busy = HandOverPatience::begun(3, begin);
+        assert!(!busy.is_over(1, 3, begin + HAND_OVER_WITHIN - Duration::from_millis(1)));
+        assert!(busy.is_over(1, 3, begin + HAND_OVER_WITHIN));
+    }
 }
