@@ -343,6 +343,43 @@ async fn a_tree_that_is_deaf_to_sigterm_is_killed_within_the_grace_of_its_lease(
 }
 
 #[tokio::test]
+async fn a_process_whose_supervisor_lives_is_adopted_whatever_its_files_say() {
+    let host = Host::new().await;
+    let running = host.start(WAITS_FOR_GO).await;
+    host.log_has("up").await;
+    drop(running);
+    let tree = host.executor.run_dir(&host.last_id()).path().join("tree.json");
+    let whole = fs::read(&tree).unwrap();
+    fs::write(&tree, "{").unwrap();
+    let Adopted::Running(mut running) = host.adopt_only().await else { panic!("taken for over") };
+    fs::write(&tree, whole).unwrap();
+    host.ends_by_itself(&mut running).await;
+}
+
+#[tokio::test]
+async fn a_process_that_cannot_be_looked_for_is_not_taken_for_over() {
+    let host = Host::new().await;
+    let mut running = host.start(WAITS_FOR_GO).await;
+    host.log_has("up").await;
+    let run_dir = host.executor.run_dir(&host.last_id());
+    kill_process(host.supervisor_pid(), Signal::KILL).unwrap();
+    while run_dir.try_lock().unwrap().is_none() {
+        tokio::task::yield_now().await;
+    }
+    // A directory instead of the file: whether the tree is there cannot be read.
+    let (spec, aside) = (run_dir.path().join("spec.json"), run_dir.path().join("aside"));
+    fs::rename(&spec, &aside).unwrap();
+    fs::create_dir(&spec).unwrap();
+    let Adopted::Running(mut adopted) = host.adopt_only().await else { panic!("taken for over") };
+    fs::remove_dir(&spec).unwrap();
+    fs::rename(&aside, &spec).unwrap();
+    for running in [&mut running, &mut adopted] {
+        assert!(matches!(ended(running).await.ending, Ending::Lost { .. }));
+        gone(running).await;
+    }
+}
+
+#[tokio::test]
 async fn a_lease_renewed_in_time_ends_nothing() {
     let host = Host::new().await;
     let mut running = host.start(WAITS_FOR_GO).await;
