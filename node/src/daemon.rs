@@ -294,8 +294,12 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
 async fn resume(shared: &Arc<Shared>, entries: Entries) -> anyhow::Result<()> {
     let Some(genesis) = entries.get(&Slot::Genesis.to_bytes()) else {
         // Whatever runs here was started under a journal that is gone.
-        for (id, running, _) in shared.work.adopt(shared).await? {
-            shared.work.dismiss(shared, id, running);
+        let found = shared.work.adopt(shared).await?;
+        let found: Vec<_> = found.into_iter().map(|(id, running, _)| (id, running)).collect();
+        let ids: Vec<WorkId> = found.iter().map(|(id, _)| *id).collect();
+        shared.work.end_unknown(shared, found).await;
+        for id in ids {
+            work::clean_if_needed(shared, id);
         }
         return Ok(());
     };
@@ -315,6 +319,13 @@ async fn resume(shared: &Arc<Shared>, entries: Entries) -> anyhow::Result<()> {
         }
     }
     let adopted = shared.work.adopt(shared).await?;
+    // Reported before the last daemon died, or started under a book that is gone. A node whose
+    // book does not name a rank says that it knows nothing of it, and others run it then: so
+    // nothing is said before its processes are over.
+    let (adopted, unknown): (Vec<_>, Vec<_>) =
+        adopted.into_iter().partition(|(id, ..)| peer.has_rank(*id));
+    let unknown = unknown.into_iter().map(|(id, running, _)| (id, running)).collect();
+    shared.work.end_unknown(shared, unknown).await;
     let alive: Vec<WorkId> = adopted.iter().map(|(id, ..)| *id).collect();
     shared.become_member(peer, &alive, Vec::new()).await?;
     work::sweep(shared).await;
@@ -322,7 +333,7 @@ async fn resume(shared: &Arc<Shared>, entries: Entries) -> anyhow::Result<()> {
         if shared.act(move |peer, _| peer.has_rank(id)).await? {
             shared.work.take_up(shared, id, running, ended);
         } else {
-            // Reported before the last daemon died, or started under a book that is gone.
+            // Given up while the peer resumed.
             shared.work.dismiss(shared, id, running);
         }
     }
