@@ -5,6 +5,7 @@
 //! and asks them, `join` founds and joins pools, and `crate::api` serves this
 //! machine's users. They share `Shared` and speak to the core through closures.
 
+mod addresses;
 mod anew;
 pub(crate) mod bundle;
 mod clock;
@@ -98,6 +99,8 @@ pub(crate) struct Shared {
     pub(crate) boot_count: u64,
     pub(crate) store: BlobStore,
     pub(crate) index: Store,
+    /// On their way into the index.
+    pub(crate) addresses: addresses::Addresses,
     pub(crate) bandwidth: Bandwidth,
     pub(crate) endpoint: Endpoint,
     pub(crate) executor: Executor,
@@ -219,6 +222,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         key,
         store,
         index,
+        addresses: addresses::Addresses::default(),
         bandwidth,
         endpoint,
         executor,
@@ -248,6 +252,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         unlocked_gpus: Mutex::new(unlocked),
     });
     let home = shared.home.clone();
+    tokio::spawn(addresses::keep_writing(Arc::clone(&shared)));
     let mut core = tokio::spawn(core::run(Arc::clone(&shared), journal, received));
     resume(&shared, std::mem::take(&mut recovered.entries)).await?;
     tokio::spawn(serve::accept(Arc::clone(&shared)));
@@ -279,6 +284,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         network.close().await;
     }
     shared.endpoint.close().await;
+    shared.addresses.write(&shared.index);
     if let Err(reason) = shared.index.flush() {
         warn!(%reason, "the index was not flushed");
     }
@@ -681,13 +687,7 @@ impl Shared {
             data: advert.data.clone(),
             last_seen_wall_ms: clock::now().wall_ms,
         };
-        let kept = self
-            .index
-            .put_peer(&node, &entry)
-            .and_then(|()| self.index.put_board(&node, &wire::encode(signed)));
-        if let Err(reason) = kept {
-            warn!(%node, %reason, "addresses are not remembered");
-        }
+        self.addresses.put(node, entry, Some(wire::encode(signed)));
     }
 
     /// While the guard lives, somebody of this machine uses the daemon.
