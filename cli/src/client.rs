@@ -56,16 +56,21 @@ type Sender = SendRequest<Body>;
 #[derive(Debug)]
 pub(crate) struct Client {
     home: Home,
+    pid: Option<u32>,
     idle: Mutex<Vec<Sender>>,
 }
 
 impl Client {
     /// The daemon of `home`; `None` where none runs.
     pub(crate) async fn connect(home: &Home) -> anyhow::Result<Option<Self>> {
-        match open(home).await? {
-            Some(sender) => Ok(Some(Self { home: home.clone(), idle: Mutex::new(vec![sender]) })),
-            None => Ok(None),
-        }
+        let Some((sender, pid)) = open(home).await? else { return Ok(None) };
+        Ok(Some(Self { home: home.clone(), pid, idle: Mutex::new(vec![sender]) }))
+    }
+
+    /// The daemon's process, as the kernel knows it, which needs no answer; `None` where it is
+    /// not known, as that of another PID namespace.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.pid
     }
 
     /// What the daemon knows without asking anybody.
@@ -187,7 +192,8 @@ impl Client {
                 return Ok(sender);
             }
         }
-        open(&self.home).await?.ok_or_else(|| self.ended().into())
+        let opened = open(&self.home).await?.ok_or_else(|| self.ended())?;
+        Ok(opened.0)
     }
 
     fn ended(&self) -> Problem {
@@ -268,7 +274,7 @@ pub(crate) fn pipe() -> (DuplexStream, DuplexStream) {
     tokio::io::duplex(PIPE_BYTES)
 }
 
-async fn open(home: &Home) -> anyhow::Result<Option<Sender>> {
+async fn open(home: &Home) -> anyhow::Result<Option<(Sender, Option<u32>)>> {
     let socket = home.api_socket().context("the home's socket cannot be named")?;
     let stream = match UnixStream::connect(socket.usable()).await {
         Ok(stream) => stream,
@@ -288,12 +294,14 @@ async fn open(home: &Home) -> anyhow::Result<Option<Sender>> {
             return Err(e).with_context(|| format!("cannot reach {}", socket.file().display()));
         }
     };
+    let listener = stream.peer_cred().context("the daemon's socket does not say whose it is")?;
+    let pid = listener.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
     let (sender, connection) = http1::handshake(TokioIo::new(stream))
         .await
         .context("the daemon does not speak to this command")?;
     // What breaks the connection is met by whoever waits for an answer on it.
     tokio::spawn(connection);
-    Ok(Some(sender))
+    Ok(Some((sender, pid)))
 }
 
 async fn collect(body: Incoming) -> anyhow::Result<Bytes> {

@@ -87,8 +87,8 @@ pub(crate) fn this_program() -> PathBuf {
 }
 
 /// Asks a daemon to end and returns once it has.
-pub(crate) async fn end(client: &Client, me: &Me) -> anyhow::Result<()> {
-    let process = Process::of(me.pid)?;
+pub(crate) async fn end(client: &Client, pid: u32) -> anyhow::Result<()> {
+    let process = Process::of(pid)?;
     let asked = client.post_empty(path::SHUTDOWN).await;
     // One with nothing to finish may be gone before its answer is out.
     let limit = if asked.is_ok() { END_WITHIN } else { END_UNANSWERED_WITHIN };
@@ -96,8 +96,8 @@ pub(crate) async fn end(client: &Client, me: &Me) -> anyhow::Result<()> {
         return Ok(());
     }
     asked?;
-    let message = format!("the daemon (process {}) does not end", me.pid);
-    Err(Problem::broken(message).hint(format!("`kill -9 {}` ends it; jobs go on", me.pid)).into())
+    let message = format!("the daemon (process {pid}) does not end");
+    Err(Problem::broken(message).hint(format!("`kill -9 {pid}` ends it; jobs go on")).into())
 }
 
 /// Whether a daemon was started by a command for itself, and ends by itself.

@@ -166,7 +166,7 @@ async fn start_on_demand(home: &Home, out: &Output) -> anyhow::Result<Client> {
     let client = daemon_process::start(home, &flags).await?;
     let me: Me = client.get(path::ME).await?;
     if let Err(problem) = pool_of(&me) {
-        daemon_process::end(&client, &me).await?;
+        daemon_process::end(&client, me.pid).await?;
         return Err(problem.into());
     }
     wait_for_company(&client).await?;

@@ -5,6 +5,7 @@
 //! and asks them, `join` founds and joins pools, and `crate::api` serves this
 //! machine's users. They share `Shared` and speak to the core through closures.
 
+mod addresses;
 mod anew;
 pub(crate) mod bundle;
 mod clock;
@@ -27,7 +28,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -72,8 +73,9 @@ const ROOM_PATIENCE: Duration = Duration::from_secs(2);
 /// How long other keepers may take to take over what a node drives that is about to go.
 const HAND_OVER_WITHIN: Duration = Duration::from_secs(3);
 const HAND_OVER_POLL: Duration = Duration::from_millis(50);
-/// A change of the record that is under way keeps it from being handed over for so many polls.
-const HAND_OVER_TRIES: u32 = 10;
+/// A change of the record that is under way keeps it from being handed over; one that takes
+/// longer than this is not waited for.
+const HAND_OVER_STALL: Duration = Duration::from_millis(500);
 
 /// How a daemon is run.
 #[derive(Debug)]
@@ -97,6 +99,8 @@ pub(crate) struct Shared {
     pub(crate) boot_count: u64,
     pub(crate) store: BlobStore,
     pub(crate) index: Store,
+    /// On their way into the index.
+    pub(crate) addresses: addresses::Addresses,
     pub(crate) bandwidth: Bandwidth,
     pub(crate) endpoint: Endpoint,
     pub(crate) executor: Executor,
@@ -218,6 +222,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         key,
         store,
         index,
+        addresses: addresses::Addresses::default(),
         bandwidth,
         endpoint,
         executor,
@@ -247,6 +252,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         unlocked_gpus: Mutex::new(unlocked),
     });
     let home = shared.home.clone();
+    tokio::spawn(addresses::keep_writing(Arc::clone(&shared)));
     let mut core = tokio::spawn(core::run(Arc::clone(&shared), journal, received));
     resume(&shared, std::mem::take(&mut recovered.entries)).await?;
     tokio::spawn(serve::accept(Arc::clone(&shared)));
@@ -265,11 +271,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
     let result = match ended {
         Some(ended) => ended.context("the core broke")?,
         None => {
-            // Else the jobs driven here would stand still until others notice.
-            match shared.hand_over().await {
-                Ok(HandedOver { handed: 0, left: 0 }) | Err(_) => {}
-                Ok(HandedOver { handed, left }) => info!(handed, left, "handed jobs over"),
-            }
+            shared.hand_over_before_the_end().await;
             shared.ending.store(true, Ordering::Relaxed);
             // Fails where the core has ended by itself meanwhile.
             let _ = shared.inputs.send(Input::Shutdown).await;
@@ -282,6 +284,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         network.close().await;
     }
     shared.endpoint.close().await;
+    shared.addresses.write(&shared.index);
     if let Err(reason) = shared.index.flush() {
         warn!(%reason, "the index was not flushed");
     }
@@ -297,8 +300,12 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
 async fn resume(shared: &Arc<Shared>, entries: Entries) -> anyhow::Result<()> {
     let Some(genesis) = entries.get(&Slot::Genesis.to_bytes()) else {
         // Whatever runs here was started under a journal that is gone.
-        for (id, running, _) in shared.work.adopt(shared).await? {
-            shared.work.dismiss(shared, id, running);
+        let found = shared.work.adopt(shared).await?;
+        let found: Vec<_> = found.into_iter().map(|(id, running, _)| (id, running)).collect();
+        let ids: Vec<WorkId> = found.iter().map(|(id, _)| *id).collect();
+        shared.work.end_unknown(shared, found).await;
+        for id in ids {
+            work::clean_if_needed(shared, id);
         }
         return Ok(());
     };
@@ -318,6 +325,13 @@ async fn resume(shared: &Arc<Shared>, entries: Entries) -> anyhow::Result<()> {
         }
     }
     let adopted = shared.work.adopt(shared).await?;
+    // Reported before the last daemon died, or started under a book that is gone. A node whose
+    // book does not name a rank says that it knows nothing of it, and others run it then: so
+    // nothing is said before its processes are over.
+    let (adopted, unknown): (Vec<_>, Vec<_>) =
+        adopted.into_iter().partition(|(id, ..)| peer.has_rank(*id));
+    let unknown = unknown.into_iter().map(|(id, running, _)| (id, running)).collect();
+    shared.work.end_unknown(shared, unknown).await;
     let alive: Vec<WorkId> = adopted.iter().map(|(id, ..)| *id).collect();
     shared.become_member(peer, &alive, Vec::new()).await?;
     work::sweep(shared).await;
@@ -325,7 +339,7 @@ async fn resume(shared: &Arc<Shared>, entries: Entries) -> anyhow::Result<()> {
         if shared.act(move |peer, _| peer.has_rank(id)).await? {
             shared.work.take_up(shared, id, running, ended);
         } else {
-            // Reported before the last daemon died, or started under a book that is gone.
+            // Given up while the peer resumed.
             shared.work.dismiss(shared, id, running);
         }
     }
@@ -397,19 +411,36 @@ impl Shared {
     /// that took long enough.
     pub(crate) async fn hand_over(&self) -> Result<HandedOver, NoPeer> {
         let before = self.act(|peer, _| peer.driven()).await?;
-        let deadline = tokio::time::Instant::now() + HAND_OVER_WITHIN;
-        let mut tries = 0;
+        let mut patience = HandOverPatience::begun(before, Instant::now());
         loop {
             let heard = self.heard.notified();
             let (under_way, left) =
                 self.act(|peer, now| (peer.hand_over(now), peer.driven())).await?;
-            tries = if under_way == 0 { tries + 1 } else { 0 };
-            let is_over = left == 0 || tries == HAND_OVER_TRIES;
-            if is_over || tokio::time::Instant::now() > deadline {
+            if patience.is_over(under_way, left, Instant::now()) {
                 return Ok(HandedOver { handed: before.saturating_sub(left), left });
             }
             // Woken by what others say; else it is looked at again.
             let _ = tokio::time::timeout(HAND_OVER_POLL, heard).await;
+        }
+    }
+
+    /// Else the jobs driven here would stand still until others notice. Without room on the
+    /// disk nothing can be handed over, and nothing that does not answer keeps a daemon from
+    /// ending.
+    async fn hand_over_before_the_end(&self) {
+        let mut waits = self.waits_for_room.subscribe();
+        let handed = tokio::select! {
+            biased;
+            // Its sender lives as long as this.
+            _ = waits.wait_for(|waits| *waits) => {
+                return warn!("the disk is full: no job can be handed over");
+            }
+            handed = tokio::time::timeout(2 * HAND_OVER_WITHIN, self.hand_over()) => handed,
+        };
+        match handed {
+            Ok(Ok(HandedOver { handed: 0, left: 0 }) | Err(_)) => {}
+            Ok(Ok(HandedOver { handed, left })) => info!(handed, left, "handed jobs over"),
+            Err(_) => warn!("the journal does not answer: no job can be handed over"),
         }
     }
 
@@ -604,11 +635,6 @@ impl Shared {
         }
     }
 
-    /// The daemon was told to end.
-    fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::Relaxed)
-    }
-
     /// GPUs that must not be given to anybody now.
     fn unusable(&self) -> Vec<GpuUuid> {
         let mut unusable = in_foreign_use(&lock(&self.readings), &self.work.pids());
@@ -661,13 +687,7 @@ impl Shared {
             data: advert.data.clone(),
             last_seen_wall_ms: clock::now().wall_ms,
         };
-        let kept = self
-            .index
-            .put_peer(&node, &entry)
-            .and_then(|()| self.index.put_board(&node, &wire::encode(signed)));
-        if let Err(reason) = kept {
-            warn!(%node, %reason, "addresses are not remembered");
-        }
+        self.addresses.put(node, entry, Some(wire::encode(signed)));
     }
 
     /// While the guard lives, somebody of this machine uses the daemon.
@@ -685,6 +705,30 @@ impl Shared {
             listen.set_port(ports.control);
         }
         listen
+    }
+}
+
+/// How long a hand-over goes on: by time, as what others say may wake it any number of times
+/// in between.
+#[derive(Debug)]
+struct HandOverPatience {
+    deadline: Instant,
+    /// When a change was last under way, or last fewer were left than before.
+    progress_at: Instant,
+    left: usize,
+}
+
+impl HandOverPatience {
+    fn begun(left: usize, now: Instant) -> Self {
+        Self { deadline: now + HAND_OVER_WITHIN, progress_at: now, left }
+    }
+
+    fn is_over(&mut self, under_way: usize, left: usize, now: Instant) -> bool {
+        if under_way > 0 || left < self.left {
+            self.progress_at = now;
+        }
+        self.left = left;
+        left == 0 || now >= self.deadline || now >= self.progress_at + HAND_OVER_STALL
     }
 }
 
@@ -869,4 +913,29 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The roster of the pool, as the core has it now.
 pub(crate) async fn roster(shared: &Shared) -> Result<Roster, NoPeer> {
     shared.act(|peer, _| peer.roster().clone()).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hand_over_is_given_up_by_time_and_not_by_how_often_others_say_something() {
+        let begin = Instant::now();
+        let mut patience = HandOverPatience::begun(3, begin);
+        for _ in 0..1000 {
+            assert!(!patience.is_over(0, 3, begin));
+        }
+        let mut at = begin + HAND_OVER_STALL - Duration::from_millis(1);
+        assert!(!patience.is_over(0, 2, at), "one was handed over");
+        at += HAND_OVER_STALL - Duration::from_millis(1);
+        assert!(!patience.is_over(1, 2, at), "one is under way");
+        at += HAND_OVER_STALL - Duration::from_millis(1);
+        assert!(!patience.is_over(0, 2, at));
+        assert!(patience.is_over(0, 2, at + Duration::from_millis(1)), "nothing moves");
+        assert!(patience.is_over(0, 0, begin), "nothing is left");
+        let mut busy = HandOverPatience::begun(3, begin);
+        assert!(!busy.is_over(1, 3, begin + HAND_OVER_WITHIN - Duration::from_millis(1)));
+        assert!(busy.is_over(1, 3, begin + HAND_OVER_WITHIN));
+    }
 }

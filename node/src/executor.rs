@@ -498,10 +498,26 @@ impl Executor {
 
     fn adopt_one(&self, id: &ProcessId) -> anyhow::Result<Adopted> {
         let run_dir = self.run_dir(id);
-        let context = || format!("cannot adopt process {id}");
-        let alive = run_dir.try_lock().with_context(context)?.is_none();
-        let tree_left = watch::open_tree(&run_dir, &self.boot_id).with_context(context)?.is_some();
-        if alive || tree_left {
+        // What only looks gone would be run elsewhere, and so twice: where it cannot be told
+        // whether it is there, it is, until its watch has found out.
+        let may_be_there = match run_dir.try_lock() {
+            Ok(None) => true,
+            Ok(Some(_)) => match watch::open_tree(&run_dir, &self.boot_id) {
+                Ok(tree) => tree.is_some(),
+                Err(reason) => {
+                    tracing::warn!(%id, reason = format!("{reason:#}"), "its processes cannot be looked for");
+                    true
+                }
+            },
+            Err(reason) if reason.kind() == io::ErrorKind::NotFound => {
+                return Err(reason).with_context(|| format!("cannot adopt process {id}"));
+            }
+            Err(reason) => {
+                tracing::warn!(%id, %reason, "it cannot be told whether its supervisor lives");
+                true
+            }
+        };
+        if may_be_there {
             return Ok(Adopted::Running(self.watch(id.clone(), run_dir, None, None, None)));
         }
         Ok(Adopted::Ended(watch::last_word(&run_dir, &self.boot_id)))

@@ -1,6 +1,7 @@
 //! What must survive a crash: an append-only log of key/value writes.
 //!
-//! - A batch is one frame: after a crash it is there whole or not at all.
+//! - A batch is one frame, or several where one does not take it: after a crash it is there
+//!   whole or not at all.
 //! - [`Journal::append`] returns after one write and one `fdatasync`. Commits that
 //!   wait at the same time share both ([`JournalHandle`]).
 //! - A torn tail is cut and noted. Damage before the last durable group is
@@ -33,7 +34,7 @@
 mod crashes;
 mod disk;
 #[cfg(test)]
-mod faulty;
+pub(crate) mod faulty;
 mod frame;
 mod handle;
 mod recover;
@@ -152,11 +153,18 @@ struct Limits {
     retry_bytes: u64,
     /// Copied at once, while commits wait.
     step_bytes: u64,
+    /// What one frame of a batch has; a larger batch is several.
+    frame_bytes: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { min_bytes: 4 << 20, retry_bytes: 1 << 20, step_bytes: 1 << 20 }
+        Self {
+            min_bytes: 4 << 20,
+            retry_bytes: 1 << 20,
+            step_bytes: 1 << 20,
+            frame_bytes: frame::WRITES_BYTES_MAX,
+        }
     }
 }
 
@@ -290,11 +298,10 @@ impl Journal {
             if !frame::writes_fit(batch) {
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidInput,
-                    format!("a batch may have at most {} bytes", frame::PAYLOAD_BYTES_MAX),
+                    format!("one write may have at most {} bytes", frame::WRITES_BYTES_MAX),
                 ));
             }
-            let upserts = batch.iter().map(|w| (w.key.as_slice(), w.value.as_deref()));
-            places.extend(encoder.writes(upserts));
+            places.extend(encoder.batch(batch, self.limits.frame_bytes));
         }
         let (bytes, next_seq) = (std::mem::take(&mut encoder.bytes), encoder.next_seq());
         if bytes.is_empty() {
@@ -519,7 +526,8 @@ fn name_log(disk: &mut dyn Disk, generation: u64) -> Result<(), NameError> {
     }
 }
 
-fn is_full(error: &io::Error) -> bool {
+/// Whether an append failed for want of room: it may be tried again once there is some.
+pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 

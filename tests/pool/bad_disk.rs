@@ -4,6 +4,7 @@
 use std::{collections::BTreeSet, fs, path::PathBuf};
 
 use p2pit_tests::{Ended, Node, Pool, SOON, SmallDisk, lines_of, wait_until};
+use rustix::process::Signal;
 
 const MIB: u64 = 1 << 20;
 /// A home that is in use takes a few.
@@ -54,6 +55,37 @@ fn a_disk_without_any_room_is_named_by_whatever_has_to_be_written_down() {
     let last = node.submit(&["Last", "[v100]", "-d", "true"]);
     node.wait_for_outcome(&last, "succeeded");
     assert_eq!(node.daemon().pid(), daemon);
+}
+
+#[test]
+fn a_daemon_whose_disk_is_full_can_be_ended() {
+    let mut pool = Pool::empty();
+    let Some(disk) = SmallDisk::mount(&pool.path().join("n1"), DISK_BYTES) else { return };
+    let node = add(&mut pool, "n1", "sim:1xv100");
+    let first = node.submit(&["First", "[v100]", "-d", "sleep 600"]);
+    node.wait_for_state(&first, "RUNNING");
+    for is_signalled in [false, true] {
+        let daemon = node.daemon();
+        disk.fill(0);
+        wait_until("nothing more can be written down", SOON, || {
+            let run = node.p2pit(&["run", "More", "[v100]", "-d", "true"]);
+            (run.code != 0).then_some(())
+        });
+        if is_signalled {
+            daemon.signal(Signal::TERM);
+            wait_until("the daemon ends", SOON, || daemon.has_ended().then_some(()));
+        } else {
+            node.shut_down();
+            assert!(daemon.has_ended());
+        }
+        disk.free();
+        node.restart();
+        assert_ne!(node.daemon().pid(), daemon.pid());
+    }
+    // It was there all the time.
+    node.wait_for_state(&first, "RUNNING");
+    node.p2pit(&["stop", &first]).ended(0);
+    node.wait_for_outcome(&first, "stopped");
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use std::{fs, path::PathBuf};
 
-use p2pit_tests::{Node, Pool, Process, SOON, lines_of, of_job, wait_until};
+use p2pit_tests::{Node, Pool, Process, SOON, lines_of, mentioning, of_job, wait_until};
+use rustix::process::Signal;
 use serde_json::Value;
 
 #[test]
@@ -21,7 +22,24 @@ fn a_node_whose_journal_is_damaged_goes_on_as_another_store_and_says_so() {
     bytes[members + 40] ^= 0x10;
     fs::write(&log, &bytes).unwrap();
 
-    node.restart();
+    // What runs is ended before the new store says to anybody that it knows nothing of it, and
+    // here that takes a while.
+    let is_supervising = |process: &Process| process.command_line().contains(&"supervise".into());
+    let mut supervising = mentioning(node.home());
+    supervising.retain(is_supervising);
+    assert!(!supervising.is_empty());
+    supervising.iter().for_each(|process| process.signal(Signal::STOP));
+    let restart = node.start(&["join", "--detach"]);
+    wait_until("the daemon ends what it does not know", 2 * SOON, || {
+        let log = fs::read_to_string(node.home().join("daemon.log")).unwrap();
+        log.contains("its processes do not end").then_some(())
+    });
+    wait_until("nobody hears it", SOON, || {
+        (pool.node(2).nodes()["n1"]["reach"] == "offline").then_some(())
+    });
+    supervising.iter().for_each(|process| process.signal(Signal::CONT));
+    restart.end().ended(0);
+    assert!(processes.iter().all(Process::has_ended));
 
     let me = node.me();
     for same in ["node", "pool", "name"] {
@@ -33,9 +51,6 @@ fn a_node_whose_journal_is_damaged_goes_on_as_another_store_and_says_so() {
     assert!(warnings(&me).iter().any(|it| it.contains(&said)), "{me:#}");
     let journal = fs::read(log_of(node).0).unwrap();
     assert_ne!(journal[STORE_ID], bytes[STORE_ID], "the store id is used again");
-    wait_until("what ran under the old journal ends", SOON, || {
-        processes.iter().all(Process::has_ended).then_some(())
-    });
     pool.wait_until_assembled();
     let after = node.submit(&["After", "[v100]", "-d", "echo worked"]);
     node.wait_for_outcome(&after, "succeeded");

@@ -210,7 +210,7 @@ async fn end_on_demand(home: &Home, out: &Output) -> anyhow::Result<Option<Clien
         return Ok(Some(client));
     }
     out.note("ending the client node that a command had started here");
-    daemon_process::end(&client, &me).await?;
+    daemon_process::end(&client, me.pid).await?;
     Ok(None)
 }
 
@@ -296,7 +296,7 @@ impl Newcomer<'_> {
             self.out.note("runs in the background; `p2pit daemon --stop` ends it");
         } else {
             let me: Me = client.get(path::ME).await?;
-            daemon_process::end(&client, &me).await?;
+            daemon_process::end(&client, me.pid).await?;
         }
         entered
     }

@@ -83,7 +83,7 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     if !is_alone {
         wait_until_heard(&session).await?;
     }
-    daemon_process::end(&session.client, &me).await?;
+    daemon_process::end(&session.client, me.pid).await?;
     let home = session.home.clone();
     tokio::task::spawn_blocking(move || forget_pool(&home)).await??;
     out.note(&format!("node {} has left {}", me.name, pool_name(&me)));

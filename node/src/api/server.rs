@@ -144,10 +144,14 @@ fn router(shared: Arc<Shared>) -> Router {
             move |request: axum::extract::Request, next: axum::middleware::Next| {
                 let in_use = counted.in_use();
                 let shared = Arc::clone(&counted);
+                // A daemon without room can still be ended.
+                let needs_room = request.uri().path() != path::SHUTDOWN;
                 async move {
                     let response = tokio::select! {
                         response = next.run(request) => response,
-                        () = shared.out_of_room() => Failure::no_room(&shared.home).into_response(),
+                        () = shared.out_of_room(), if needs_room => {
+                            Failure::no_room(&shared.home).into_response()
+                        }
                     };
                     // A stream is in use until its last byte.
                     response.map(|body| {
@@ -298,7 +302,7 @@ async fn nodes(State(shared): State<Arc<Shared>>) -> Answered<Vec<NodeInfo>> {
                     free_ram_mib: advert.as_ref().map_or(0, |a| a.free_ram_mib),
                     owner_only: advert.as_ref().and_then(|a| a.owner_only.clone()),
                     control: advert.as_ref().map(|a| a.control.clone()).unwrap_or_default(),
-                    data: advert.map(|a| a.data).unwrap_or_default(),
+                    data: advert.as_ref().map(|a| a.data.clone()).unwrap_or_default(),
                 }
             };
             state.nodes.iter().map(describe).collect::<Vec<_>>()

@@ -4,7 +4,14 @@
 //! peer, makes its writes durable in one commit, and only then lets anything out: replies
 //! to callers, messages, events. Inputs that arrive during the commit share the next.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use p2pit_protocol::{
@@ -103,7 +110,7 @@ pub(super) async fn run(
                     if let network::Event::Disconnected(node) = &event {
                         shared.endpoint.forget(node);
                     }
-                    on_network(&mut state, event, now);
+                    on_network(&mut state, event, now, &mut writes);
                     shared.heard.notify_waiters();
                 }
                 Input::Member(peer, first_writes, network, done) => {
@@ -127,7 +134,7 @@ pub(super) async fn run(
         }
         for batch in writes.batches {
             let batch = batch.into_iter().map(|(key, value)| Write { key, value }).collect();
-            commit(&shared, &journal, batch).await?;
+            commit(&shared.waits_for_room, &shared.ending, &journal, batch).await?;
         }
         releases.into_iter().for_each(|release| release());
         send(&mut state);
@@ -152,8 +159,8 @@ struct Writes {
     bytes: usize,
 }
 
-/// What one batch may have before the next is begun. One input writes little more than a
-/// message can have, and the journal takes twice as much.
+/// What one batch may have before the next is begun: one fsync that all wait for. One input
+/// may write more, as a timeout of many jobs does; the journal takes that as one all the same.
 const BATCH_BYTES_MAX: usize = 8 << 20;
 
 impl Writes {
@@ -189,9 +196,10 @@ async fn sleep_or_forever(wait: Option<Duration>) {
 
 /// Nothing leaves the node before this returns. A full disk is waited for, since nothing
 /// was acknowledged; any other failure ends the daemon, because nobody knows any more
-/// what is on the disk.
+/// what is on the disk, or because trying again would not help.
 async fn commit(
-    shared: &Shared,
+    waits_for_room: &watch::Sender<bool>,
+    is_ending: &AtomicBool,
     journal: &JournalHandle,
     writes: Vec<Write>,
 ) -> anyhow::Result<()> {
@@ -199,7 +207,7 @@ async fn commit(
     loop {
         let Err(failure) = journal.commit(writes.clone()).await else {
             if warned {
-                shared.waits_for_room.send_replace(false);
+                waits_for_room.send_replace(false);
                 info!("the journal can be written again");
             }
             return Ok(());
@@ -208,12 +216,20 @@ async fn commit(
             error!(%failure, "the journal failed");
             return Err(failure).context("the journal cannot be trusted any more: the daemon ends; jobs go on below their supervisors");
         }
+        if !journal::is_full(&failure) {
+            error!(%failure, "the journal cannot be written");
+            return Err(failure).context(
+                "the journal cannot be written, and not for want of room: the daemon ends; jobs \
+                 go on below their supervisors. See to the disk, as the kernel's log says what \
+                 ails it, and start the node again with `p2pit join --detach`",
+            );
+        }
         if !warned {
             warn!(%failure, "the journal cannot be written: nothing is acknowledged until it can");
-            shared.waits_for_room.send_replace(true);
+            waits_for_room.send_replace(true);
             warned = true;
         }
-        if shared.is_ending() {
+        if is_ending.load(Ordering::Relaxed) {
             return Err(failure).context("the daemon ends with a journal that has no room");
         }
         tokio::time::sleep(JOURNAL_RETRY).await;
@@ -238,7 +254,8 @@ fn send(state: &mut State) {
     }
 }
 
-fn on_network(state: &mut State, event: network::Event, now: Now) {
+/// Each message of a bundle is an input of its own: what it caused is added to `writes` by itself.
+fn on_network(state: &mut State, event: network::Event, now: Now, writes: &mut Writes) {
     let Some(peer) = &mut state.peer else { return };
     match event {
         network::Event::Connected(node, _) => peer.peer_connected(node, now),
@@ -254,7 +271,10 @@ fn on_network(state: &mut State, event: network::Event, now: Now) {
             };
             for message in messages {
                 match wire::decode::<Message>(message) {
-                    Ok(message) => peer.handle_message(from, message, now),
+                    Ok(message) => {
+                        peer.handle_message(from, message, now);
+                        writes.add_of(Some(&mut *peer));
+                    }
                     Err(reason) => debug!(%from, %reason, "message not understood"),
                 }
             }
@@ -330,6 +350,49 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::journal::faulty::{FaultyDisk, Trouble};
+
+    #[tokio::test]
+    async fn a_journal_that_fails_for_another_reason_than_room_ends_the_daemon_and_says_so() {
+        let disk = FaultyDisk::new(1);
+        let (journal, _thread) = JournalHandle::spawn(disk.journal()).unwrap();
+        let (waits, is_ending) = (watch::channel(false).0, AtomicBool::new(false));
+        commit(&waits, &is_ending, &journal, vec![write(1, 5)]).await.unwrap();
+        // The next write fails as a broken disk's does; all after it would succeed.
+        disk.trouble_at(Some((disk.operations() + 1, Trouble::Broken)));
+        let ended = commit(&waits, &is_ending, &journal, vec![write(2, 5)]).await.unwrap_err();
+        let ended = format!("{ended:#}");
+        for part in ["not for want of room", "start the node again", "injected"] {
+            assert!(ended.contains(part), "{part}: {ended}");
+        }
+        assert!(!*waits.borrow(), "it is not the room that lacks");
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_is_waited_for_until_there_is_room_or_the_daemon_ends() {
+        let disk = FaultyDisk::new(1);
+        let (journal, _thread) = JournalHandle::spawn(disk.journal()).unwrap();
+        let (waits, is_ending) = (watch::channel(false).0, Arc::new(AtomicBool::new(false)));
+        let mut seen = waits.subscribe();
+        for ends in [false, true] {
+            disk.trouble_at(Some((0, Trouble::Full { through: 0 })));
+            let (waits, is_ending) = (waits.clone(), Arc::clone(&is_ending));
+            let (journal, ending) = (journal.clone(), Arc::clone(&is_ending));
+            let committing = tokio::spawn(async move {
+                commit(&waits, &is_ending, &journal, vec![write(1, 5)]).await
+            });
+            seen.wait_for(|waits| *waits).await.unwrap();
+            if ends {
+                ending.store(true, Ordering::Relaxed);
+                let ended = format!("{:#}", committing.await.unwrap().unwrap_err());
+                assert!(ended.contains("has no room"), "{ended}");
+            } else {
+                disk.trouble_at(None);
+                committing.await.unwrap().unwrap();
+                assert!(!*seen.borrow_and_update());
+            }
+        }
+    }
 
     fn write(key: u8, bytes: usize) -> Write {
         Write { key: vec![key], value: Some(vec![key; bytes]) }
@@ -346,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn no_batch_is_more_than_the_journal_takes_and_what_one_input_wrote_stays_together() {
+    fn a_turn_is_batches_of_a_bounded_size_and_what_one_input_wrote_stays_together() {
         let mut writes = Writes::default();
         for input in 0..40_u8 {
             writes.add([write(2 * input, 1 << 19), write(2 * input + 1, 1 << 19)]);

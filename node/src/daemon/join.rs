@@ -147,8 +147,6 @@ impl Shared {
             data: addrs.to_vec(),
             last_seen_wall_ms: clock::now().wall_ms,
         };
-        if let Err(reason) = self.index.put_peer(&peer, &entry) {
-            tracing::warn!(%peer, %reason, "the door is not remembered");
-        }
+        self.addresses.put(peer, entry, None);
     }
 }

@@ -5,12 +5,14 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 use anyhow::{Context as _, bail};
-use futures::{StreamExt as _, stream::FuturesUnordered};
+use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use p2pit_protocol::{BlobId, PeerId, job::VerifiedSpec};
+use tokio::sync::mpsc;
+use tracing::info;
 
 use super::{
     Shared,
@@ -37,15 +39,16 @@ pub(crate) struct Pushed {
 /// that have them then, where there are so many.
 const COPIES: usize = 2;
 
-/// Has a job's inputs kept by this node, if it is a keeper, and by two others: the first that
-/// can be reached. `report` hears of all that travels, `note` of what does not. Gives what the
-/// one that lacked most was sent.
+/// Has a job's inputs kept by this node, if it is a keeper, and brought to two others: the
+/// first that can be reached. Returns once enough nodes have them; what is still on its way
+/// then goes on. `report` hears of all that travels until then, `note` of what does not. Gives
+/// what the one that lacked most was sent, of those that have all.
 pub(crate) async fn spread(
     shared: &Arc<Shared>,
     spec: &VerifiedSpec,
     keepers: &[PeerId],
     report: impl FnMut(Pushed) + Send,
-    mut note: impl FnMut(String) + Send,
+    note: impl FnMut(String) + Send,
 ) -> anyhow::Result<Pushed> {
     let trees: Vec<BlobId> = spec.inputs().collect();
     let me = shared.id();
@@ -54,57 +57,145 @@ pub(crate) async fn spread(
             shared.keep_tree(*tree).await?;
         }
     }
-    let mut others: VecDeque<PeerId> =
-        keepers.iter().filter(|keeper| **keeper != me).copied().collect();
+    let others = keepers.iter().filter(|keeper| **keeper != me).copied().collect();
     let needed = COPIES.min(keepers.len()) - usize::from(keepers.contains(&me));
-    let progress = Mutex::new((BTreeMap::new(), report));
-    let (trees, progress) = (&trees, &progress);
-    let bring = |to: PeerId| async move { (to, bring_all(shared, to, trees, progress).await) };
-    let first: Vec<PeerId> = others.drain(..COPIES.min(others.len())).collect();
-    let mut bringing: FuturesUnordered<_> = first.into_iter().map(bring).collect();
-    let mut most: Option<Pushed> = None;
-    let (mut copies, mut first_failure) = (0_usize, None);
-    while let Some((to, brought)) = bringing.next().await {
-        let reason = match brought {
-            Ok(pushed) => {
-                copies += 1;
-                most = Some(
-                    most.map_or(pushed, |known| core::cmp::max_by_key(pushed, known, |p| p.bytes)),
-                );
-                continue;
+    let (trees, bringer) = (Arc::<[BlobId]>::from(trees), Arc::clone(shared));
+    let (travelled, mut travels) = mpsc::channel(TRAVELLED_MAX);
+    let mut pushes = Pushes::begun(others, move |to| {
+        let (shared, trees) = (Arc::clone(&bringer), Arc::clone(&trees));
+        let travelled = travelled.clone();
+        async move { bring_all(&shared, to, &trees, &travelled).await }.boxed()
+    });
+    let label = |node| shared.label(node);
+    let most = pushes.until(needed, &mut travels, label, report, note).await?;
+    if !pushes.going.is_empty() {
+        // A daemon that a command had started stays until that is done.
+        let (in_use, shared) = (shared.in_use(), Arc::clone(shared));
+        tokio::spawn(async move {
+            while let Some(outcome) = pushes.next().await {
+                if let Outcome::Missed { to, reason, .. } = outcome {
+                    let (node, reason) = (shared.label(to), format!("{reason:#}"));
+                    info!(node, reason, "a job's inputs did not reach a further keeper of it");
+                }
             }
-            Err(reason) => reason,
-        };
-        let missed = format!("the job's inputs did not reach {}, a keeper of it", shared.label(to));
-        if let Some(next) = others.pop_front() {
-            note(format!("{missed}: {reason:#}; {} gets them instead", shared.label(next)));
-            bringing.push(bring(next));
-        } else if copies + bringing.len() >= needed {
-            note(format!("{missed}: {reason:#}"));
-        }
-        first_failure.get_or_insert_with(|| reason.context(missed));
+            drop(in_use);
+        });
     }
-    match first_failure {
-        Some(reason) if copies < needed => Err(reason),
-        Some(_) | None => Ok(most.unwrap_or_default()),
+    Ok(most)
+}
+
+/// Brings everything to one keeper.
+type Bring = Box<dyn Fn(PeerId) -> BoxFuture<'static, anyhow::Result<Pushed>> + Send>;
+
+/// Reports of what travels that wait; more are left out.
+const TRAVELLED_MAX: usize = 64;
+
+/// A job's inputs on their way to [`COPIES`] keepers, or as many as there are.
+struct Pushes {
+    bring: Bring,
+    /// Who gets them where one of the first cannot.
+    others: VecDeque<PeerId>,
+    going: FuturesUnordered<BoxFuture<'static, (PeerId, anyhow::Result<Pushed>)>>,
+}
+
+/// How a push ended.
+enum Outcome {
+    Brought(Pushed),
+    Missed { to: PeerId, reason: anyhow::Error, instead: Option<PeerId> },
+}
+
+impl Pushes {
+    fn begun(
+        mut others: VecDeque<PeerId>,
+        bring: impl Fn(PeerId) -> BoxFuture<'static, anyhow::Result<Pushed>> + Send + 'static,
+    ) -> Self {
+        let first: Vec<PeerId> = others.drain(..COPIES.min(others.len())).collect();
+        let pushes = Self { bring: Box::new(bring), others, going: FuturesUnordered::new() };
+        first.into_iter().for_each(|to| pushes.begin(to));
+        pushes
+    }
+
+    fn begin(&self, to: PeerId) {
+        let brought = (self.bring)(to);
+        self.going.push(async move { (to, brought.await) }.boxed());
+    }
+
+    /// The next that ends; where it failed, another is begun in its place. `None` once nothing
+    /// is on its way.
+    async fn next(&mut self) -> Option<Outcome> {
+        let (to, brought) = self.going.next().await?;
+        Some(match brought {
+            Ok(pushed) => Outcome::Brought(pushed),
+            Err(reason) => {
+                let instead = self.others.pop_front();
+                instead.into_iter().for_each(|next| self.begin(next));
+                Outcome::Missed { to, reason, instead }
+            }
+        })
+    }
+
+    /// Returns once so many have everything.
+    async fn until(
+        &mut self,
+        needed: usize,
+        travels: &mut mpsc::Receiver<(PeerId, Pushed)>,
+        label: impl Fn(PeerId) -> String,
+        mut report: impl FnMut(Pushed),
+        mut note: impl FnMut(String),
+    ) -> anyhow::Result<Pushed> {
+        let mut most: Option<Pushed> = None;
+        let (mut copies, mut first_failure) = (0_usize, None);
+        let mut all = BTreeMap::new();
+        while copies < needed {
+            let outcome = tokio::select! {
+                biased;
+                Some((to, now)) = travels.recv() => {
+                    all.insert(to, now);
+                    report(all.values().fold(Pushed::default(), |sum, pushed| sum.and(*pushed)));
+                    continue;
+                }
+                outcome = self.next() => outcome,
+            };
+            let (to, reason, instead) = match outcome {
+                Some(Outcome::Brought(pushed)) => {
+                    copies += 1;
+                    most = Some(most.map_or(pushed, |known| {
+                        core::cmp::max_by_key(pushed, known, |pushed| pushed.bytes)
+                    }));
+                    continue;
+                }
+                Some(Outcome::Missed { to, reason, instead }) => (to, reason, instead),
+                None => break,
+            };
+            let missed = format!("the job's inputs did not reach {}, a keeper of it", label(to));
+            if let Some(next) = instead {
+                note(format!("{missed}: {reason:#}; {} gets them instead", label(next)));
+            } else if copies + self.going.len() >= needed {
+                note(format!("{missed}: {reason:#}"));
+            }
+            first_failure.get_or_insert_with(|| reason.context(missed));
+        }
+        match first_failure {
+            Some(reason) if copies < needed => Err(reason),
+            Some(_) | None => Ok(most.unwrap_or_default()),
+        }
     }
 }
 
-/// Brings trees to one keeper, and tells of what travels to all.
+/// Brings trees to one keeper, and tells of what travels to it.
 async fn bring_all(
     shared: &Arc<Shared>,
     to: PeerId,
     trees: &[BlobId],
-    progress: &Mutex<(BTreeMap<PeerId, Pushed>, impl FnMut(Pushed) + Send)>,
+    travelled: &mpsc::Sender<(PeerId, Pushed)>,
 ) -> anyhow::Result<Pushed> {
     let mut sum = Pushed::default();
     for tree in trees {
         let before = sum;
         let pushed = shared
             .push_tree(to, *tree, |now| {
-                let (all, report) = &mut *super::lock(progress);
-                all.insert(to, before.and(now));
-                report(all.values().fold(Pushed::default(), |sum, pushed| sum.and(*pushed)));
+                // For watching: what does not fit is not missed.
+                let _ = travelled.try_send((to, before.and(now)));
             })
             .await?;
         sum = sum.and(pushed);
@@ -264,4 +355,72 @@ impl Shared {
 async fn open_gate(receive: &mut quinn::RecvStream) -> anyhow::Result<()> {
     let gate: Gate = frame::read_message(receive, usize::MAX).await?;
     gate.pass()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use p2pit_protocol::identity::PublicKey;
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    fn node(n: u8) -> PeerId {
+        PeerId(PublicKey([n; 32]))
+    }
+
+    type Ends = Arc<Mutex<BTreeMap<PeerId, oneshot::Sender<anyhow::Result<Pushed>>>>>;
+
+    /// Pushes that end when the test says so.
+    fn pushes(others: &[PeerId]) -> (Pushes, Ends) {
+        let ends = Ends::default();
+        let begun = Arc::clone(&ends);
+        let pushes = Pushes::begun(others.iter().copied().collect(), move |to| {
+            let (end, ended) = oneshot::channel();
+            begun.lock().unwrap().insert(to, end);
+            async move { ended.await? }.boxed()
+        });
+        (pushes, ends)
+    }
+
+    fn end(ends: &Ends, node: PeerId, result: anyhow::Result<Pushed>) {
+        assert!(ends.lock().unwrap().remove(&node).expect("it was begun").send(result).is_ok());
+    }
+
+    fn sent(bytes: u64) -> Pushed {
+        Pushed { bytes, ..Pushed::default() }
+    }
+
+    #[tokio::test]
+    async fn where_one_copy_is_needed_the_slower_one_is_not_waited_for_and_goes_on() {
+        let (mut pushes, ends) = pushes(&[node(1), node(2), node(3)]);
+        let (_travelled, mut travels) = mpsc::channel(1);
+        end(&ends, node(2), Ok(sent(7)));
+        let label = |_| String::new();
+        let until = pushes.until(1, &mut travels, label, |_| {}, |note| panic!("{note}"));
+        assert_eq!(until.await.unwrap().bytes, 7);
+        assert_eq!(pushes.going.len(), 1);
+        end(&ends, node(1), Err(anyhow::anyhow!("cut")));
+        // In its place the next.
+        let missed = pushes.next().await;
+        assert!(
+            matches!(missed, Some(Outcome::Missed { instead: Some(next), .. }) if next == node(3))
+        );
+        end(&ends, node(3), Ok(sent(1)));
+        assert!(matches!(pushes.next().await, Some(Outcome::Brought(_))));
+        assert!(pushes.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn too_few_copies_are_an_error_that_names_the_first_who_missed_them() {
+        let (mut pushes, ends) = pushes(&[node(1), node(2)]);
+        let (_travelled, mut travels) = mpsc::channel(1);
+        end(&ends, node(1), Ok(sent(7)));
+        end(&ends, node(2), Err(anyhow::anyhow!("cut")));
+        let label = |node: PeerId| format!("node {}", node.0.0[0]);
+        let missed = pushes.until(2, &mut travels, label, |_| {}, |_| {}).await.unwrap_err();
+        let missed = format!("{missed:#}");
+        assert!(missed.contains("did not reach node 2") && missed.contains("cut"), "{missed}");
+    }
 }

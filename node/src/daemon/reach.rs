@@ -517,9 +517,7 @@ impl Shared {
     fn hint(&self, peer: PeerId, control: Vec<SocketAddr>, data: Vec<SocketAddr>) {
         let entry =
             crate::store::PeerEntry { control, data, last_seen_wall_ms: clock::now().wall_ms };
-        if let Err(reason) = self.index.put_peer(&peer, &entry) {
-            warn!(%peer, %reason, "a hint is not remembered");
-        }
+        self.addresses.put(peer, entry, None);
         self.reach_changed.notify_one();
     }
 }

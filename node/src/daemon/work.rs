@@ -58,6 +58,9 @@ struct Live {
 }
 
 const SPEC_FILE: &str = "spec";
+/// Between two orders to end what the book does not name; it ends within milliseconds, unless
+/// its supervisor or the kernel cannot.
+const KILL_AGAIN: Duration = Duration::from_secs(5);
 /// How long a supervisor may take to confirm a deadline before that is a matter for the log.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(10);
 
@@ -249,16 +252,29 @@ impl Work {
         self.live().remove(&id);
         let shared = Arc::clone(shared);
         tokio::spawn(async move {
-            if let Some(mut running) = running {
-                warn!(job = %id.job, rank = %id.rank, "runs without being in the book: ended");
-                running.control.kill("no daemon knows of it").await;
-                while running.events.recv().await.is_some() {}
+            if let Some(running) = running {
+                end_unknown(id, running).await;
             }
             shared.work.forget(&shared, id);
-            if shared.workspace(id).is_unclean() {
-                clean(&shared, id, Vec::new());
-            }
+            clean_if_needed(&shared, id);
         });
+    }
+
+    /// As [`Work::dismiss`], of all of these, but leaves their directories; returns once
+    /// nothing of them is left, however long that takes.
+    pub(crate) async fn end_unknown(
+        &self,
+        shared: &Arc<Shared>,
+        found: Vec<(WorkId, Option<Running>)>,
+    ) {
+        let ends = found.into_iter().map(|(id, running)| async move {
+            if let Some(running) = running {
+                end_unknown(id, running).await;
+            }
+            self.live().remove(&id);
+            self.forget(shared, id);
+        });
+        futures::future::join_all(ends).await;
     }
 
     /// GPUs processes of ours run on are told apart from foreign use by these.
@@ -417,6 +433,27 @@ async fn follow(shared: Arc<Shared>, id: WorkId, mut running: Running, held: Opt
     }
 }
 
+/// End a process that the book does not name, and return once nothing of it is left.
+async fn end_unknown(id: WorkId, running: Running) {
+    let Running { mut events, control, .. } = running;
+    warn!(job = %id.job, rank = %id.rank, "runs without being in the book: it is ended");
+    loop {
+        // Said again: what a supervisor was told while it was not reached may be lost.
+        let told = control.kill("no daemon knows of it");
+        let over = async {
+            tokio::join!(told, async { while events.recv().await.is_some() {} });
+        };
+        if tokio::time::timeout(KILL_AGAIN, over).await.is_ok() {
+            return;
+        }
+        warn!(
+            job = %id.job,
+            rank = %id.rank,
+            "its processes do not end: the node waits for that, lest others run it meanwhile"
+        );
+    }
+}
+
 /// Gather results and report; then remove the rest.
 async fn finish(shared: &Arc<Shared>, id: WorkId, ended: executor::Ended) {
     let workspace = shared.workspace(id);
@@ -458,6 +495,13 @@ pub(super) fn clean(shared: &Arc<Shared>, id: WorkId, gpus: Vec<GpuUuid>) {
     });
 }
 
+/// As [`clean`], of a rank that had no GPUs, where there is something to remove.
+pub(super) fn clean_if_needed(shared: &Arc<Shared>, id: WorkId) {
+    if shared.workspace(id).is_unclean() {
+        clean(shared, id, Vec::new());
+    }
+}
+
 /// After a restart: remove what earlier daemons had no time to, of ranks that are over.
 pub(super) async fn sweep(shared: &Arc<Shared>) {
     let jobs = shared.home.jobs();
@@ -484,8 +528,8 @@ pub(super) async fn sweep(shared: &Arc<Shared>) {
             continue;
         }
         let over = shared.act(move |peer, _| !peer.has_rank(id)).await.unwrap_or(false);
-        if over && shared.workspace(id).is_unclean() {
-            clean(shared, id, Vec::new());
+        if over {
+            clean_if_needed(shared, id);
         }
     }
 }

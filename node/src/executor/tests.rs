@@ -343,15 +343,56 @@ async fn a_tree_that_is_deaf_to_sigterm_is_killed_within_the_grace_of_its_lease(
 }
 
 #[tokio::test]
-async fn a_lease_renewed_in_time_ends_nothing() {
+async fn a_process_whose_supervisor_lives_is_adopted_whatever_its_files_say() {
+    let host = Host::new().await;
+    let running = host.start(WAITS_FOR_GO).await;
+    host.log_has("up").await;
+    drop(running);
+    let tree = host.executor.run_dir(&host.last_id()).path().join("tree.json");
+    let whole = fs::read(&tree).unwrap();
+    fs::write(&tree, "{").unwrap();
+    let Adopted::Running(mut running) = host.adopt_only().await else { panic!("taken for over") };
+    fs::write(&tree, whole).unwrap();
+    host.ends_by_itself(&mut running).await;
+}
+
+#[tokio::test]
+async fn a_process_that_cannot_be_looked_for_is_not_taken_for_over() {
     let host = Host::new().await;
     let mut running = host.start(WAITS_FOR_GO).await;
     host.log_has("up").await;
-    let first = in_ms(1_500);
-    running.control.set_deadline(first);
-    running.control.set_deadline(in_ms(600_000));
-    running.control.deadline_confirmed(SOON).await.unwrap();
-    assert!(clock::boot_ms() < first.0.unwrap(), "too slow a machine to say anything");
+    let run_dir = host.executor.run_dir(&host.last_id());
+    kill_process(host.supervisor_pid(), Signal::KILL).unwrap();
+    while run_dir.try_lock().unwrap().is_none() {
+        tokio::task::yield_now().await;
+    }
+    // A directory instead of the file: whether the tree is there cannot be read.
+    let (spec, aside) = (run_dir.path().join("spec.json"), run_dir.path().join("aside"));
+    fs::rename(&spec, &aside).unwrap();
+    fs::create_dir(&spec).unwrap();
+    let Adopted::Running(mut adopted) = host.adopt_only().await else { panic!("taken for over") };
+    fs::remove_dir(&spec).unwrap();
+    fs::rename(&aside, &spec).unwrap();
+    for running in [&mut running, &mut adopted] {
+        assert!(matches!(ended(running).await.ending, Ending::Lost { .. }));
+        gone(running).await;
+    }
+}
+
+#[tokio::test]
+async fn a_lease_renewed_in_time_ends_nothing() {
+    let (host, mut running, first) = in_time(async |lead_ms| {
+        let host = Host::new().await;
+        let running = host.start(WAITS_FOR_GO).await;
+        host.log_has("up").await;
+        let first = in_ms(lead_ms);
+        running.control.set_deadline(first);
+        running.control.deadline_confirmed(SOON).await.unwrap();
+        running.control.set_deadline(in_ms(600_000));
+        running.control.deadline_confirmed(SOON).await.unwrap();
+        is_ahead(first).then_some((host, running, first))
+    })
+    .await;
     // One that was overtaken takes nothing back.
     running.control.set_deadline(first);
     host.past(first).await;
@@ -360,14 +401,18 @@ async fn a_lease_renewed_in_time_ends_nothing() {
 
 #[tokio::test]
 async fn a_lifted_deadline_stays_lifted_until_another_is_set() {
-    let host = Host::new().await;
-    let mut running = host.start(WAITS_FOR_GO).await;
-    host.log_has("up").await;
-    let first = in_ms(1_500);
-    running.control.set_deadline(first);
-    running.control.deadline_confirmed(SOON).await.unwrap();
-    running.control.set_deadline(Deadline(None));
-    running.control.deadline_confirmed(SOON).await.unwrap();
+    let (host, mut running, first) = in_time(async |lead_ms| {
+        let host = Host::new().await;
+        let running = host.start(WAITS_FOR_GO).await;
+        host.log_has("up").await;
+        let first = in_ms(lead_ms);
+        running.control.set_deadline(first);
+        running.control.deadline_confirmed(SOON).await.unwrap();
+        running.control.set_deadline(Deadline(None));
+        running.control.deadline_confirmed(SOON).await.unwrap();
+        is_ahead(first).then_some((host, running, first))
+    })
+    .await;
     host.past(first).await;
     assert_eq!(host.executor.run_dir(&host.last_id()).read_ended().unwrap(), None);
     running.control.set_deadline(in_ms(1));
@@ -408,18 +453,27 @@ async fn a_lease_cuts_the_grace_of_a_stop_short() {
 
 #[tokio::test]
 async fn a_deadline_outlives_its_daemon_and_the_next_one_moves_it() {
-    let host = Host::new().await;
-    let running = host.start(WAITS_FOR_GO).await;
-    host.log_has("up").await;
-    let first = in_ms(2_000);
-    running.control.set_deadline(first);
-    running.control.deadline_confirmed(SOON).await.unwrap();
-    drop(running);
-    let Adopted::Running(mut running) = host.adopt_only().await else { panic!("ended") };
-    // Before there is a connection.
-    running.control.set_deadline(in_ms(600_000));
-    running.control.deadline_confirmed(SOON).await.unwrap();
-    assert!(clock::boot_ms() < first.0.unwrap(), "too slow a machine to say anything");
+    let (host, mut running, first) = in_time(async |lead_ms| {
+        let host = Host::new().await;
+        let running = host.start(WAITS_FOR_GO).await;
+        host.log_has("up").await;
+        let first = in_ms(lead_ms);
+        running.control.set_deadline(first);
+        running.control.deadline_confirmed(SOON).await.unwrap();
+        drop(running);
+        let running = match host.adopt_only().await {
+            Adopted::Running(running) => running,
+            Adopted::Ended(ended) => {
+                assert!(!is_ahead(first), "{ended:?}");
+                return None;
+            }
+        };
+        // Before there is a connection.
+        running.control.set_deadline(in_ms(600_000));
+        running.control.deadline_confirmed(SOON).await.unwrap();
+        is_ahead(first).then_some((host, running, first))
+    })
+    .await;
     host.past(first).await;
     host.ends_by_itself(&mut running).await;
 }
@@ -882,6 +936,23 @@ impl Host {
 /// So many milliseconds from now.
 fn in_ms(ms: u64) -> Deadline {
     Deadline(Some(clock::boot_ms() + ms))
+}
+
+fn is_ahead(deadline: Deadline) -> bool {
+    deadline.0.is_some_and(|at| clock::boot_ms() < at)
+}
+
+/// What has to be done before a deadline that comes after the given time; where the machine
+/// was too slow for it, which `None` says, it is done once more with twice of that.
+async fn in_time<T>(attempt: impl AsyncFn(u64) -> Option<T>) -> T {
+    let mut lead_ms = 500;
+    loop {
+        if let Some(done) = attempt(lead_ms).await {
+            return done;
+        }
+        lead_ms *= 2;
+        assert!(lead_ms < 100_000, "never in time");
+    }
 }
 
 /// A test that failed leaves nothing running.

@@ -39,7 +39,15 @@ impl Identity {
         // The descriptor pins one process; only now is it known which.
         match read_stat(self.pid) {
             Ok(stat) if stat.start_ticks == self.start_ticks && !stat.ended => Ok(Some(fd)),
-            _ => Ok(None),
+            Ok(_) => Ok(None),
+            Err(error)
+                if error.kind() == io::ErrorKind::NotFound
+                    || error.raw_os_error() == Some(libc::ESRCH) =>
+            {
+                Ok(None)
+            }
+            // Unread, as for want of descriptors: it may well be there.
+            Err(error) => Err(error),
         }
     }
 }

@@ -1,7 +1,12 @@
 //! The daemon's side of one supervisor: a task that turns its events into
 //! [`ProcessEvent`]s and that never ends without the last of them.
 
-use std::{os::fd::OwnedFd, path::Path, time::Duration};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 use tokio::{
@@ -26,6 +31,7 @@ const RECONNECT_MAX: Duration = Duration::from_secs(1);
 /// How long the ending of a lost process waits for its tree to be over. The guard ends the
 /// tree within milliseconds, unless the kernel cannot.
 const TREE_GRACE: Duration = Duration::from_secs(2);
+const TREE_POLL: Duration = Duration::from_millis(50);
 
 /// Places in the queue of events that reports of the log's size leave free.
 const PLACES_KEPT: usize = 16;
@@ -151,9 +157,21 @@ impl Watch {
         }
     }
 
+    /// Looks again for a while where that fails, as for want of descriptors: the guard ends
+    /// the tree by itself meanwhile.
+    async fn look_for_tree(&self) -> Result<Option<OwnedFd>> {
+        let deadline = Instant::now() + TREE_GRACE;
+        loop {
+            match open_tree(&self.run_dir, &self.boot_id) {
+                Err(_) if Instant::now() < deadline => tokio::time::sleep(TREE_POLL).await,
+                found => return found,
+            }
+        }
+    }
+
     /// Reports the ending if it was not heard, then the end of the tree.
     async fn close(self, seen: Seen) {
-        let tree = open_tree(&self.run_dir, &self.boot_id);
+        let tree = self.look_for_tree().await;
         let mut tree_over = false;
         if !seen.ended {
             if let Ok(Some(guard)) = &tree {
@@ -236,13 +254,21 @@ fn how_lost(run_dir: &RunDir, boot_id: &str) -> Ending {
 
 /// Whether processes of the tree may still be there though the supervisor is gone.
 pub(super) fn open_tree(run_dir: &RunDir, boot_id: &str) -> Result<Option<OwnedFd>> {
-    let same_boot = run_dir.read_launch().is_ok_and(|launch| launch.boot_id == boot_id);
-    // Of an earlier boot nothing is left, whatever a loss of power made of its files.
-    if !same_boot {
-        return Ok(None);
+    match run_dir.read_launch() {
+        Ok(launch) if launch.boot_id == boot_id => {}
+        // A file that cannot be read now says nothing.
+        Err(error) if error.downcast_ref::<io::Error>().is_some_and(is_no_absence) => {
+            return Err(error);
+        }
+        // Of an earlier boot nothing is left, whatever a loss of power made of its files.
+        Ok(_) | Err(_) => return Ok(None),
     }
     let Some(tree) = run_dir.read_tree()? else { return Ok(None) };
     tree.guard.open().context("cannot look for the guard")
+}
+
+fn is_no_absence(error: &io::Error) -> bool {
+    error.kind() != io::ErrorKind::NotFound
 }
 
 /// Completes when the process behind a pidfd has ended, or cannot be watched.

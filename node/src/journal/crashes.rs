@@ -8,8 +8,9 @@ use super::{
     *,
 };
 
-/// So small that a few writes lead to a snapshot of several steps.
-const LIMITS: Limits = Limits { min_bytes: 700, retry_bytes: 200, step_bytes: 60 };
+/// So small that a few writes lead to a snapshot of several steps, and that most batches of
+/// more than one write are several frames.
+const LIMITS: Limits = Limits { min_bytes: 700, retry_bytes: 200, step_bytes: 60, frame_bytes: 40 };
 
 /// One call into the journal, as others saw it.
 #[derive(Debug)]

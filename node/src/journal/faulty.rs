@@ -12,10 +12,13 @@ use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard},
 };
 
-use super::disk::{Disk, LogFile};
+use super::{
+    Journal, Limits,
+    disk::{Disk, LogFile},
+};
 
 #[derive(Debug, Clone)]
-pub(super) struct FaultyDisk {
+pub(crate) struct FaultyDisk {
     model: Arc<Mutex<Model>>,
     /// Whether syncs wait.
     stalled: Arc<(Mutex<bool>, Condvar)>,
@@ -35,7 +38,7 @@ pub(super) enum Fault {
 
 /// What is wrong from a certain operation on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Trouble {
+pub(crate) enum Trouble {
     /// No room: writes get so many bytes through, new names and longer files none.
     Full { through: usize },
     /// That one operation fails, whatever it is; of a write, half gets through.
@@ -104,7 +107,7 @@ struct FaultyFile {
 }
 
 impl FaultyDisk {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         let random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         Self::at(Model { random, ..Model::default() })
     }
@@ -117,16 +120,21 @@ impl FaultyDisk {
         Box::new(self.clone())
     }
 
+    /// A journal on it, for tests of those who write one.
+    pub(crate) fn journal(&self) -> Journal {
+        Journal::open_on(self.boxed(), Limits::default()).unwrap().0
+    }
+
     pub(super) fn fail_next(&self, fault: Fault) {
         self.model().faults.push(fault);
     }
 
     /// `None` ends it.
-    pub(super) fn trouble_at(&self, trouble: Option<(usize, Trouble)>) {
+    pub(crate) fn trouble_at(&self, trouble: Option<(usize, Trouble)>) {
         self.model().trouble = trouble;
     }
 
-    pub(super) fn operations(&self) -> usize {
+    pub(crate) fn operations(&self) -> usize {
         self.model().operations
     }
 

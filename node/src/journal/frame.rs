@@ -16,7 +16,8 @@ use super::Write;
 /// 2: records have several keepers; jobs, holds and endings say more than before.
 pub(super) const FORMAT_VERSION: u32 = 2;
 
-/// What a batch may take on disk; a larger one is a caller's mistake.
+/// What a frame may take. A batch that has more is several frames, which count together or not
+/// at all; one write that has more is a caller's mistake.
 pub(super) const PAYLOAD_BYTES_MAX: usize = 16 << 20;
 
 pub(super) const HEADER_BYTES: usize = 56;
@@ -26,6 +27,8 @@ const FRAME_MAGIC: [u8; 4] = [0xb1, 0x50, 0x17, 0xfe];
 
 const KIND_WRITES: u8 = 1;
 const KIND_BOOT: u8 = 2;
+/// Writes of a batch that goes on in the next frame.
+const KIND_PART: u8 = 3;
 
 /// In place of a value's length: the key is removed.
 const REMOVED: u32 = u32::MAX;
@@ -94,8 +97,11 @@ impl Header {
 /// What a frame says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Payload<'a> {
+    /// A batch, or the end of one.
     Writes(Vec<Entry<'a>>),
     Boot(u64),
+    /// Of a batch that counts with its end, in a frame behind.
+    Part(Vec<Entry<'a>>),
 }
 
 /// One write as it stands in a frame.
@@ -114,7 +120,7 @@ impl<'a> Payload<'a> {
                 let counter = u64::from_le_bytes(reader.array()?);
                 reader.0.is_empty().then_some(Self::Boot(counter))
             }
-            [KIND_WRITES] => {
+            [kind @ (KIND_WRITES | KIND_PART)] => {
                 let mut writes = Vec::new();
                 while !reader.0.is_empty() {
                     let key_bytes = u32::from_le_bytes(reader.array()?);
@@ -127,7 +133,7 @@ impl<'a> Payload<'a> {
                     };
                     writes.push(Entry { key, value });
                 }
-                Some(Self::Writes(writes))
+                Some(if kind == KIND_PART { Self::Part(writes) } else { Self::Writes(writes) })
             }
             _ => None,
         }
@@ -200,13 +206,44 @@ impl<'a> Encoder<'a> {
         self.frame(KIND_BOOT, |bytes| bytes.extend_from_slice(&counter.to_le_bytes()));
     }
 
-    /// Where in [`Self::bytes`] each value begins. The caller has checked [`writes_fit`].
+    /// One batch, in frames of so many bytes of writes, or more where one write has more. Where
+    /// in [`Self::bytes`] each value begins. The caller has checked [`writes_fit`].
+    pub(super) fn batch(&mut self, writes: &[Write], frame_bytes: usize) -> Vec<usize> {
+        let mut places = Vec::with_capacity(writes.len());
+        let mut rest = writes;
+        loop {
+            let mut bytes = 0;
+            let fitting = rest.iter().take_while(|write| {
+                bytes += write_bytes(&write.key, write.value.as_deref());
+                bytes <= frame_bytes
+            });
+            let (part, later) = rest.split_at(fitting.count().max(1).min(rest.len()));
+            let kind = if later.is_empty() { KIND_WRITES } else { KIND_PART };
+            let upserts = part.iter().map(|w| (w.key.as_slice(), w.value.as_deref()));
+            places.extend(self.writes_as(kind, upserts));
+            if later.is_empty() {
+                return places;
+            }
+            rest = later;
+        }
+    }
+
+    /// One frame of writes. Where in [`Self::bytes`] each value begins. The caller sees to it
+    /// that it is not too large.
     pub(super) fn writes<'w>(
         &mut self,
         writes: impl IntoIterator<Item = Upsert<'w>>,
     ) -> Vec<usize> {
+        self.writes_as(KIND_WRITES, writes)
+    }
+
+    fn writes_as<'w>(
+        &mut self,
+        kind: u8,
+        writes: impl IntoIterator<Item = Upsert<'w>>,
+    ) -> Vec<usize> {
         let mut places = Vec::new();
-        self.frame(KIND_WRITES, |bytes| {
+        self.frame(kind, |bytes| {
             for (key, value) in writes {
                 bytes.extend_from_slice(&length(key).to_le_bytes());
                 bytes.extend_from_slice(&value.map_or(REMOVED, length).to_le_bytes());
@@ -240,10 +277,12 @@ pub(super) fn write_bytes(key: &[u8], value: Option<&[u8]>) -> usize {
     8 + key.len() + value.map_or(0, <[u8]>::len)
 }
 
-/// Whether a batch fits into one frame.
+/// What the writes in one frame may have together, beside their kind.
+pub(super) const WRITES_BYTES_MAX: usize = PAYLOAD_BYTES_MAX - 1;
+
+/// Whether every write fits into a frame.
 pub(super) fn writes_fit(writes: &[Write]) -> bool {
-    let body: usize = writes.iter().map(|w| write_bytes(&w.key, w.value.as_deref())).sum();
-    body < PAYLOAD_BYTES_MAX
+    writes.iter().all(|w| write_bytes(&w.key, w.value.as_deref()) <= WRITES_BYTES_MAX)
 }
 
 /// The sequence of a file's first frame.
@@ -300,6 +339,36 @@ mod tests {
             "b15017fe17000000050000000000000005000000000000006787105f01\
              01000000010000006b7604000000ffffffff676f6e65"
         );
+    }
+
+    #[test]
+    fn a_batch_that_one_frame_does_not_take_is_parts_and_an_end() {
+        let write = |key: &str, bytes: usize| Write {
+            key: key.into(),
+            value: (bytes > 0).then(|| vec![b'v'; bytes]),
+        };
+        let batch =
+            [write("a", 10), write("b", 0), write("large", 90), write("c", 5), write("d", 6)];
+        let mut encoder = Encoder::new(&HEADER, 5);
+        let places = encoder.batch(&batch, 40);
+        let (mut at, mut frames, mut found) = (0, Vec::new(), Vec::new());
+        while at < encoder.bytes.len() {
+            let head = FrameHead::read(&encoder.bytes[at..]).unwrap();
+            assert_eq!(head.group, 5);
+            let (is_part, writes) = match payload(&encoder.bytes[at..at + head.bytes]).unwrap() {
+                Payload::Part(writes) => (true, writes),
+                Payload::Writes(writes) => (false, writes),
+                Payload::Boot(_) => panic!("no boot was written"),
+            };
+            frames.push((is_part, writes.len()));
+            found.extend(writes.iter().map(|w| (w.key.to_vec(), w.value.map(|(v, _)| at + v))));
+            at += head.bytes;
+        }
+        assert_eq!(frames, [(true, 2), (true, 1), (false, 2)]);
+        let expected = batch.iter().zip(&places);
+        let expected = expected.map(|(w, at)| (w.key.clone(), w.value.as_ref().map(|_| *at)));
+        assert!(found.into_iter().eq(expected));
+        assert_eq!(encoder.next_seq(), 8);
     }
 
     #[test]

@@ -253,7 +253,8 @@ mod tests {
     #[tokio::test]
     async fn a_grown_log_is_rewritten_while_nobody_commits() {
         let disk = FaultyDisk::new(1);
-        let limits = Limits { min_bytes: 2000, retry_bytes: 100, step_bytes: 50 };
+        let limits =
+            Limits { min_bytes: 2000, retry_bytes: 100, step_bytes: 50, ..Limits::default() };
         let (journal, _) = Journal::open_on(disk.boxed(), limits).unwrap();
         let (handle, thread) = JournalHandle::spawn(journal).unwrap();
         let value = Some(vec![1; 3000]);
@@ -285,7 +286,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_oversized_commit_fails_alone() {
+    async fn a_commit_of_more_than_a_frame_takes_lasts_whole() {
+        let disk = FaultyDisk::new(1);
+        let (handle, thread) = JournalHandle::spawn(disk.journal()).unwrap();
+        let value = |n: u8| vec![n; frame::PAYLOAD_BYTES_MAX / 2];
+        let writes = (0..3).map(|n| Write { key: vec![n], value: Some(value(n)) });
+        handle.commit(writes.collect()).await.unwrap();
+        handle.commit(vec![write("fine")]).await.unwrap();
+        drop(handle);
+        thread.closed().await;
+        let (_, recovered) = Journal::open_on(disk.crashed(2), Limits::default()).unwrap();
+        assert_eq!(recovered.entries.len(), 4);
+        assert!((0..3).all(|n| recovered.entries[&vec![n]] == value(n)));
+    }
+
+    #[tokio::test]
+    async fn an_oversized_write_fails_alone() {
         let (journal, _) = Journal::open_on(FaultyDisk::new(1).boxed(), Limits::default()).unwrap();
         let (handle, _thread) = JournalHandle::spawn(journal).unwrap();
         let value = Some(vec![0; frame::PAYLOAD_BYTES_MAX]);

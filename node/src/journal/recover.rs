@@ -9,7 +9,8 @@ use super::{
     Entries, Place,
     disk::LogFile,
     frame::{
-        self, FIRST_SEQ, FRAME_HEAD_BYTES, FrameHead, HEADER_BYTES, Header, HeaderError, Payload,
+        self, Entry, FIRST_SEQ, FRAME_HEAD_BYTES, FrameHead, HEADER_BYTES, Header, HeaderError,
+        Payload,
     },
 };
 
@@ -37,6 +38,32 @@ pub(super) enum Damage {
     Version(u32),
     /// What was once durable at this offset is not whole any more.
     At(u64),
+}
+
+/// A batch of several frames, of which the last has not come yet.
+struct Unit {
+    /// Where its first frame begins, and that one's sequence.
+    at: u64,
+    seq: u64,
+    group: u64,
+    /// Where the last group begins without this batch.
+    last_group_at: u64,
+    writes: Vec<PlacedWrite>,
+}
+
+/// A key, and its value and where that is in the file; `None` removes it.
+type PlacedWrite = (Vec<u8>, Option<(Place, Vec<u8>)>);
+
+impl Unit {
+    fn begun(scan: &Scan, first: &FrameHead) -> Self {
+        Self {
+            at: scan.good_bytes,
+            seq: first.seq,
+            group: first.group,
+            last_group_at: scan.last_group_at,
+            writes: Vec::new(),
+        }
+    }
 }
 
 /// Why a log file could not be read.
@@ -76,6 +103,7 @@ pub(super) fn scan(file: &dyn LogFile) -> Result<Scan, ScanError> {
         bytes: window.end,
     };
     let mut last_group = 0;
+    let mut unit: Option<Unit> = None;
     while scan.good_bytes < scan.bytes {
         let damage = ScanError::Damage(Damage::At(scan.good_bytes));
         let Some((head, frame)) = window.frame(Some(&header), scan.good_bytes, |_| true)? else {
@@ -85,10 +113,21 @@ pub(super) fn scan(file: &dyn LogFile) -> Result<Scan, ScanError> {
             break;
         };
         // Whole, but not what was written here: no crash does that.
-        let in_order = head.seq == scan.next_seq && head.group <= head.seq;
-        match frame::payload(frame) {
-            Some(payload) if in_order => scan.apply(payload),
-            _ => return Err(damage),
+        let in_order = head.seq == scan.next_seq
+            && head.group <= head.seq
+            && unit.as_ref().is_none_or(|unit| unit.group == head.group);
+        match frame::payload(frame).filter(|_| in_order) {
+            Some(Payload::Boot(counter)) if unit.is_none() => scan.boot_counter = counter,
+            Some(Payload::Part(writes)) => {
+                let unit = unit.get_or_insert_with(|| Unit::begun(&scan, &head));
+                unit.writes.extend(scan.placed(writes));
+            }
+            Some(Payload::Writes(writes)) => {
+                let parts = unit.take().map(|unit| unit.writes).unwrap_or_default();
+                let end = scan.placed(writes);
+                parts.into_iter().chain(end).for_each(|write| scan.apply(write));
+            }
+            Some(Payload::Boot(_)) | None => return Err(damage),
         }
         if head.group != last_group {
             last_group = head.group;
@@ -96,6 +135,12 @@ pub(super) fn scan(file: &dyn LogFile) -> Result<Scan, ScanError> {
         }
         scan.good_bytes += head.bytes as u64;
         scan.next_seq += 1;
+    }
+    // A crash left a batch without its end: it never counted.
+    if let Some(unit) = unit {
+        scan.good_bytes = unit.at;
+        scan.next_seq = unit.seq;
+        scan.last_group_at = unit.last_group_at;
     }
     // A snapshot was durable before it got its name, so no crash tears it.
     if scan.is_in_snapshot() {
@@ -117,7 +162,7 @@ pub(super) fn salvage(file: &dyn LogFile) -> io::Result<Entries> {
         let (offset, head, frame) = found;
         match frame::payload(frame) {
             Some(payload) => {
-                if let Payload::Writes(writes) = payload {
+                if let Payload::Writes(writes) | Payload::Part(writes) = payload {
                     for write in writes {
                         match write.value {
                             Some((_, value)) => {
@@ -148,23 +193,23 @@ impl Scan {
         self.next_seq - FIRST_SEQ < self.header.snapshot_frames
     }
 
-    fn apply(&mut self, payload: Payload<'_>) {
-        match payload {
-            Payload::Boot(counter) => self.boot_counter = counter,
-            Payload::Writes(writes) => {
-                for write in writes {
-                    match write.value {
-                        Some((at, value)) => {
-                            let place = Place::of(self.good_bytes + at as u64, value);
-                            self.index.insert(write.key.to_vec(), place);
-                            self.entries.insert(write.key.to_vec(), value.to_vec());
-                        }
-                        None => {
-                            self.index.remove(write.key);
-                            self.entries.remove(write.key);
-                        }
-                    }
-                }
+    /// The writes of the frame at `good_bytes`.
+    fn placed(&self, writes: Vec<Entry<'_>>) -> Vec<PlacedWrite> {
+        let place = |(at, value): (usize, &[u8])| {
+            (Place::of(self.good_bytes + at as u64, value), value.to_vec())
+        };
+        writes.into_iter().map(|write| (write.key.to_vec(), write.value.map(place))).collect()
+    }
+
+    fn apply(&mut self, (key, value): PlacedWrite) {
+        match value {
+            Some((place, value)) => {
+                self.index.insert(key.clone(), place);
+                self.entries.insert(key, value);
+            }
+            None => {
+                self.index.remove(&key);
+                self.entries.remove(&key);
             }
         }
     }
