@@ -193,6 +193,13 @@ fn seed_long_404448_a_machine_that_is_up_has_a_clock_that_runs() {
     expect_fine(&Options::long(404_448));
 }
 
+/// The only keeper that a commit had named lost its disk; those that had come since were not asked
+/// who acknowledges an ending.
+#[test]
+fn seed_stress_502853_who_keeps_a_job_by_now_is_asked_too() {
+    expect_fine(&Options::stress(502_853));
+}
+
 fn expect_fine(options: &Options) {
     let report = run(options.clone(), false).unwrap();
     assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);

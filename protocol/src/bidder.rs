@@ -105,6 +105,9 @@ pub(crate) struct Bidder {
     known_terms: BTreeMap<JobId, (u64, u64)>,
     /// Who was said to drive a job, and when it was asked, on the boot clock.
     pointed: BTreeMap<(JobId, PeerId), u64>,
+    /// Who keeps jobs by now of which something is here, as their heads say: those that a commit
+    /// named may all be gone.
+    hints: BTreeMap<JobId, Vec<PeerId>>,
     /// Leases of ranks with processes here.
     leases: BTreeMap<WorkId, Lease>,
     /// Endings no steward has acknowledged.
@@ -149,6 +152,7 @@ impl Bidder {
             tombstones: BTreeMap::new(),
             known_terms: BTreeMap::new(),
             pointed: BTreeMap::new(),
+            hints: BTreeMap::new(),
             leases: BTreeMap::new(),
             ends: BTreeMap::new(),
             timers: Timers::default(),
@@ -1248,9 +1252,9 @@ impl Bidder {
         let Some(unreported) = self.ends.get(&id) else { return };
         if unreported.repeats > REPORTS_ALONE {
             let ask = LeaseAsk { job: id.job, attempt: id.attempt, term: unreported.term };
-            for keeper in &unreported.keepers {
+            for keeper in self.with_hints(id.job, unreported.keepers.clone()) {
                 let ask = Message::AskLease { clock: self.clock(now), entries: vec![ask] };
-                out.send(self.me, *keeper, ask);
+                out.send(self.me, keeper, ask);
             }
         }
     }

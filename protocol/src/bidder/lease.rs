@@ -1,6 +1,6 @@
 //! Leases of processes, as the node that runs them sees them; and whose they are.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tracing::{debug, info};
 
@@ -22,6 +22,9 @@ const RETRY_MS: u64 = 10_000;
 
 /// Most nodes that this one remembers to have been sent to, with the jobs they were asked about.
 const POINTED_MAX: usize = 4_096;
+
+/// Most jobs whose keepers are remembered from heads.
+const HINTS_MAX: usize = 4_096;
 
 /// Permission for one process.
 #[derive(Debug, Clone, Copy)]
@@ -76,6 +79,7 @@ impl Bidder {
         /// than the steward is asked.
         const SOON_MS: u64 = LEASE_RENEW_MS / 2;
         const SILENT_MS: u64 = LEASE_RENEW_MS + 2 * RETRY_SOON_MS - 1_000;
+        self.drop_hints();
         let mut asks: BTreeMap<PeerId, Vec<LeaseAsk>> = BTreeMap::new();
         let mut next_ms = None;
         for (id, work) in &self.book.work {
@@ -97,7 +101,7 @@ impl Bidder {
             let ask = LeaseAsk { job: id.job, attempt: id.attempt, term: work.term };
             let mut to = vec![work.steward];
             if silent_ms >= SILENT_MS {
-                to.extend(work.keepers());
+                to.extend(self.with_hints(id.job, work.keepers()));
             }
             to.sort_unstable();
             to.dedup();
@@ -157,6 +161,30 @@ impl Bidder {
         }
     }
 
+    /// The head of a job says who keeps it. Anybody may have signed it: they are asked beside
+    /// those that are known, and no more is believed of it.
+    pub(crate) fn hint(&mut self, job: JobId, keepers: &[PeerId]) {
+        let concerned =
+            !self.works_of_job(job).is_empty() || self.ends.keys().any(|id| id.job == job);
+        if concerned && (self.hints.len() < HINTS_MAX || self.hints.contains_key(&job)) {
+            self.hints.insert(job, keepers.to_vec());
+        }
+    }
+
+    pub(super) fn with_hints(&self, job: JobId, mut keepers: Vec<PeerId>) -> Vec<PeerId> {
+        keepers.extend(self.hints.get(&job).into_iter().flatten());
+        keepers.sort_unstable();
+        keepers.dedup();
+        keepers
+    }
+
+    /// What is hinted of jobs of which nothing is here any more is of no use.
+    fn drop_hints(&mut self) {
+        let works: BTreeSet<JobId> = self.book.work.keys().map(|id| id.job).collect();
+        let ends: BTreeSet<JobId> = self.ends.keys().map(|id| id.job).collect();
+        self.hints.retain(|job, _| works.contains(job) || ends.contains(job));
+    }
+
     /// A keeper says who drives a job: ask there. Two that name each other must not be asked in
     /// turns without a pause, and nobody but those that were asked sends this node anywhere.
     pub(crate) fn handle_elsewhere(
@@ -168,6 +196,7 @@ impl Bidder {
         out: &mut Outbox,
     ) {
         let names = |keepers: &[PeerId]| keepers.contains(&from);
+        let hinted = self.hints.get(&job).is_some_and(|hints| names(hints));
         let known = self.works_of_job(job).iter().any(|id| {
             let work = &self.book.work[id];
             work.steward == from || names(&work.keepers())
@@ -175,6 +204,7 @@ impl Bidder {
             .ends
             .iter()
             .any(|(id, end)| id.job == job && (end.steward == from || names(&end.keepers)))
+            || hinted
             || self.pointed.contains_key(&(job, from));
         let soon_ms = now.boot_ms.saturating_sub(RETRY_SOON_MS);
         if !known || self.pointed.get(&(job, steward)).is_some_and(|at_ms| *at_ms > soon_ms) {

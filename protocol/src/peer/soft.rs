@@ -224,6 +224,7 @@ impl Peer {
         let named = head.keepers.contains(&head.keeper) && head.keepers.len() <= KEEPERS_MAX;
         let fresh = member && !old && !future && later && named;
         if fresh {
+            self.bidder.hint(head.job, &head.keepers);
             self.soft.insert_head(head, item);
         }
         fresh
