@@ -125,12 +125,35 @@ pub(crate) struct Shared {
     ending: AtomicBool,
     /// The journal cannot be written for want of room, and the core waits for that.
     waits_for_room: watch::Sender<bool>,
+    submitted: Mutex<Submitted>,
     requests: AtomicUsize,
     last_request_ms: AtomicU64,
     served: files::Served,
     gpu_locks: Mutex<Vec<GpuLock>>,
     /// GPUs that only a supervisor of an earlier daemon has locked: not for new jobs.
     unlocked_gpus: Mutex<BTreeSet<GpuUuid>>,
+}
+
+/// Jobs submitted here whose keepers are remembered.
+const SUBMITTED_MAX: usize = 1_024;
+
+/// The keepers that jobs submitted here named, the newest last: one whose submission ended
+/// without a yes may be known to none but these.
+#[derive(Debug, Default)]
+pub(crate) struct Submitted(Vec<(JobId, Vec<PeerId>)>);
+
+impl Submitted {
+    fn add(&mut self, job: JobId, keepers: Vec<PeerId>) {
+        self.0.retain(|(known, _)| *known != job);
+        let more = (self.0.len() + 1).saturating_sub(SUBMITTED_MAX);
+        self.0.drain(..more);
+        self.0.push((job, keepers));
+    }
+
+    /// Those whose id begins so.
+    fn starting_with(&self, prefix: &str) -> Vec<(JobId, Vec<PeerId>)> {
+        self.0.iter().filter(|(job, _)| job.to_string().starts_with(prefix)).cloned().collect()
+    }
 }
 
 /// How fast blobs may travel, all transfers together.
@@ -240,6 +263,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         quarantined: Mutex::default(),
         ending: AtomicBool::new(false),
         waits_for_room: watch::channel(false).0,
+        submitted: Mutex::default(),
         requests: AtomicUsize::new(0),
         last_request_ms: AtomicU64::new(clock::now().boot_ms),
         served: files::Served::default(),
@@ -372,6 +396,18 @@ impl Shared {
         });
         self.inputs.send(Input::Act(act)).await.map_err(|_| NoPeer::Ending)?;
         answer.await.map_err(|_| NoPeer::Ending)
+    }
+
+    /// As [`Self::act`], with what is known of how long nodes have been away.
+    async fn act_watching<R: Send + 'static>(
+        &self,
+        act: impl FnOnce(&mut Peer, &serve::Absence, Now) -> R + Send + 'static,
+    ) -> Result<R, NoPeer> {
+        self.act_on_state(move |state, now| match &mut state.peer {
+            Some(peer) => Ok(act(peer, &state.absence, now)),
+            None => Err(NoPeer::NoPool),
+        })
+        .await?
     }
 
     /// Submit a job whose keeper has its inputs.
@@ -654,6 +690,16 @@ impl Shared {
         }
     }
 
+    /// Have the keepers of a job that is being submitted remembered.
+    pub(crate) fn remember_submission(&self, job: JobId, keepers: Vec<PeerId>) {
+        lock(&self.submitted).add(job, keepers);
+    }
+
+    /// Jobs submitted here whose ids begin so, with the keepers they named.
+    pub(crate) fn submitted(&self, prefix: &str) -> Vec<(JobId, Vec<PeerId>)> {
+        lock(&self.submitted).starting_with(prefix)
+    }
+
     /// Keep what an advert says of a node's addresses for after a restart.
     pub(crate) fn remember_addresses(&self, node: PeerId, advert: &Advert, signed: &SignedBytes) {
         let entry = PeerEntry {
@@ -869,4 +915,26 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The roster of the pool, as the core has it now.
 pub(crate) async fn roster(shared: &Shared) -> Result<Roster, NoPeer> {
     shared.act(|peer, _| peer.roster().clone()).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_keepers_that_a_submitted_job_named_are_remembered_of_so_many_jobs() {
+        let node = |n: u8| PeerId(KeyPair::from_seed(&[n; 32]).public());
+        let job = |n: usize| JobId(*blake3::hash(&n.to_le_bytes()).as_bytes());
+        let mut submitted = Submitted::default();
+        submitted.add(job(0), vec![node(1)]);
+        submitted.add(job(0), vec![node(1), node(2)]);
+        let found = submitted.starting_with(&job(0).to_string()[..8]);
+        assert_eq!(found, [(job(0), vec![node(1), node(2)])]);
+        for n in 1..=SUBMITTED_MAX {
+            submitted.add(job(n), vec![node(3)]);
+        }
+        assert_eq!(submitted.0.len(), SUBMITTED_MAX);
+        assert!(submitted.starting_with(&job(0).to_string()).is_empty(), "it was the oldest");
+        assert_eq!(submitted.starting_with(&job(1).to_string()).len(), 1);
+    }
 }

@@ -33,6 +33,7 @@ impl Peer {
         match command {
             Command::Jobs(filter) => Reply::Jobs(self.jobs(user, &filter)),
             Command::Job(job) => {
+                self.make_sure_of_end(job, now);
                 self.with_record(job, |peer, kept| Reply::Jobs(vec![peer.job_view(user, kept)]))
             }
             Command::Why(job) => self.with_record(job, |peer, kept| {
@@ -88,8 +89,7 @@ impl Peer {
         self.finish(now);
         if self.registers.get(job).is_some_and(|kept| !kept.chosen) {
             // From before a restart, or another keeper's: not sure yet.
-            self.registers.read(job, now);
-            self.finish(now);
+            self.make_sure(job, now);
         }
         let body = self.registers.get(job).map(|kept| (&kept.value.body, kept.chosen));
         let recorded = body.is_some_and(|(body, chosen)| {
@@ -123,10 +123,28 @@ impl Peer {
         self.unknown(job)
     }
 
-    /// A record kept here, as `user` may see it.
-    #[must_use]
-    pub fn job_view_for(&self, user: UserId, job: JobId) -> Option<JobView> {
+    /// A record kept here, as `user` may see it. Of one that says that its job is over, this
+    /// begins to make sure: [`super::Event::RecordChanged`] tells when there is more to see.
+    pub fn job_view_for(&mut self, user: UserId, job: JobId, now: Now) -> Option<JobView> {
+        self.make_sure_of_end(job, now);
         self.registers.get(job).map(|kept| self.job_view(user, kept))
+    }
+
+    /// Somebody acts on the end of a job, and an end that only this keeper accepted may come
+    /// to nothing. What is asked for in passing, such as a listing, is not worth a read.
+    fn make_sure_of_end(&mut self, job: JobId, now: Now) {
+        let is_over = |kept: &Kept| kept.value.body.state() == State::Done;
+        if self.registers.get(job).is_some_and(|kept| !kept.chosen && is_over(kept)) {
+            self.make_sure(job, now);
+        }
+    }
+
+    /// Begin to find out what is chosen, unless this store must not speak (yet).
+    fn make_sure(&mut self, job: JobId, now: Now) {
+        if self.shy_until_ms.is_none() && !self.store_refused {
+            self.registers.read(job, now);
+            self.finish(now);
+        }
     }
 
     /// Whether `user` may read what a job of `owner` left on this node.
@@ -188,6 +206,7 @@ impl Peer {
             submitted_at_ms: spec.submitted_at_ms,
             history: body.history.clone(),
             seq: kept.value.seq,
+            chosen: kept.chosen,
             epoch: kept.value.epoch,
             keepers: kept.keepers.iter().map(|(keeper, _)| *keeper).collect(),
             steward: body.steward,
