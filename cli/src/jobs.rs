@@ -450,6 +450,45 @@ mod tests {
         assert_eq!(order, [6, 3, 2, 4, 1]);
     }
 
+    fn answer(node: PeerId, reply: Option<Reply>) -> anyhow::Result<Answer> {
+        let error = reply.is_none().then(|| format!("{node} cannot be reached"));
+        Ok(Answer { node, reply, error, readings: Vec::new() })
+    }
+
+    #[tokio::test]
+    async fn nobody_keeps_a_job_only_where_all_that_could_say_so() {
+        let mut round = Round::new(&[peer(1), peer(2)]);
+        let say_no = async |node| answer(node, Some(Reply::UnknownJob));
+        assert_eq!(round.run(PATIENCE, say_no).await.unwrap(), None);
+        assert!(!round.is_kept && round.silent.is_empty());
+        let asked = std::cell::Cell::new(0);
+        let third_is_off = async |node: PeerId| {
+            asked.set(asked.get() + 1);
+            answer(node, (node != peer(3)).then_some(Reply::UnknownJob))
+        };
+        round.add((1..=9).map(peer));
+        assert_eq!(round.run(Duration::ZERO, third_is_off).await.unwrap(), None);
+        assert_eq!(asked.get(), 7, "those that said no are not asked again");
+        assert_eq!(round.silent, [format!("{} cannot be reached", peer(3))]);
+    }
+
+    #[tokio::test]
+    async fn who_is_asked_last_of_all_may_be_the_one_that_keeps_it() {
+        let mut round = Round::new(&[]);
+        round.add((1..=200).map(peer));
+        let kept = |node| {
+            if node == peer(150) {
+                Reply::Elsewhere { steward: Some(peer(201)), keepers: vec![peer(150)] }
+            } else if node == peer(201) {
+                Reply::Jobs(Vec::new())
+            } else {
+                Reply::UnknownJob
+            }
+        };
+        let ask = async |node| answer(node, Some(kept(node)));
+        assert_eq!(round.run(Duration::ZERO, ask).await.unwrap(), Some(Reply::Jobs(Vec::new())));
+    }
+
     #[test]
     fn a_silent_keeper_is_missed_only_where_no_other_has_its_jobs() {
         let answer = |n: u8, is_there: bool| Answer {
