@@ -274,7 +274,7 @@ fn unknown(job: JobId) -> Problem {
     ))
     .hint(format!(
         "it may run yet: `p2pit show job:{job}` says whether any keeper has it; do not submit it \
-         again before that says no"
+         again before that says that no node of the pool keeps it"
     ))
 }
 
