@@ -202,6 +202,12 @@ impl Found {
 
     fn nobody(&self, silent: &[String]) -> Problem {
         let short = &self.resolved.short;
+        if silent.is_empty() && self.resolved.is_under_way {
+            return Problem::broken(format!(
+                "job {short} is being submitted from here, and no node keeps it yet"
+            ))
+            .hint("try again in a moment; it may also come to nothing");
+        }
         if silent.is_empty() {
             return Problem::request(format!("no node of the pool keeps job {short}"))
                 .hint("`p2pit show jobs` lists what is kept");
@@ -453,6 +459,27 @@ mod tests {
     fn answer(node: PeerId, reply: Option<Reply>) -> anyhow::Result<Answer> {
         let error = reply.is_none().then(|| format!("{node} cannot be reached"));
         Ok(Answer { node, reply, error, readings: Vec::new() })
+    }
+
+    #[test]
+    fn a_no_is_only_said_of_a_job_that_nobody_can_have_or_get() {
+        let found = |is_under_way| Found {
+            pool: PoolId([1; 32]),
+            resolved: Resolved {
+                job: JobId([1; 32]),
+                short: "abcd".to_owned(),
+                keepers: Vec::new(),
+                is_under_way,
+            },
+        };
+        assert!(found(false).nobody(&[]).is_request());
+        let submitting = found(true).nobody(&[]);
+        assert!(!submitting.is_request() && submitting.to_string().contains("being submitted"));
+        let many: Vec<String> = (0..12).map(|n| format!("node n{n} cannot be reached")).collect();
+        let silent = found(false).nobody(&many);
+        assert!(!silent.is_request());
+        let text = silent.to_string();
+        assert!(text.contains("node n9 cannot") && text.ends_with("; and 2 more"), "{text}");
     }
 
     #[tokio::test]

@@ -137,22 +137,56 @@ pub(crate) struct Shared {
 /// Jobs submitted here whose keepers are remembered.
 const SUBMITTED_MAX: usize = 1_024;
 
-/// The keepers that jobs submitted here named, the newest last: one whose submission ended
-/// without a yes may be known to none but these.
+/// Jobs submitted here, the newest last: one whose submission ended without a yes may be known
+/// to none but the keepers it named, and one whose submission goes on may be born yet.
 #[derive(Debug, Default)]
-pub(crate) struct Submitted(Vec<(JobId, Vec<PeerId>)>);
+pub(crate) struct Submitted(Vec<Submission>);
+
+/// A job submitted here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Submission {
+    pub(crate) job: JobId,
+    pub(crate) keepers: Vec<PeerId>,
+    /// How many submissions of it go on.
+    under_way: usize,
+}
+
+impl Submission {
+    pub(crate) fn is_under_way(&self) -> bool {
+        self.under_way > 0
+    }
+}
 
 impl Submitted {
-    fn add(&mut self, job: JobId, keepers: Vec<PeerId>) {
-        self.0.retain(|(known, _)| *known != job);
+    fn begin(&mut self, job: JobId, keepers: Vec<PeerId>) {
+        let known = self.0.iter().position(|known| known.job == job);
+        let before = known.map_or(0, |at| self.0.remove(at).under_way);
         let more = (self.0.len() + 1).saturating_sub(SUBMITTED_MAX);
         self.0.drain(..more);
-        self.0.push((job, keepers));
+        self.0.push(Submission { job, keepers, under_way: before + 1 });
+    }
+
+    fn end(&mut self, job: JobId) {
+        if let Some(known) = self.0.iter_mut().find(|known| known.job == job) {
+            known.under_way = known.under_way.saturating_sub(1);
+        }
     }
 
     /// Those whose id begins so.
-    fn starting_with(&self, prefix: &str) -> Vec<(JobId, Vec<PeerId>)> {
-        self.0.iter().filter(|(job, _)| job.to_string().starts_with(prefix)).cloned().collect()
+    fn starting_with(&self, prefix: &str) -> Vec<Submission> {
+        self.0.iter().filter(|it| it.job.to_string().starts_with(prefix)).cloned().collect()
+    }
+}
+
+/// While this lives, a job is being submitted here.
+pub(crate) struct UnderWay<'a> {
+    shared: &'a Shared,
+    job: JobId,
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        lock(&self.shared.submitted).end(self.job);
     }
 }
 
@@ -690,13 +724,14 @@ impl Shared {
         }
     }
 
-    /// Have the keepers of a job that is being submitted remembered.
-    pub(crate) fn remember_submission(&self, job: JobId, keepers: Vec<PeerId>) {
-        lock(&self.submitted).add(job, keepers);
+    /// A job is being submitted, and its keepers are to be remembered.
+    pub(crate) fn begin_submission(&self, job: JobId, keepers: Vec<PeerId>) -> UnderWay<'_> {
+        lock(&self.submitted).begin(job, keepers);
+        UnderWay { shared: self, job }
     }
 
-    /// Jobs submitted here whose ids begin so, with the keepers they named.
-    pub(crate) fn submitted(&self, prefix: &str) -> Vec<(JobId, Vec<PeerId>)> {
+    /// Jobs submitted here whose ids begin so.
+    pub(crate) fn submitted(&self, prefix: &str) -> Vec<Submission> {
         lock(&self.submitted).starting_with(prefix)
     }
 
@@ -926,15 +961,23 @@ mod tests {
         let node = |n: u8| PeerId(KeyPair::from_seed(&[n; 32]).public());
         let job = |n: usize| JobId(*blake3::hash(&n.to_le_bytes()).as_bytes());
         let mut submitted = Submitted::default();
-        submitted.add(job(0), vec![node(1)]);
-        submitted.add(job(0), vec![node(1), node(2)]);
-        let found = submitted.starting_with(&job(0).to_string()[..8]);
-        assert_eq!(found, [(job(0), vec![node(1), node(2)])]);
+        submitted.begin(job(0), vec![node(1)]);
+        submitted.begin(job(0), vec![node(1), node(2)]);
+        let found = |submitted: &Submitted| {
+            let mut found = submitted.starting_with(&job(0).to_string()[..8]);
+            assert!(found.len() < 2);
+            found.pop()
+        };
+        assert_eq!(found(&submitted).unwrap().keepers, [node(1), node(2)]);
+        submitted.end(job(0));
+        assert!(found(&submitted).unwrap().is_under_way(), "one of the two goes on");
+        submitted.end(job(0));
+        assert!(!found(&submitted).unwrap().is_under_way());
         for n in 1..=SUBMITTED_MAX {
-            submitted.add(job(n), vec![node(3)]);
+            submitted.begin(job(n), vec![node(3)]);
         }
         assert_eq!(submitted.0.len(), SUBMITTED_MAX);
-        assert!(submitted.starting_with(&job(0).to_string()).is_empty(), "it was the oldest");
+        assert_eq!(found(&submitted), None, "it was the oldest");
         assert_eq!(submitted.starting_with(&job(1).to_string()).len(), 1);
     }
 }

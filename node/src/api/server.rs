@@ -491,6 +491,8 @@ async fn carry(
     let spec = VerifiedSpec::verify(signed.clone())?;
     let job = spec.job;
     let keepers: Vec<PeerId> = spec.spec.keepers.iter().map(|(keeper, _)| *keeper).collect();
+    // To the end, whether or not anybody waits for it.
+    let _under_way = shared.begin_submission(job, keepers.clone());
     let report = |pushed: push::Pushed| {
         // Progress is for watching: what does not fit in the queue is not missed.
         let _ = events.try_send(SubmitEvent::Transferring {
@@ -505,7 +507,6 @@ async fn carry(
         let _ = events.try_send(SubmitEvent::Note { text });
     };
     let sent = push::spread(shared, &spec, &keepers, report, note).await?;
-    shared.remember_submission(job, keepers.clone());
     match shared.submit(signed).await.map_err(anyhow::Error::msg)? {
         Ok(()) => Ok(SubmitEvent::Submitted {
             job,
@@ -559,8 +560,12 @@ async fn resolve(
         })
         .await?;
     let is_announced = |job: &JobId| heads.iter().any(|head| head.job == *job);
-    let mut found: Vec<(JobId, Vec<PeerId>)> =
-        submitted.into_iter().filter(|(job, _)| !is_announced(job)).collect();
+    let submitted = submitted.into_iter().filter(|known| !is_announced(&known.job));
+    let mut is_under_way = false;
+    let mut found: Vec<(JobId, Vec<PeerId>)> = submitted
+        .inspect(|known| is_under_way |= known.is_under_way())
+        .map(|known| (known.job, known.keepers))
+        .collect();
     all.extend(found.iter().map(|(job, _)| job.to_string()));
     found.extend(heads.iter().map(|head| (head.job, keepers_of(head))));
     match found.as_slice() {
@@ -574,6 +579,7 @@ async fn resolve(
                 job,
                 short: short_of(&job.to_string(), &all),
                 keepers: Vec::new(),
+                is_under_way,
             })),
             None => Err(Failure::hinted(
                 format!("no job `{}` is known here", resolve.text),
@@ -585,6 +591,7 @@ async fn resolve(
             job: *job,
             short: short_of(&job.to_string(), &all),
             keepers: keepers.clone(),
+            is_under_way,
         })),
         several => {
             let jobs: Vec<String> = several.iter().map(|(job, _)| job.to_string()).collect();
