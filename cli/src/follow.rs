@@ -251,7 +251,7 @@ impl Follower<'_> {
                         short_job(self.reading.job)
                     ));
                 }
-                let at = |view: &JobView| (view.epoch, view.seq);
+                let at = |view: &JobView| (view.epoch, view.seq, view.is_final());
                 if self.view.as_ref().is_some_and(|known| at(known) >= at(&view)) {
                     // Another keeper may be a moment behind.
                     return Ok(());
@@ -282,9 +282,12 @@ impl Follower<'_> {
         }
     }
 
-    /// Has a job that begins to wait asked for the reason, if it goes on waiting.
+    /// Has a job that begins to wait asked for the reason, if it goes on waiting; be it for
+    /// room, or for a majority to say that it is over.
     fn note_waiting(&mut self) {
-        let waits = self.view.as_ref().is_some_and(|view| view.state() == State::Waiting);
+        let waits = self.view.as_ref().is_some_and(|view| {
+            view.state() == State::Waiting || view.state() == State::Done && !view.is_final()
+        });
         self.why_at = match self.why_at {
             _ if !waits || self.was_told_why => None,
             None => Some(Instant::now() + WHY_AFTER),
@@ -295,6 +298,13 @@ impl Follower<'_> {
     async fn tell_why(&mut self) {
         let Reading { session, pool, job, out, .. } = *self.reading;
         (self.why_at, self.was_told_why) = (None, true);
+        if self.view.as_ref().is_some_and(|view| view.state() == State::Done) {
+            out.note(&format!(
+                "job {} is over as one of its keepers says: waiting for a majority of them",
+                short_job(job)
+            ));
+            return;
+        }
         // A courtesy: where it cannot be had, the log says what there is to say.
         if let Ok(Asked::Said(Reply::Why(wait))) =
             try_ask(session, pool, &self.keepers, &Command::Why(job)).await
@@ -339,7 +349,7 @@ impl Follower<'_> {
 
     /// The outcome, once nothing more is to be shown before it.
     fn outcome_to_show(&self) -> Option<Outcome> {
-        let view = self.view.as_ref().filter(|view| view.state() == State::Done)?;
+        let view = self.view.as_ref().filter(|view| view.is_final())?;
         let attempt = view.attempt.number;
         let is_settled = |node: &PeerId| match self.taps.get(node).map(|tap| &tap.phase) {
             Some(Phase::Ended(ended)) => *ended >= attempt,
@@ -382,7 +392,7 @@ impl Follower<'_> {
 
     fn watch_ended(&mut self, result: anyhow::Result<()>) -> anyhow::Result<()> {
         let job = short_job(self.reading.job);
-        if self.view.as_ref().is_some_and(|view| view.state() == State::Done) {
+        if self.view.as_ref().is_some_and(JobView::is_final) {
             return Ok(());
         }
         let is_refused = result.as_ref().err().is_some_and(|reason| {

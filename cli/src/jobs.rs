@@ -100,14 +100,18 @@ pub(crate) enum Asked {
     Said(Reply),
     /// Some keep it, and point to a steward that does not answer.
     NoSteward,
-    /// None that answered keeps it; why the others did not.
+    /// None that answered keeps it; why the others of those that could did not.
     Nobody(Vec<String>),
 }
 
 /// How long one keeper may think before the next is asked, too.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Most nodes asked about one job.
-const ASKED_MAX: usize = 64;
+/// Nodes asked at once about one job.
+const AT_ONCE_MAX: usize = 64;
+/// Answers about one job that name further nodes.
+const REDIRECTS_MAX: usize = 64;
+/// Silent nodes named in a message.
+const SILENT_SHOWN_MAX: usize = 10;
 /// How long a job may be without somebody who drives it: another keeper takes over sooner.
 const STEWARD_WITHIN: Duration = Duration::from_secs(60);
 /// How often it is asked for, at first and at last.
@@ -198,23 +202,53 @@ impl Found {
 
     fn nobody(&self, silent: &[String]) -> Problem {
         let short = &self.resolved.short;
+        if silent.is_empty() && self.resolved.is_under_way {
+            return Problem::broken(format!(
+                "job {short} is being submitted from here, and no node keeps it yet"
+            ))
+            .hint("try again in a moment; it may also come to nothing");
+        }
         if silent.is_empty() {
-            return Problem::request(format!("no node that can be asked keeps job {short}"))
+            return Problem::request(format!("no node of the pool keeps job {short}"))
                 .hint("`p2pit show jobs` lists what is kept");
         }
-        Problem::broken(format!("no keeper of job {short} answers: {}", silent.join("; "))).hint(
+        let more = silent.len().saturating_sub(SILENT_SHOWN_MAX);
+        let mut text = silent.iter().take(SILENT_SHOWN_MAX).cloned().collect::<Vec<_>>().join("; ");
+        if more > 0 {
+            text.push_str(&format!("; and {more} more"));
+        }
+        Problem::broken(format!(
+            "whether job {short} is kept is unknown: no node that answers keeps it, but {text}"
+        ))
+        .hint(
             "`p2pit show nodes` says which nodes are online; of keepers that are gone for good, \
              `p2pit job recover` makes do without them",
         )
     }
 
-    pub(crate) async fn view(&self, session: &Session) -> anyhow::Result<JobView> {
-        match self.ask(session, &Command::Job(self.job())).await? {
-            Reply::Jobs(jobs) => jobs
-                .into_iter()
-                .find(|view| view.job == self.job())
-                .ok_or_else(|| unexpected().into()),
-            _ => Err(unexpected().into()),
+    /// What a keeper says of it. One that is not sure that the job is over finds out when it is
+    /// asked: it gets a moment for that.
+    pub(crate) async fn view(&self, session: &Session, out: &Output) -> anyhow::Result<JobView> {
+        let begun = Instant::now();
+        let mut pause = STEWARD_POLL.0;
+        loop {
+            let reply = self.ask(session, &Command::Job(self.job())).await?;
+            let Reply::Jobs(jobs) = reply else { return Err(unexpected().into()) };
+            let view = jobs.into_iter().find(|view| view.job == self.job());
+            let view = view.ok_or_else(unexpected)?;
+            if view.state() != State::Done || view.is_final() {
+                return Ok(view);
+            }
+            if begun.elapsed() > PATIENCE {
+                out.warn(&format!(
+                    "that job {} is over is what one of its keepers says, and too few of the \
+                     others answer: it may not stand",
+                    self.resolved.short
+                ));
+                return Ok(view);
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(STEWARD_POLL.1);
         }
     }
 
@@ -232,21 +266,30 @@ impl Found {
 }
 
 /// Asks those who may keep a job, one after the other, and whomever they point to; where none
-/// of these says anything, all others that keep jobs.
+/// of these says anything, at once all others that keep jobs, and then all that could.
 pub(crate) async fn try_ask(
     session: &Session,
     pool: PoolId,
     keepers: &[PeerId],
     command: &Command,
 ) -> anyhow::Result<Asked> {
+    let ask = |node| session.ask_one(pool, node, command);
     let mut round = Round::new(keepers);
-    if let Some(reply) = round.run(session, pool, command).await? {
+    if let Some(reply) = round.run(PATIENCE, ask).await? {
         return Ok(Asked::Said(reply));
     }
     if !round.is_kept {
         let audience = session.client.get::<Audience>(path::KEEPERS).await?;
         round.add(audience.nodes);
-        if let Some(reply) = round.run(session, pool, command).await? {
+        if let Some(reply) = round.run(Duration::ZERO, ask).await? {
+            return Ok(Asked::Said(reply));
+        }
+    }
+    if !round.is_kept {
+        // That nobody keeps it is only so where every node that could says it.
+        let nodes = session.client.get::<Vec<NodeInfo>>(path::NODES).await?;
+        round.add(nodes.iter().filter(|node| !node.client).map(|node| node.node));
+        if let Some(reply) = round.run(Duration::ZERO, ask).await? {
             return Ok(Asked::Said(reply));
         }
     }
@@ -260,59 +303,82 @@ struct Round {
     /// Somebody keeps it, and does not drive it.
     is_kept: bool,
     silent: Vec<String>,
+    redirects: usize,
 }
 
 impl Round {
     fn new(keepers: &[PeerId]) -> Self {
         let (waiting, known) = (VecDeque::new(), BTreeSet::new());
-        let mut round = Self { waiting, known, is_kept: false, silent: Vec::new() };
+        let mut round = Self { waiting, known, is_kept: false, silent: Vec::new(), redirects: 0 };
         round.add(keepers.iter().copied());
         round
     }
 
     fn add(&mut self, nodes: impl IntoIterator<Item = PeerId>) {
         for node in nodes {
-            if self.known.len() < ASKED_MAX && self.known.insert(node) {
+            if self.known.insert(node) {
                 self.waiting.push_back(node);
             }
         }
     }
 
-    /// The first answer that is one.
-    async fn run(
+    fn add_first(&mut self, node: PeerId) {
+        let is_waiting = self.waiting.contains(&node);
+        if self.known.insert(node) || is_waiting {
+            self.waiting.retain(|it| *it != node);
+            self.waiting.push_front(node);
+        }
+    }
+
+    /// The first answer that is one, of nodes that each have this long before the next is
+    /// asked, too.
+    async fn run<F: Future<Output = anyhow::Result<Answer>>>(
         &mut self,
-        session: &Session,
-        pool: PoolId,
-        command: &Command,
+        patience: Duration,
+        ask: impl Fn(PeerId) -> F,
     ) -> anyhow::Result<Option<Reply>> {
         let mut asking = FuturesUnordered::new();
         loop {
             if asking.is_empty() {
                 let Some(next) = self.waiting.pop_front() else { return Ok(None) };
-                asking.push(session.ask_one(pool, next, command));
+                asking.push(ask(next));
             }
-            let Ok(answer) = timeout(PATIENCE, asking.next()).await else {
-                // It may still answer, but nobody waits for it alone.
-                if let Some(next) = self.waiting.pop_front() {
-                    asking.push(session.ask_one(pool, next, command));
-                }
-                continue;
+            while patience.is_zero()
+                && asking.len() < AT_ONCE_MAX
+                && let Some(next) = self.waiting.pop_front()
+            {
+                asking.push(ask(next));
+            }
+            let answer = if patience.is_zero() || self.waiting.is_empty() {
+                asking.next().await
+            } else {
+                let Ok(answer) = timeout(patience, asking.next()).await else {
+                    // It may still answer, but nobody waits for it alone.
+                    if let Some(next) = self.waiting.pop_front() {
+                        asking.push(ask(next));
+                    }
+                    continue;
+                };
+                answer
             };
             let Some(answer) = answer.transpose()? else { continue };
             match answer.reply {
                 Some(Reply::Elsewhere { steward, keepers }) => {
                     self.is_kept = true;
-                    if let Some(steward) = steward
-                        && self.known.len() < ASKED_MAX
-                        && self.known.insert(steward)
-                    {
-                        self.waiting.push_front(steward);
+                    if self.redirects < REDIRECTS_MAX {
+                        self.redirects += 1;
+                        self.add(keepers);
+                        if let Some(steward) = steward {
+                            self.add_first(steward);
+                        }
                     }
-                    self.add(keepers);
                 }
                 Some(Reply::UnknownJob) => {}
                 Some(reply) => return Ok(Some(reply)),
-                None => self.silent.extend(answer.error),
+                None => {
+                    let node = || format!("node {} does not answer", answer.node);
+                    self.silent.push(answer.error.unwrap_or_else(node));
+                }
             }
         }
     }
@@ -344,7 +410,8 @@ fn arrange(views: &[&JobView], names: &Names, done_max: usize) -> Vec<Job> {
     let mut newest: BTreeMap<JobId, &JobView> = BTreeMap::new();
     for view in views {
         let known = newest.entry(view.job).or_insert(view);
-        if (view.epoch, view.seq) > (known.epoch, known.seq) {
+        let at = |view: &JobView| (view.epoch, view.seq, view.chosen);
+        if at(view) > at(known) {
             *known = view;
         }
     }
@@ -387,6 +454,66 @@ mod tests {
         let jobs = arrange(&views.iter().collect::<Vec<_>>(), &Names::default(), 2);
         let order: Vec<u8> = jobs.iter().map(|job| job.id.0[0]).collect();
         assert_eq!(order, [6, 3, 2, 4, 1]);
+    }
+
+    fn answer(node: PeerId, reply: Option<Reply>) -> anyhow::Result<Answer> {
+        let error = reply.is_none().then(|| format!("{node} cannot be reached"));
+        Ok(Answer { node, reply, error, readings: Vec::new() })
+    }
+
+    #[test]
+    fn a_no_is_only_said_of_a_job_that_nobody_can_have_or_get() {
+        let found = |is_under_way| Found {
+            pool: PoolId([1; 32]),
+            resolved: Resolved {
+                job: JobId([1; 32]),
+                short: "abcd".to_owned(),
+                keepers: Vec::new(),
+                is_under_way,
+            },
+        };
+        assert!(found(false).nobody(&[]).is_request());
+        let submitting = found(true).nobody(&[]);
+        assert!(!submitting.is_request() && submitting.to_string().contains("being submitted"));
+        let many: Vec<String> = (0..12).map(|n| format!("node n{n} cannot be reached")).collect();
+        let silent = found(false).nobody(&many);
+        assert!(!silent.is_request());
+        let text = silent.to_string();
+        assert!(text.contains("node n9 cannot") && text.ends_with("; and 2 more"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn nobody_keeps_a_job_only_where_all_that_could_say_so() {
+        let mut round = Round::new(&[peer(1), peer(2)]);
+        let say_no = async |node| answer(node, Some(Reply::UnknownJob));
+        assert_eq!(round.run(PATIENCE, say_no).await.unwrap(), None);
+        assert!(!round.is_kept && round.silent.is_empty());
+        let asked = std::cell::Cell::new(0);
+        let third_is_off = async |node: PeerId| {
+            asked.set(asked.get() + 1);
+            answer(node, (node != peer(3)).then_some(Reply::UnknownJob))
+        };
+        round.add((1..=9).map(peer));
+        assert_eq!(round.run(Duration::ZERO, third_is_off).await.unwrap(), None);
+        assert_eq!(asked.get(), 7, "those that said no are not asked again");
+        assert_eq!(round.silent, [format!("{} cannot be reached", peer(3))]);
+    }
+
+    #[tokio::test]
+    async fn who_is_asked_last_of_all_may_be_the_one_that_keeps_it() {
+        let mut round = Round::new(&[]);
+        round.add((1..=200).map(peer));
+        let kept = |node| {
+            if node == peer(150) {
+                Reply::Elsewhere { steward: Some(peer(201)), keepers: vec![peer(150)] }
+            } else if node == peer(201) {
+                Reply::Jobs(Vec::new())
+            } else {
+                Reply::UnknownJob
+            }
+        };
+        let ask = async |node| answer(node, Some(kept(node)));
+        assert_eq!(round.run(Duration::ZERO, ask).await.unwrap(), Some(Reply::Jobs(Vec::new())));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What people call nodes, users and jobs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use p2pit_node::api::types::{Audience, NodeInfo, UserInfo, path};
 use p2pit_protocol::{JobId, PeerId, UserId};
@@ -19,6 +19,7 @@ pub(crate) struct Names {
     nodes: BTreeMap<PeerId, String>,
     users: BTreeMap<UserId, String>,
     jobs: BTreeMap<JobId, String>,
+    offline: BTreeSet<PeerId>,
 }
 
 impl Names {
@@ -34,6 +35,7 @@ impl Names {
             nodes: nodes.iter().map(|node| (node.node, node.name.clone())).collect(),
             users: users.iter().map(|user| (user.user, user.name.clone())).collect(),
             jobs: BTreeMap::new(),
+            offline: nodes.iter().filter(|it| it.reach == "offline").map(|it| it.node).collect(),
         }
     }
 
@@ -48,6 +50,11 @@ impl Names {
             let text = node.to_string();
             format!("…{}", &text[text.len().saturating_sub(PEER_CHARS)..])
         })
+    }
+
+    /// Whether it is known that the node cannot be reached now.
+    pub(crate) fn is_offline(&self, node: PeerId) -> bool {
+        self.offline.contains(&node)
     }
 
     pub(crate) fn node_named(&self, name: &str) -> Option<PeerId> {

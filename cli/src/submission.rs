@@ -155,6 +155,7 @@ pub(crate) async fn submit(
         command: wish.command,
         source,
         keepers: carried.keepers,
+        keepers_online: carried.online,
         sent_blobs,
         sent_bytes,
         there_blobs,
@@ -223,6 +224,7 @@ async fn upload(
 struct Carried {
     job: JobId,
     keepers: Vec<PeerId>,
+    online: usize,
     blobs: u64,
     bytes: u64,
     there: u64,
@@ -235,11 +237,19 @@ async fn carry(session: &Session, out: &Output, spec: SignedBytes) -> anyhow::Re
         match event {
             SubmitEvent::Transferring { bytes_done, bytes, .. } => progress.set(bytes_done, bytes),
             SubmitEvent::Note { text } => out.warn(&text),
-            SubmitEvent::Submitted { job, keepers, blobs_sent, bytes_sent, blobs_there } => {
+            SubmitEvent::Submitted {
+                job,
+                keepers,
+                online,
+                blobs_sent,
+                bytes_sent,
+                blobs_there,
+            } => {
                 progress.finish();
                 return Ok(Carried {
                     job,
                     keepers,
+                    online,
                     blobs: blobs_sent,
                     bytes: bytes_sent,
                     there: blobs_there,
@@ -264,7 +274,7 @@ fn unknown(job: JobId) -> Problem {
     ))
     .hint(format!(
         "it may run yet: `p2pit show job:{job}` says whether any keeper has it; do not submit it \
-         again before that says no"
+         again before that says that no node of the pool keeps it"
     ))
 }
 

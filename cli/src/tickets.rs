@@ -187,6 +187,7 @@ mod tests {
             capacity: Capacity::new(Vec::new(), cpu_cores, 0),
             owner_only: None,
             isolation: String::new(),
+            working_for: Vec::new(),
             locked_gpus: Vec::new(),
             wall_ms: 0,
             journal: Journalled { entries: 0, fsyncs: 0 },

@@ -6,6 +6,7 @@ use p2pit_protocol::{
     inventory::Gpu,
     job::{Change, Command, Outcome, Policy, RankEnd, RankState, Source, State},
     message::{GpuState, JobView},
+    record::quorum_of,
 };
 
 use crate::{names::Names, output::duration_s};
@@ -32,6 +33,8 @@ pub(crate) struct Job {
     pub(crate) outcome: Option<Outcome>,
     pub(crate) stopped_by: Option<String>,
     pub(crate) keepers: Vec<String>,
+    /// How many of them can be reached.
+    pub(crate) keepers_online: usize,
     /// Counts changes of the keepers.
     pub(crate) epoch: u32,
     pub(crate) steward: String,
@@ -189,6 +192,8 @@ pub(crate) struct Submission {
     pub(crate) source: Source,
     /// The first drives it.
     pub(crate) keepers: Vec<PeerId>,
+    /// How many of them can be reached.
+    pub(crate) keepers_online: usize,
     pub(crate) sent_blobs: u64,
     pub(crate) sent_bytes: u64,
     pub(crate) there_blobs: u64,
@@ -233,7 +238,7 @@ impl Recovery {
             "job {short} has lost {} of its {keepers} keepers:\n{}\nit would go on from change \
              {seq}, which node {from} has, and be kept by {}; later changes that only the lost \
              keepers knew are forgotten, such as an attempt that was started, or a result that \
-             was accepted\na keeper that is only off is better started again. Go on? [y/N]",
+             was accepted\na keeper that is only off is better started again",
             lost.len(),
             lost.join("\n"),
             next.join(", "),
@@ -256,6 +261,7 @@ impl Job {
             submitted_at_ms,
             history,
             seq: _,
+            chosen: _,
             epoch,
             keepers,
             steward,
@@ -301,6 +307,7 @@ impl Job {
                 _ => None,
             },
             keepers: keepers.iter().map(|keeper| names.node(*keeper)).collect(),
+            keepers_online: keepers.iter().filter(|keeper| !names.is_offline(**keeper)).count(),
             epoch: *epoch,
             steward: names.node(*steward),
             term: *term,
@@ -350,22 +357,17 @@ impl Usage {
     }
 }
 
-/// Keepers of a job in a pool with so many nodes to choose them from.
-pub(crate) fn keepers_of(eligible: usize) -> usize {
-    eligible.min(if eligible < MANY_NODES { 3 } else { 5 })
+/// How many of its keepers a job survives the loss of, where so many of them are online: what
+/// is left must be a majority of all.
+pub(crate) fn survived_losses(keepers: usize, online: usize) -> usize {
+    online.saturating_sub(quorum_of(keepers))
 }
 
-/// How many of its keepers a job survives the loss of: what is left must be a majority.
-pub(crate) fn survived_losses(keepers: usize) -> usize {
-    keepers.saturating_sub(1) / 2
-}
-
-/// Nodes from which on a job has five keepers.
-const MANY_NODES: usize = 7;
-
-/// Nodes that jobs are kept by: neither clients nor what a command has started for itself.
+/// Nodes that jobs are kept by and that can be reached: neither clients nor what a command has
+/// started for itself.
 pub(crate) fn eligible_keepers(nodes: &[NodeInfo]) -> usize {
-    nodes.iter().filter(|node| !node.client && !node.away).count()
+    let is_eligible = |node: &&NodeInfo| !node.client && !node.away && node.reach != "offline";
+    nodes.iter().filter(is_eligible).count()
 }
 
 /// `2:v100`, one for each model in order, with `simulated` behind those that are.
@@ -431,6 +433,7 @@ pub(crate) mod samples {
                 Change { state, at_ms: NOW_MS - 60_000, reason: "so it goes".into() },
             ],
             seq: 2,
+            chosen: true,
             epoch: 1,
             keepers: vec![peer(1), peer(2), peer(3)],
             steward: peer(2),
@@ -464,6 +467,26 @@ pub(crate) mod samples {
         Job::of(&view(state, outcome), &Names::default())
     }
 
+    pub(crate) fn node(n: u8, reach: &str) -> NodeInfo {
+        NodeInfo {
+            node: peer(n),
+            name: format!("n{n}"),
+            owner: UserId(PublicKey([9; 32])),
+            owner_name: String::new(),
+            client: false,
+            away: false,
+            reach: reach.to_owned(),
+            advert_age_s: None,
+            capacity: p2pit_protocol::inventory::Capacity::default(),
+            not_free: Vec::new(),
+            free_cpu_cores: 0,
+            free_ram_mib: 0,
+            owner_only: None,
+            control: Vec::new(),
+            data: Vec::new(),
+        }
+    }
+
     pub(crate) fn reading(n: u8, compute: Option<u32>, used_gib: Option<u64>) -> GpuReading {
         GpuReading {
             uuid: format!("SIM-x-{n}"),
@@ -492,10 +515,22 @@ mod tests {
 
     #[test]
     fn a_job_survives_the_loss_of_a_minority_of_its_keepers() {
-        let survived = |eligible| survived_losses(keepers_of(eligible));
-        assert_eq!([0, 1, 2].map(survived), [0, 0, 0]);
-        assert_eq!([3, 4, 6].map(survived), [1, 1, 1]);
-        assert_eq!([7, 8, 100].map(survived), [2, 2, 2]);
+        let survived = |keepers| survived_losses(keepers, keepers);
+        assert_eq!([0, 1, 2, 3, 4, 5].map(survived), [0, 0, 0, 1, 1, 2]);
+    }
+
+    #[test]
+    fn keepers_that_are_off_already_cannot_be_lost() {
+        let survived = |(keepers, online)| survived_losses(keepers, online);
+        assert_eq!([(3, 3), (3, 2), (3, 1), (3, 0)].map(survived), [1, 0, 0, 0]);
+        assert_eq!([(5, 5), (5, 4), (5, 3), (5, 2)].map(survived), [2, 1, 0, 0]);
+
+        let node = |n: u8, reach: &str| samples::node(n, reach);
+        let mut nodes = [node(1, "self"), node(2, "online"), node(3, "offline"), node(4, "online")];
+        nodes[3].client = true;
+        assert_eq!(eligible_keepers(&nodes), 2);
+        let job = Job::of(&view(State::Running, None), &Names::of(&nodes, &[]));
+        assert_eq!((job.keepers.len(), job.keepers_online), (3, 2));
     }
 
     #[test]

@@ -129,12 +129,69 @@ pub(crate) struct Shared {
     ending: AtomicBool,
     /// The journal cannot be written for want of room, and the core waits for that.
     waits_for_room: watch::Sender<bool>,
+    submitted: Mutex<Submitted>,
     requests: AtomicUsize,
     last_request_ms: AtomicU64,
     served: files::Served,
     gpu_locks: Mutex<Vec<GpuLock>>,
     /// GPUs that only a supervisor of an earlier daemon has locked: not for new jobs.
     unlocked_gpus: Mutex<BTreeSet<GpuUuid>>,
+}
+
+/// Jobs submitted here whose keepers are remembered.
+const SUBMITTED_MAX: usize = 1_024;
+
+/// Jobs submitted here, the newest last: one whose submission ended without a yes may be known
+/// to none but the keepers it named, and one whose submission goes on may be born yet.
+#[derive(Debug, Default)]
+pub(crate) struct Submitted(Vec<Submission>);
+
+/// A job submitted here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Submission {
+    pub(crate) job: JobId,
+    pub(crate) keepers: Vec<PeerId>,
+    /// How many submissions of it go on.
+    under_way: usize,
+}
+
+impl Submission {
+    pub(crate) fn is_under_way(&self) -> bool {
+        self.under_way > 0
+    }
+}
+
+impl Submitted {
+    fn begin(&mut self, job: JobId, keepers: Vec<PeerId>) {
+        let known = self.0.iter().position(|known| known.job == job);
+        let before = known.map_or(0, |at| self.0.remove(at).under_way);
+        let more = (self.0.len() + 1).saturating_sub(SUBMITTED_MAX);
+        self.0.drain(..more);
+        self.0.push(Submission { job, keepers, under_way: before + 1 });
+    }
+
+    fn end(&mut self, job: JobId) {
+        if let Some(known) = self.0.iter_mut().find(|known| known.job == job) {
+            known.under_way = known.under_way.saturating_sub(1);
+        }
+    }
+
+    /// Those whose id begins so.
+    fn starting_with(&self, prefix: &str) -> Vec<Submission> {
+        self.0.iter().filter(|it| it.job.to_string().starts_with(prefix)).cloned().collect()
+    }
+}
+
+/// While this lives, a job is being submitted here.
+pub(crate) struct UnderWay<'a> {
+    shared: &'a Shared,
+    job: JobId,
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        lock(&self.shared.submitted).end(self.job);
+    }
 }
 
 /// How fast blobs may travel, all transfers together.
@@ -245,6 +302,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         quarantined: Mutex::default(),
         ending: AtomicBool::new(false),
         waits_for_room: watch::channel(false).0,
+        submitted: Mutex::default(),
         requests: AtomicUsize::new(0),
         last_request_ms: AtomicU64::new(clock::now().boot_ms),
         served: files::Served::default(),
@@ -386,6 +444,18 @@ impl Shared {
         });
         self.inputs.send(Input::Act(act)).await.map_err(|_| NoPeer::Ending)?;
         answer.await.map_err(|_| NoPeer::Ending)
+    }
+
+    /// As [`Self::act`], with what is known of how long nodes have been away.
+    async fn act_watching<R: Send + 'static>(
+        &self,
+        act: impl FnOnce(&mut Peer, &serve::Absence, Now) -> R + Send + 'static,
+    ) -> Result<R, NoPeer> {
+        self.act_on_state(move |state, now| match &mut state.peer {
+            Some(peer) => Ok(act(peer, &state.absence, now)),
+            None => Err(NoPeer::NoPool),
+        })
+        .await?
     }
 
     /// Submit a job whose keeper has its inputs.
@@ -680,6 +750,17 @@ impl Shared {
         }
     }
 
+    /// A job is being submitted, and its keepers are to be remembered.
+    pub(crate) fn begin_submission(&self, job: JobId, keepers: Vec<PeerId>) -> UnderWay<'_> {
+        lock(&self.submitted).begin(job, keepers);
+        UnderWay { shared: self, job }
+    }
+
+    /// Jobs submitted here whose ids begin so.
+    pub(crate) fn submitted(&self, prefix: &str) -> Vec<Submission> {
+        lock(&self.submitted).starting_with(prefix)
+    }
+
     /// Keep what an advert says of a node's addresses for after a restart.
     pub(crate) fn remember_addresses(&self, node: PeerId, advert: &Advert, signed: &SignedBytes) {
         let entry = PeerEntry {
@@ -937,5 +1018,30 @@ mod tests {
         let mut busy = HandOverPatience::begun(3, begin);
         assert!(!busy.is_over(1, 3, begin + HAND_OVER_WITHIN - Duration::from_millis(1)));
         assert!(busy.is_over(1, 3, begin + HAND_OVER_WITHIN));
+    }
+
+    #[test]
+    fn the_keepers_that_a_submitted_job_named_are_remembered_of_so_many_jobs() {
+        let node = |n: u8| PeerId(KeyPair::from_seed(&[n; 32]).public());
+        let job = |n: usize| JobId(*blake3::hash(&n.to_le_bytes()).as_bytes());
+        let mut submitted = Submitted::default();
+        submitted.begin(job(0), vec![node(1)]);
+        submitted.begin(job(0), vec![node(1), node(2)]);
+        let found = |submitted: &Submitted| {
+            let mut found = submitted.starting_with(&job(0).to_string()[..8]);
+            assert!(found.len() < 2);
+            found.pop()
+        };
+        assert_eq!(found(&submitted).unwrap().keepers, [node(1), node(2)]);
+        submitted.end(job(0));
+        assert!(found(&submitted).unwrap().is_under_way(), "one of the two goes on");
+        submitted.end(job(0));
+        assert!(!found(&submitted).unwrap().is_under_way());
+        for n in 1..=SUBMITTED_MAX {
+            submitted.begin(job(n), vec![node(3)]);
+        }
+        assert_eq!(submitted.0.len(), SUBMITTED_MAX);
+        assert_eq!(found(&submitted), None, "it was the oldest");
+        assert_eq!(submitted.starting_with(&job(1).to_string()).len(), 1);
     }
 }

@@ -664,6 +664,12 @@ impl Bidder {
         if id.job == job { work.spec.as_ref() } else { None }
     }
 
+    /// Jobs there is work or an unacknowledged ending of, once for each rank.
+    pub(crate) fn jobs(&self) -> impl Iterator<Item = JobId> {
+        let live = self.book.work.iter().filter(|(_, work)| work.spec.is_some());
+        live.map(|(id, _)| id.job)
+    }
+
     // ---- bids -------------------------------------------------------------------------
 
     fn bid(&mut self, from: PeerId, call: &Call, now: Now, out: &mut Outbox) -> Bid {

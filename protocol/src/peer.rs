@@ -23,7 +23,7 @@ mod user;
 
 use core::hash::BuildHasher;
 use std::{
-    collections::{BTreeMap, hash_map::RandomState},
+    collections::{BTreeMap, BTreeSet, hash_map::RandomState},
     sync::Arc,
 };
 
@@ -52,7 +52,7 @@ use crate::{
     inventory::{Board, Capacity, GpuUuid},
     job::{RankAssignment, RankEnd, State, VerifiedSpec},
     message::{Commit, Message, Soft},
-    record::{Certificate, Keeper, Kept, Registers},
+    record::{Ballot, Certificate, Keeper, Kept, Registers},
     request::{Request, Unsatisfiable, satisfiable},
     roster::{self, DeviceId, RequestGuard, Roster},
     sabotage::{Rule, Sabotage},
@@ -621,6 +621,19 @@ impl Peer {
     #[must_use]
     pub fn record(&self, job: JobId) -> Option<&Kept> {
         self.registers.get(job)
+    }
+
+    /// See [`Registers::accepted`].
+    #[must_use]
+    pub fn accepted(&self, job: JobId) -> Option<Ballot> {
+        self.registers.accepted(job)
+    }
+
+    /// Jobs that this node has work of: rooms promised, processes, and ends that the record
+    /// does not have yet.
+    #[must_use]
+    pub fn working_for(&self) -> BTreeSet<JobId> {
+        self.bidder.jobs().collect()
     }
 
     /// Every record kept here.

@@ -275,6 +275,13 @@ impl Registers {
         self.records.iter().filter_map(|(job, register)| Some((job, register.kept.as_ref()?)))
     }
 
+    /// The ballot that this node accepted its value of `job` in: of two keepers of one epoch,
+    /// the one with the higher has every value that was chosen.
+    #[must_use]
+    pub fn accepted(&self, job: JobId) -> Option<Ballot> {
+        self.records.get(&job).map(|register| register.acceptor.accepted())
+    }
+
     /// Who keeps a record that this node kept once, as far as known here.
     #[must_use]
     pub fn moved(&self, job: JobId) -> Option<&[Keeper]> {

@@ -98,13 +98,11 @@ fn a_keeper_that_is_down_from_the_start_keeps_nobody_from_submitting() {
     let pool = Pool::of(&["sim:1xv100", "none", "none"]);
     let (first, second) = (pool.node(1), pool.node(2));
     pool.node(3).crash();
+    wait_until_offline(first, &["n3"]);
     let ended = first.p2pit(&["run", "One short", "[v100]", "-d", "echo ran"]);
     ended.ended(0);
-    assert!(
-        ended.stderr.contains("Kept by: 3 nodes: it survives the loss of 1"),
-        "{}",
-        ended.stderr
-    );
+    let said = "Kept by: 3 nodes, one of them offline: it does not survive the loss of one";
+    assert!(ended.stderr.contains(said), "{}", ended.stderr);
     let id = ended.stdout.trim_end();
     second.wait_for_outcome(id, "succeeded");
     assert_eq!(names(&second.job(id)["keepers"]), ["n1", "n2", "n3"]);
@@ -193,11 +191,13 @@ fn a_job_is_recovered_when_two_of_its_three_keepers_are_gone_for_good() {
         node.crash();
         fs::remove_dir_all(node.home()).unwrap();
     }
-    wait_until("both are missed", SOON, || {
-        let nodes = survivor.nodes();
-        ["n1", "n2"].iter().all(|name| nodes[*name]["reach"] == "offline").then_some(())
+    wait_until_offline(survivor, &["n1", "n2"]);
+    let soon = survivor.p2pit(&["job", "recover", &id, "--yes"]);
+    soon.refused(1, &["n1, n2", "less than a minute", "hint: ", "try again in"]);
+    let unsure = wait_until("they have been away for long enough", TAKEN_OVER, || {
+        let ended = survivor.p2pit(&["--quiet", "job", "recover", &id]);
+        (!ended.stderr.contains("try again in")).then_some(ended)
     });
-    let unsure = survivor.p2pit(&["job", "recover", &id]);
     unsure.ended(1);
     for part in ["has lost 2 of its 3 keepers", "n1, heard last", "n2, heard last", "--yes"] {
         assert!(unsure.stderr.contains(part), "{part}: {}", unsure.stderr);
@@ -245,6 +245,56 @@ fn a_full_id_that_nobody_keeps_is_known_to_be_none() {
     let pool = Pool::of(&["none", "none"]);
     let id = "a".repeat(52);
     pool.node(1).p2pit(&["show", &format!("job:{id}")]).refused(1, &["keeps job", "hint: "]);
+}
+
+#[test]
+fn a_full_id_is_not_said_to_be_none_while_a_node_that_could_keep_it_is_off() {
+    let pool = Pool::of(&["none", "none"]);
+    let first = pool.node(1);
+    pool.node(2).crash();
+    wait_until_offline(first, &["n2"]);
+    let id = "a".repeat(52);
+    let asked = first.p2pit(&["show", &format!("job:{id}")]);
+    asked.refused(2, &["unknown", "node n2", "hint: ", "show nodes"]);
+}
+
+#[test]
+fn a_node_that_runs_a_job_is_not_left_although_nobody_that_keeps_the_job_answers() {
+    let pool = Pool::of(&["none", "none", "none", "sim:1xv100"]);
+    let worker = pool.node(4);
+    switch_off(&pool, 4);
+    let id = pool.node(1).submit(&["Runs on", "[v100]", "-d", HOLD]);
+    worker.restart();
+    wait_for_line(pool.node(1), &id, "holds");
+    for n in 1..=3 {
+        pool.node(n).crash();
+    }
+    wait_until_offline(worker, &["n1", "n2", "n3"]);
+    worker.p2pit(&["leave"]).refused(1, &["jobs run here", &id[..4], "hint: ", "--force"]);
+    assert!(!of_job(&id).is_empty(), "it runs on");
+    tell(&id);
+}
+
+#[test]
+fn several_jobs_are_stopped_although_one_of_them_cannot_be() {
+    let pool = Pool::of(&["sim:1xv100"]);
+    let node = pool.node(1);
+    let id = node.submit(&["Stopped", "[v100]", "-d", STOPPABLE]);
+    wait_for_line(node, &id, "holds");
+    let stopped = node.p2pit(&["stop", "nosuchjob", &id]);
+    stopped.ended(1);
+    for part in ["no job `nosuchjob`", "is being stopped"] {
+        assert!(stopped.stderr.contains(part), "{part}: {}", stopped.stderr);
+    }
+    node.wait_for_outcome(&id, "stopped");
+}
+
+#[track_caller]
+fn wait_until_offline(node: &Node, missed: &[&str]) {
+    wait_until("they are missed", SOON, || {
+        let nodes = node.nodes();
+        missed.iter().all(|name| nodes[*name]["reach"] == "offline").then_some(())
+    });
 }
 
 fn names(array: &Value) -> Vec<&str> {

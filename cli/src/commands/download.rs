@@ -92,7 +92,7 @@ async fn fetch_logs(
     found: &Found,
     stage: &Path,
 ) -> anyhow::Result<Vec<(String, PathBuf)>> {
-    let view = found.view(session).await?;
+    let view = found.view(session, out).await?;
     let mut logs = Vec::new();
     for (index, node) in nodes_of(&view).into_iter().enumerate() {
         let signed = session.sign(found.pool, &[node], &Command::Log(found.job()))?;

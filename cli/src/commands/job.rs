@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead as _, IsTerminal as _},
+    io::{BufRead as _, IsTerminal as _, Write as _},
 };
 
 use p2pit_node::api::types::{Audience, NodeInfo, Recover, Survey, Surveyed, path};
@@ -65,7 +65,7 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     let found = Found::by_text(&session, &args.job).await?;
     let nodes = session.client.get::<Vec<NodeInfo>>(path::NODES).await?;
     let names = Names::of(&nodes, &[]);
-    let (survivor, surveyed) = newest_survivor(&session, &found, &names).await?;
+    let (survivor, surveyed) = survey(&session, &found, &names).await?;
     let short = &found.resolved.short;
     if surveyed.present.len() >= quorum_of(surveyed.keepers.len()) {
         let present: Vec<String> = surveyed.present.iter().map(|node| names.node(*node)).collect();
@@ -78,7 +78,17 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
             .into());
     }
     let recovery = describe(&found, survivor, &surveyed, &nodes, &names);
-    out.note(&recovery.text());
+    if surveyed.wait_s > 0 {
+        let lost: Vec<&str> = recovery.lost.iter().map(|lost| lost.node.as_str()).collect();
+        let message = format!(
+            "job {short} cannot be recovered yet: of {}, too many have been missed for less than \
+             a minute, and may come back",
+            lost.join(", ")
+        );
+        let hint = format!("start them again, or try again in {} s", surveyed.wait_s);
+        return Err(Problem::request(message).hint(hint).into());
+    }
+    out.warn(&recovery.text());
     if !args.yes && !confirm().await? {
         return Err(Problem::request("nothing was done")
             .hint(format!("`p2pit job recover {short} --yes` does it without asking"))
@@ -107,8 +117,24 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     Ok(Status::DONE)
 }
 
-/// Of all nodes that can be asked, the one that knows the newest of the record.
-async fn newest_survivor(
+/// Of these answers the one of whoever has everything that was chosen, as far as they know: the
+/// latest epoch's highest ballot, whatever the sequence number. Present is then also who
+/// answered, connected to that one or not.
+fn newest_survivor(answers: Vec<(PeerId, Surveyed)>) -> Option<(PeerId, Surveyed)> {
+    let at = |surveyed: &Surveyed| (surveyed.epoch, surveyed.accepted);
+    let newest = answers.iter().max_by_key(|(_, surveyed)| at(surveyed))?;
+    let (survivor, mut surveyed) = newest.clone();
+    for (node, other) in answers {
+        let is_keeper = other.epoch == surveyed.epoch && surveyed.keepers.contains(&node);
+        if is_keeper && !surveyed.present.contains(&node) {
+            surveyed.present.push(node);
+        }
+    }
+    Some((survivor, surveyed))
+}
+
+/// Asks all nodes that can be asked what they know of the record.
+async fn survey(
     session: &Session,
     found: &Found,
     names: &Names,
@@ -122,20 +148,14 @@ async fn newest_survivor(
         anyhow::Ok((node, session.client.post::<Surveyed>(path::SURVEY, &survey).await))
     });
     let surveys = futures::future::try_join_all(surveys).await?;
-    let mut newest: Option<(PeerId, Surveyed)> = None;
-    let mut reasons = Vec::new();
+    let (mut answers, mut reasons) = (Vec::new(), Vec::new());
     for (node, surveyed) in surveys {
         match surveyed {
-            Ok(surveyed) => {
-                let at = |surveyed: &Surveyed| (surveyed.epoch, surveyed.seq);
-                if newest.as_ref().is_none_or(|(_, known)| at(&surveyed) > at(known)) {
-                    newest = Some((node, surveyed));
-                }
-            }
+            Ok(surveyed) => answers.push((node, surveyed)),
             Err(reason) => reasons.push(format!("{}: {reason:#}", names.node(node))),
         }
     }
-    newest.ok_or_else(|| {
+    newest_survivor(answers).ok_or_else(|| {
         let short = &found.resolved.short;
         Problem::request(format!("job {short} cannot be recovered: {}", reasons.join("; ")))
             .hint("start a node that kept it, if there is one left: `p2pit show nodes`")
@@ -173,8 +193,55 @@ async fn confirm() -> anyhow::Result<bool> {
         return Ok(false);
     }
     let answer = tokio::task::spawn_blocking(|| {
+        let mut stderr = std::io::stderr().lock();
+        stderr.write_all(b"Go on? [y/N] ").and_then(|()| stderr.flush())?;
+        drop(stderr);
         let mut answer = String::new();
         std::io::stdin().lock().read_line(&mut answer).map(|_| answer)
     });
     Ok(matches!(answer.await??.trim(), "y" | "Y" | "yes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use p2pit_protocol::{StoreId, record::Ballot};
+
+    use super::*;
+    use crate::view::samples::peer;
+
+    fn surveyed(n: u8, epoch: u32, counter: u64, seq: u64) -> (PeerId, Surveyed) {
+        let store = StoreId([n; 16]);
+        let surveyed = Surveyed {
+            epoch,
+            accepted: Ballot { counter, store },
+            seq,
+            value_hash: [n; 32],
+            keepers: vec![peer(1), peer(2), peer(3)],
+            present: vec![peer(n)],
+            wait_s: 0,
+            next: vec![(peer(n), store)],
+        };
+        (peer(n), surveyed)
+    }
+
+    #[test]
+    fn a_record_is_recovered_from_the_highest_ballot_of_the_latest_epoch() {
+        // What the first accepted in ballot 2 was never chosen: ballot 5 found something else.
+        let answers = vec![surveyed(1, 1, 2, 9), surveyed(2, 1, 5, 8)];
+        let (survivor, newest) = newest_survivor(answers).unwrap();
+        assert_eq!((survivor, newest.seq), (peer(2), 8));
+        let answers = vec![surveyed(1, 1, 9, 9), surveyed(2, 2, 0, 8)];
+        assert_eq!(newest_survivor(answers).unwrap().0, peer(2));
+        assert_eq!(newest_survivor(Vec::new()), None);
+    }
+
+    #[test]
+    fn who_answers_for_the_epoch_is_there_although_the_others_do_not_see_it() {
+        let answers = vec![surveyed(1, 1, 2, 9), surveyed(2, 1, 2, 9), surveyed(4, 1, 2, 9)];
+        let (_, newest) = newest_survivor(answers).unwrap();
+        let keepers = newest.present.iter().filter(|node| newest.keepers.contains(node));
+        assert_eq!(keepers.count(), 2);
+        let answers = vec![surveyed(1, 1, 2, 9), surveyed(2, 0, 2, 7)];
+        assert_eq!(newest_survivor(answers).unwrap().1.present, [peer(1)], "one is behind");
+    }
 }

@@ -8,7 +8,7 @@ use p2pit_node::{
     home::Home,
 };
 use p2pit_protocol::{
-    PeerId,
+    JobId, PeerId,
     job::RankState,
     job::State,
     message::JobFilter,
@@ -58,7 +58,7 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     let me = session.me().await?;
     let nodes: Vec<NodeInfo> = session.client.get(path::NODES).await?;
     if !args.force {
-        refuse_with_jobs(&session, me.node, &nodes).await?;
+        refuse_with_jobs(&session, &me, &nodes).await?;
     }
     let others: Vec<&NodeInfo> = nodes.iter().filter(|node| node.node != me.node).collect();
     let is_alone = !others.iter().any(|node| node.reach == "online");
@@ -94,9 +94,18 @@ fn pool_name(me: &Me) -> &str {
     me.pool.as_ref().map_or("its pool", |pool| &pool.name)
 }
 
-async fn refuse_with_jobs(session: &Session, me: PeerId, nodes: &[NodeInfo]) -> anyhow::Result<()> {
+async fn refuse_with_jobs(session: &Session, me: &Me, nodes: &[NodeInfo]) -> anyhow::Result<()> {
     let filter = JobFilter { owner: None, done_max: DONE_MAX };
-    let Gathered { jobs, names, .. } = jobs::gather(session, filter).await?;
+    let Gathered { jobs, names, silent, .. } = jobs::gather(session, filter).await?;
+    // Whether or not anybody who keeps them answers: what runs here, this node knows.
+    let is_live = |job: &JobId| {
+        let known = jobs.jobs.iter().find(|known| known.id == *job);
+        known.is_none_or(|known| known.state != State::Done)
+    };
+    let working_for: Vec<String> =
+        me.working_for.iter().filter(|job| is_live(job)).map(|job| names.job(*job)).collect();
+    refuse_unseen(&working_for, &silent)?;
+    let me = me.node;
     let name = names.node(me);
     let online: BTreeSet<&str> =
         nodes.iter().filter(|it| it.reach == "online").map(|it| it.name.as_str()).collect();
@@ -118,10 +127,36 @@ async fn refuse_with_jobs(session: &Session, me: PeerId, nodes: &[NodeInfo]) -> 
         .into())
 }
 
+/// Refuses for jobs that this node works for, and for those that nobody tells of.
+fn refuse_unseen(working_for: &[String], silent: &[String]) -> Result<(), Problem> {
+    if !working_for.is_empty() {
+        let message = format!("jobs run here: {}", list_texts(working_for));
+        return Err(Problem::request(message)
+            .hint("wait for them or `p2pit stop` them; `p2pit leave --force` loses them"));
+    }
+    if !silent.is_empty() {
+        let message = format!(
+            "jobs kept by {} are not known here, since these do not answer: this node may be \
+             needed for them, or have what they left",
+            list_texts(silent)
+        );
+        return Err(Problem::request(message).hint(
+            "`p2pit show nodes` says which nodes are online; `p2pit leave --force` leaves all \
+             the same",
+        ));
+    }
+    Ok(())
+}
+
 /// Short ids, the first few of many.
 fn list(jobs: &[&Job]) -> String {
-    let shown: Vec<&str> = jobs.iter().take(LISTED_MAX).map(|job| job.short.as_str()).collect();
-    match jobs.len() - shown.len() {
+    let texts: Vec<String> = jobs.iter().map(|job| job.short.clone()).collect();
+    list_texts(&texts)
+}
+
+fn list_texts(texts: &[String]) -> String {
+    let shown = texts.get(..LISTED_MAX).unwrap_or(texts);
+    match texts.len() - shown.len() {
         0 => shown.join(", "),
         more => format!("{} and {more} more", shown.join(", ")),
     }
@@ -187,6 +222,18 @@ mod tests {
         let done = samples::job(State::Done, None);
         assert!(is_lost(&done, peer(1), "n1", &online), "what it left is here");
         assert!(!is_lost(&done, peer(2), "n2", &online));
+    }
+
+    #[test]
+    fn a_node_is_not_left_while_it_works_or_who_keeps_jobs_is_silent() {
+        let texts = |texts: &[&str]| texts.iter().map(|it| (*it).to_owned()).collect::<Vec<_>>();
+        assert_eq!(refuse_unseen(&[], &[]), Ok(()));
+        let works = refuse_unseen(&texts(&["abcd"]), &texts(&["n2"])).unwrap_err();
+        assert!(works.is_request() && works.to_string() == "jobs run here: abcd", "{works}");
+        let silent = refuse_unseen(&[], &texts(&["n2", "n3"])).unwrap_err();
+        assert!(silent.to_string().contains("kept by n2, n3"), "{silent}");
+        let many = vec!["x".to_owned(); LISTED_MAX + 2];
+        assert!(refuse_unseen(&many, &[]).unwrap_err().to_string().ends_with("x and 2 more"));
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     let session = Session::open(globals, out).await?;
     let (found, left) = gather(&session, out, &args.job).await?;
     if left.tree.entries().is_empty() && path.is_none() {
-        let view = found.view(&session).await?;
+        let view = found.view(&session, out).await?;
         if view.state() != State::Done {
             let (job, state) = (&found.resolved.short, view.state());
             out.note(&format!(

@@ -93,7 +93,7 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
         What::Job(id) => {
             let (found, names) =
                 tokio::try_join!(Found::by_text(&session, &id), Names::load(&session.client))?;
-            let mut job = Job::of(&found.view(&session).await?, &names);
+            let mut job = Job::of(&found.view(&session, out).await?, &names);
             job.short.clone_from(&found.resolved.short);
             format.job(&job, wall_ms())
         }

@@ -6,12 +6,13 @@ use p2pit_protocol::{
     inventory::Gpu,
     job::{Command, Outcome, Policy, RankState, Source, State},
     message::GpuState,
+    steward::survives as pool_survives,
 };
 
 use super::{Format, bytes, duration_s, iso8601, plain, text::line};
 use crate::view::{
     File, FileKind, Job, Jobs, MeAndNode, Node, NodeGpu, Overview, Plan, Rank, Recovery,
-    Submission, Wait, gpu_summary, keepers_of, survived_losses,
+    Submission, Wait, gpu_summary, survived_losses,
 };
 
 /// Characters of a title in a table.
@@ -174,11 +175,11 @@ impl Format for Human {
 
     fn status(&self, Overview { jobs, eligible }: &Overview) -> String {
         let mut text = self.jobs(jobs);
-        if survived_losses(keepers_of(*eligible)) == 0 {
+        if pool_survives(*eligible) == 0 {
             let there = match eligible {
-                0 => "there is none".to_owned(),
-                1 => "there is one".to_owned(),
-                n => format!("there are {n}"),
+                0 => "none can be reached".to_owned(),
+                1 => "one can be reached".to_owned(),
+                n => format!("{n} can be reached"),
             };
             text.push_str(&format!(
                 "\nThis pool survives no loss of a node: it takes three that keep its jobs, and \
@@ -398,12 +399,17 @@ pub(super) fn submission_text(submission: &Submission) -> String {
     }
     fields.add("Command", command_text(&submission.command));
     add_source(&mut fields, &submission.source);
-    let keepers = submission.keepers.len();
+    let (keepers, online) = (submission.keepers.len(), submission.keepers_online);
+    let kept_by = match keepers.saturating_sub(online) {
+        0 => count(keepers, "node"),
+        1 => format!("{}, one of them offline", count(keepers, "node")),
+        off => format!("{}, {off} of them offline", count(keepers, "node")),
+    };
     fields.add(
         "Kept by",
-        match survived_losses(keepers) {
-            0 => format!("{}: it does not survive the loss of one", count(keepers, "node")),
-            n => format!("{}: it survives the loss of {n}", count(keepers, "node")),
+        match survived_losses(keepers, online) {
+            0 => format!("{kept_by}: it does not survive the loss of one"),
+            n => format!("{kept_by}: it survives the loss of {n}"),
         },
     );
     fields.add(
@@ -535,7 +541,7 @@ fn partition_text(job: &Job) -> String {
 }
 
 fn survives(eligible: usize) -> String {
-    match survived_losses(keepers_of(eligible)) {
+    match pool_survives(eligible) {
         0 => "no loss of a node".to_owned(),
         n => format!("the loss of {}", count(n, "node")),
     }
@@ -635,8 +641,8 @@ mod tests {
             text.lines().last().unwrap().to_owned()
         };
         let said = "This pool survives no loss of a node: it takes three that keep its jobs, and";
-        assert_eq!(last(1), format!("{said} there is one."));
-        assert_eq!(last(2), format!("{said} there are 2."));
+        assert_eq!(last(1), format!("{said} one can be reached."));
+        assert_eq!(last(2), format!("{said} 2 can be reached."));
         assert!(last(3).contains("First light"), "{}", last(3));
         assert_eq!(
             (survives(2).as_str(), survives(7).as_str()),
@@ -705,7 +711,7 @@ mod tests {
 
     #[test]
     fn a_submission_says_what_travelled_and_what_did_not_need_to() {
-        let text = submission_text(&Submission {
+        let submission = Submission {
             id: samples::job(State::New, None).id,
             title: "t".to_owned(),
             request: "[]".to_owned(),
@@ -719,10 +725,12 @@ mod tests {
                 untracked: 0,
             },
             keepers: vec![peer(1), peer(2), peer(3)],
+            keepers_online: 3,
             sent_blobs: 3,
             sent_bytes: 2048,
             there_blobs: 12,
-        });
+        };
+        let text = submission_text(&submission);
         for part in [
             "Command: true\n",
             "Remote:  https://host/x\n",
@@ -732,5 +740,8 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} in\n{text}");
         }
+        let text = submission_text(&Submission { keepers_online: 2, ..submission });
+        let said = "Kept by: 3 nodes, one of them offline: it does not survive the loss of one\n";
+        assert!(text.contains(said), "{text}");
     }
 }

@@ -7,13 +7,14 @@ use p2pit_protocol::{
     inventory::{Capacity, Gpu},
     job::{Change, Command, Outcome, RankEnd, Source},
     message::GpuState,
+    steward::survives as pool_survives,
 };
 use serde_json::{Value, json};
 
 use super::{Format, iso8601};
 use crate::view::{
     File, FileKind, Job, Jobs, Live, Lost, MeAndNode, Node, NodeGpu, NodeVerdict, Overview, Plan,
-    Rank, Recovery, Submission, Usage, Wait, keepers_of, survived_losses,
+    Rank, Recovery, Submission, Usage, Wait, survived_losses,
 };
 
 #[derive(Debug)]
@@ -38,13 +39,14 @@ impl Format for Json {
             capacity,
             owner_only,
             isolation,
+            working_for: _,
             locked_gpus,
             wall_ms,
             journal,
             warnings,
         } = me;
         let pool = pool.as_ref().map(|PoolInfo { id, name, nodes, users }| {
-            let survives = eligible.map(|eligible| survived_losses(keepers_of(eligible)));
+            let survives = eligible.map(pool_survives);
             json!({
                 "id": id,
                 "name": name,
@@ -214,6 +216,7 @@ impl Format for Json {
             command: it,
             source: from,
             keepers,
+            keepers_online,
             sent_blobs,
             sent_bytes,
             there_blobs,
@@ -227,7 +230,7 @@ impl Format for Json {
             "command": command(it),
             "source": source(from),
             "keeper_ids": keepers,
-            "survives_losses": survived_losses(keepers.len()),
+            "survives_losses": survived_losses(keepers.len(), *keepers_online),
             "sent_blobs": sent_blobs,
             "sent_bytes": sent_bytes,
             "there_blobs": there_blobs,
@@ -272,6 +275,7 @@ fn job(job: &Job, now_ms: u64) -> Value {
         outcome,
         stopped_by,
         keepers,
+        keepers_online,
         epoch,
         steward,
         term,
@@ -312,7 +316,7 @@ fn job(job: &Job, now_ms: u64) -> Value {
         "stopped_by": stopped_by,
         "keepers": keepers,
         "epoch": epoch,
-        "survives_losses": survived_losses(keepers.len()),
+        "survives_losses": survived_losses(keepers.len(), *keepers_online),
         "steward": steward,
         "term": term,
         "recovered": recovered,

@@ -5,7 +5,7 @@
 //! carries it out.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     os::unix::fs::PermissionsExt as _,
     sync::{
         Arc,
@@ -185,15 +185,17 @@ async fn describe(shared: &Arc<Shared>) -> Result<Me, Failure> {
                 users: state.users.len(),
             };
             let name = node.map(|node| node.name.to_string()).unwrap_or_default();
-            (pool, name, node.map(|node| node.owner), peer.board().connected().count())
+            let (connected, working_for) = (peer.board().connected().count(), peer.working_for());
+            (pool, name, node.map(|node| node.owner), connected, working_for)
         })
         .await;
-    let (pool, name, owner, connected) = match known {
-        Ok((pool, name, owner, connected)) => (Some(pool), name, owner, connected),
-        Err(NoPeer::NoPool) => (None, String::new(), None, 0),
+    let (pool, name, owner, connected, mut working_for) = match known {
+        Ok((pool, name, owner, connected, jobs)) => (Some(pool), name, owner, connected, jobs),
+        Err(NoPeer::NoPool) => (None, String::new(), None, 0, BTreeSet::new()),
         Err(ending @ NoPeer::Ending) => return Err(ending.into()),
     };
     let network = shared.network();
+    working_for.extend(shared.work.jobs());
     Ok(Me {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
@@ -214,6 +216,7 @@ async fn describe(shared: &Arc<Shared>) -> Result<Me, Failure> {
             Isolation::Isolated => "namespaces".to_owned(),
             Isolation::Shared { reason } => format!("none: {reason}"),
         },
+        working_for: working_for.into_iter().collect(),
         locked_gpus: shared.locked_gpus.clone(),
         wall_ms: now().wall_ms,
         journal: Journalled { entries: shared.journal.entries(), fsyncs: shared.journal.groups() },
@@ -492,6 +495,8 @@ async fn carry(
     let spec = VerifiedSpec::verify(signed.clone())?;
     let job = spec.job;
     let keepers: Vec<PeerId> = spec.spec.keepers.iter().map(|(keeper, _)| *keeper).collect();
+    // To the end, whether or not anybody waits for it.
+    let _under_way = shared.begin_submission(job, keepers.clone());
     let report = |pushed: push::Pushed| {
         // Progress is for watching: what does not fit in the queue is not missed.
         let _ = events.try_send(SubmitEvent::Transferring {
@@ -509,6 +514,8 @@ async fn carry(
     match shared.submit(signed).await.map_err(anyhow::Error::msg)? {
         Ok(()) => Ok(SubmitEvent::Submitted {
             job,
+            // It is submitted, whatever becomes of this daemon.
+            online: online(shared, keepers.clone()).await.unwrap_or(0),
             keepers,
             blobs_sent: sent.blobs,
             bytes_sent: sent.bytes,
@@ -517,6 +524,13 @@ async fn carry(
         Err(SubmitError::Refused(reason)) => anyhow::bail!("{reason}"),
         Err(SubmitError::Unknown) => Ok(SubmitEvent::Unknown { job }),
     }
+}
+
+/// How many of these nodes can be reached.
+async fn online(shared: &Arc<Shared>, nodes: Vec<PeerId>) -> Result<usize, NoPeer> {
+    let is_online =
+        |peer: &Peer, node: PeerId| node == peer.id() || peer.board().is_connected(node);
+    shared.act(move |peer, _| nodes.into_iter().filter(|node| is_online(peer, *node)).count()).await
 }
 
 // ---- jobs -----------------------------------------------------------------------------
@@ -534,7 +548,8 @@ async fn resolve(
         ));
     }
     let wanted_id: Option<JobId> = wanted.parse().ok();
-    let (heads, all) = shared
+    let submitted = if is_last { Vec::new() } else { shared.submitted(&wanted) };
+    let (heads, mut all) = shared
         .act(move |peer, _| {
             let all: Vec<String> = peer.heads().map(|head| head.job.to_string()).collect();
             let matches = |head: &&p2pit_protocol::message::Head| {
@@ -548,7 +563,16 @@ async fn resolve(
             (heads, all)
         })
         .await?;
-    match heads.as_slice() {
+    let is_announced = |job: &JobId| heads.iter().any(|head| head.job == *job);
+    let submitted = submitted.into_iter().filter(|known| !is_announced(&known.job));
+    let mut is_under_way = false;
+    let mut found: Vec<(JobId, Vec<PeerId>)> = submitted
+        .inspect(|known| is_under_way |= known.is_under_way())
+        .map(|known| (known.job, known.keepers))
+        .collect();
+    all.extend(found.iter().map(|(job, _)| job.to_string()));
+    found.extend(heads.iter().map(|head| (head.job, keepers_of(head))));
+    match found.as_slice() {
         [] if is_last => Err(Failure::hinted(
             "you have no job in this pool".to_owned(),
             "`p2pit run` submits one",
@@ -559,6 +583,7 @@ async fn resolve(
                 job,
                 short: short_of(&job.to_string(), &all),
                 keepers: Vec::new(),
+                is_under_way,
             })),
             None => Err(Failure::hinted(
                 format!("no job `{}` is known here", resolve.text),
@@ -566,13 +591,14 @@ async fn resolve(
                  second",
             )),
         },
-        [head] => Ok(Json(Resolved {
-            job: head.job,
-            short: short_of(&head.job.to_string(), &all),
-            keepers: keepers_of(head),
+        [(job, keepers)] => Ok(Json(Resolved {
+            job: *job,
+            short: short_of(&job.to_string(), &all),
+            keepers: keepers.clone(),
+            is_under_way,
         })),
         several => {
-            let jobs: Vec<String> = several.iter().map(|head| head.job.to_string()).collect();
+            let jobs: Vec<String> = several.iter().map(|(job, _)| job.to_string()).collect();
             Err(ambiguous(&resolve.text, &jobs, &all))
         }
     }

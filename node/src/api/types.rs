@@ -11,6 +11,7 @@ use p2pit_protocol::{
     identity::SignedBytes,
     inventory::{Capacity, GpuUuid},
     message::{GpuState, JobView, NodeView, Reply},
+    record::Ballot,
     roster::{DeviceId, Kind},
 };
 use serde::{Deserialize, Serialize};
@@ -116,6 +117,8 @@ pub struct Me {
     pub owner_only: Option<String>,
     /// How jobs are kept apart: `namespaces`, or what is missing for them.
     pub isolation: String,
+    /// Jobs this node has work of: promised rooms, processes, ends that are not recorded yet.
+    pub working_for: Vec<JobId>,
     /// GPUs that another daemon of this machine offers already.
     pub locked_gpus: Vec<String>,
     /// Milliseconds since the epoch, by the daemon's clock.
@@ -270,6 +273,8 @@ pub enum SubmitEvent {
     Submitted {
         job: JobId,
         keepers: Vec<PeerId>,
+        /// How many of these can be reached.
+        online: usize,
         blobs_sent: u64,
         bytes_sent: u64,
         blobs_there: u64,
@@ -293,9 +298,12 @@ pub struct Resolved {
     pub job: JobId,
     /// The shortest unique prefix, at least four characters.
     pub short: String,
-    /// Of its newest announcement, the one that made it first. Empty where none is known: then
-    /// any node may keep it.
+    /// Of its newest announcement, the one that made it first; of a job that was submitted here
+    /// and never announced, those that it named. Empty where none is known: then any node may
+    /// keep it.
     pub keepers: Vec<PeerId>,
+    /// It is being submitted here, and not announced: it may be born yet.
+    pub is_under_way: bool,
 }
 
 /// What became of the jobs that a node drove.
@@ -427,6 +435,9 @@ pub struct Survey {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Surveyed {
     pub epoch: u32,
+    /// In which ballot the node accepted the value: of one epoch, the highest has everything
+    /// that was chosen.
+    pub accepted: Ballot,
     pub seq: u64,
     /// Of the value that the node has.
     pub value_hash: [u8; 32],
@@ -434,6 +445,9 @@ pub struct Surveyed {
     pub keepers: Vec<PeerId>,
     /// Of these, the node and those it is connected to that still have their stores.
     pub present: Vec<PeerId>,
+    /// How many seconds from now the record may be recovered at the earliest: a keeper that
+    /// has just gone may come back.
+    pub wait_s: u64,
     /// Who would keep the record from now on, the node first.
     pub next: Vec<(PeerId, StoreId)>,
 }

@@ -23,7 +23,7 @@ use p2pit_protocol::{
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, error, info, warn};
 
-use super::{Shared, bundle, clock};
+use super::{Shared, bundle, clock, serve::Absence};
 use crate::{
     executor::Deadline,
     journal::{self, JournalHandle, Write},
@@ -58,6 +58,7 @@ pub(super) struct State {
     pub(super) submissions: BTreeMap<JobId, oneshot::Sender<Result<(), SubmitError>>>,
     /// Bumped at each change of a record kept here.
     pub(super) watched: BTreeMap<JobId, watch::Sender<u64>>,
+    pub(super) absence: Absence,
     network: Option<Network>,
     /// Why this store must not be used any more.
     refused: Option<StoreRefused>,
@@ -79,6 +80,7 @@ pub(super) async fn run(
         peer: None,
         submissions: BTreeMap::new(),
         watched: BTreeMap::new(),
+        absence: Absence::new(clock::now()),
         network: None,
         refused: None,
     };
@@ -259,7 +261,10 @@ fn on_network(state: &mut State, event: network::Event, now: Now, writes: &mut W
     let Some(peer) = &mut state.peer else { return };
     match event {
         network::Event::Connected(node, _) => peer.peer_connected(node, now),
-        network::Event::Disconnected(node) => peer.peer_disconnected(node, now),
+        network::Event::Disconnected(node) => {
+            peer.peer_disconnected(node, now);
+            state.absence.note_gone(node, now);
+        }
         network::Event::DialFailed(node, reason) => {
             debug!(%node, reason, "cannot be dialled");
             peer.peer_unreachable(node, now);

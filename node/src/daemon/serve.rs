@@ -4,7 +4,7 @@
 //! and the peer decides; inputs go only to nodes that the job's record names.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io::{Read as _, Seek as _, SeekFrom},
     path::PathBuf,
     sync::Arc,
@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use p2pit_protocol::{
-    BlobId, JobId, Peer, PeerId, UserId,
+    BlobId, JobId, Now, Peer, PeerId, UserId,
     door::{self, Hello},
     identity::SignedBytes,
     job::{State, VerifiedSpec},
@@ -327,9 +327,7 @@ pub(crate) struct Views {
     user: UserId,
     job: JobId,
     changes: tokio::sync::watch::Receiver<u64>,
-    /// Epoch and sequence number of the last view.
-    last: (u32, u64),
-    done: bool,
+    last: Option<JobView>,
 }
 
 impl Views {
@@ -339,20 +337,24 @@ impl Views {
         let Command::Job(job) = command else { bail!("the request is not to describe a job") };
         let changes = shared.watch_record(job).await?;
         let shared = Arc::clone(shared);
-        Ok(Self { shared, user, job, changes, last: (0, 0), done: false })
+        Ok(Self { shared, user, job, changes, last: None })
     }
 
-    /// The next view; `None` after the one that says done, or for a job not kept here.
+    /// The next view; `None` after the one that says done and is known to be chosen, or for a
+    /// job not kept here.
     pub(crate) async fn next(&mut self) -> anyhow::Result<Option<JobView>> {
-        while !self.done {
+        while !self.last.as_ref().is_some_and(JobView::is_final) {
             // Marked as seen before it is read: no change falls in between.
             self.changes.borrow_and_update();
             let (user, job) = (self.user, self.job);
-            let view = self.shared.act(move |peer, _| peer.job_view_for(user, job)).await?;
+            let view = self.shared.act(move |peer, now| peer.job_view_for(user, job, now)).await?;
             let Some(view) = view else { return Ok(None) };
-            if (view.epoch, view.seq) != self.last {
-                self.last = (view.epoch, view.seq);
-                self.done = view.state() == State::Done;
+            let is_same = |last: &JobView| {
+                (last.epoch, last.seq) == (view.epoch, view.seq)
+                    && last.is_final() == view.is_final()
+            };
+            if !self.last.as_ref().is_some_and(is_same) {
+                self.last = Some(view.clone());
                 return Ok(Some(view));
             }
             self.changes.changed().await.context("the daemon is ending")?;
@@ -561,51 +563,167 @@ pub(crate) async fn survey(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow:
     let checked = shared.act(move |peer, now| peer.check_user(&signed, now)).await?;
     let (user, command) = checked.map_err(anyhow::Error::msg)?;
     let Command::Job(job) = command else { bail!("the request is not to describe a job") };
-    let surveyed = shared.act(move |peer, _| survey_of(peer, user, job)).await?;
-    surveyed.map_err(anyhow::Error::msg)
+    let surveyed =
+        shared.act_watching(move |peer, absence, now| survey_of(peer, absence, user, job, now));
+    surveyed.await?.map_err(anyhow::Error::msg)
 }
 
-fn survey_of(peer: &Peer, user: UserId, job: JobId) -> Result<Surveyed, String> {
-    let kept = peer.record(job).ok_or("this node does not keep the record")?;
+fn survey_of(
+    peer: &Peer,
+    absence: &Absence,
+    user: UserId,
+    job: JobId,
+    now: Now,
+) -> Result<Surveyed, String> {
+    let unknown = "this node does not keep the record";
+    let kept = peer.record(job).ok_or(unknown)?;
     if !peer.roster().state().may_control_job(user, kept.spec.spec.owner) {
         let job = short(job);
         return Err(format!("only the owner of job {job} and admins of the pool may recover it"));
     }
     let me = (peer.id(), peer.store());
-    let present = present(peer, &kept.keepers);
+    let (present, wait_ms) = presence(peer, absence, &kept.keepers, now);
     // Those that are lost must not be named again, as long as they are still remembered.
     let next = peer.propose_keepers(&job.0).into_iter();
     let next = next.filter(|keeper| *keeper != me && peer.board().is_connected(keeper.0));
     Ok(Surveyed {
         epoch: kept.value.epoch,
+        accepted: peer.accepted(job).ok_or(unknown)?,
         seq: kept.value.seq,
         value_hash: kept.hash,
         keepers: kept.keepers.iter().map(|(keeper, _)| *keeper).collect(),
         present,
+        wait_s: wait_ms.div_ceil(1_000),
         next: core::iter::once(me).chain(next).collect(),
     })
 }
 
-/// Of these keepers, this node and those it is connected to that still have their stores.
-fn present(peer: &Peer, keepers: &[Keeper]) -> Vec<PeerId> {
-    let is_here = |(node, store): &&Keeper| {
-        *node == peer.id() && *store == peer.store()
-            || peer.board().is_connected(*node)
-                && peer.board().get(*node).is_some_and(|posted| posted.advert.store == *store)
+/// How long a keeper must have been away, on the boot clock, before anybody may give it up for
+/// lost: longer than a restart takes, or a cut that heals by itself.
+const LOST_AFTER_MS: u64 = 60_000;
+
+/// Since when, on the boot clock, nodes have been away.
+#[derive(Debug)]
+pub(super) struct Absence {
+    /// When this node began to look.
+    since_ms: u64,
+    left_ms: BTreeMap<PeerId, u64>,
+}
+
+impl Absence {
+    pub(super) fn new(now: Now) -> Self {
+        Self { since_ms: now.boot_ms, left_ms: BTreeMap::new() }
+    }
+
+    pub(super) fn note_gone(&mut self, node: PeerId, now: Now) {
+        self.left_ms.insert(node, now.boot_ms);
+    }
+
+    /// How long until a node that is away now may be given up.
+    fn wait_ms(&self, node: PeerId, now: Now) -> u64 {
+        let since_ms = self.left_ms.get(&node).copied().unwrap_or(self.since_ms);
+        since_ms.saturating_add(LOST_AFTER_MS).saturating_sub(now.boot_ms)
+    }
+}
+
+/// Of these keepers, this node and those it is connected to that still have their stores; and
+/// for how many milliseconds too many of the others have not been away for long enough.
+fn presence(peer: &Peer, absence: &Absence, keepers: &[Keeper], now: Now) -> (Vec<PeerId>, u64) {
+    let board = peer.board();
+    let has_store = |node: PeerId, store| {
+        if node == peer.id() {
+            store == peer.store()
+        } else {
+            board.get(node).is_none_or(|posted| posted.advert.store == store)
+        }
     };
-    keepers.iter().filter(is_here).map(|(node, _)| *node).collect()
+    let (mut present, mut waits) = (Vec::new(), Vec::new());
+    for (node, store) in keepers {
+        if *node == peer.id() || board.is_connected(*node) {
+            // One that is here with another store lost this one for good.
+            if has_store(*node, *store) {
+                present.push(*node);
+            }
+        } else {
+            waits.push(absence.wait_ms(*node, now));
+        }
+    }
+    let wait_ms = wait_for_loss(keepers.len(), present.len(), waits);
+    (present, wait_ms)
+}
+
+/// How long until so few keepers are left, those `present` and those that may not be given up
+/// yet, that they are no majority; 0 where that is so, or will not be.
+fn wait_for_loss(keepers: usize, present: usize, mut waits_ms: Vec<u64>) -> u64 {
+    let quorum = quorum_of(keepers);
+    waits_ms.retain(|wait_ms| *wait_ms > 0);
+    waits_ms.sort_unstable();
+    let left = present + waits_ms.len();
+    if present >= quorum || left < quorum {
+        return 0;
+    }
+    // The first of these to be given up bring what is left below a majority.
+    waits_ms.get(left - quorum).copied().unwrap_or(0)
 }
 
 /// Go on from what this node has of a record, as its owner or an admin says.
 pub(crate) async fn recover(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow::Result<()> {
-    let recovered = shared.act(move |peer, now| {
+    let recovered = shared.act_watching(move |peer, absence, now| {
         let forced: ForceRecover = p2pit_protocol::wire::decode(&signed.bytes)
             .map_err(|e| format!("the request cannot be read ({e}): is one side older?"))?;
         let keepers = peer.record(forced.job).map(|kept| kept.keepers.clone()).unwrap_or_default();
-        if !keepers.is_empty() && present(peer, &keepers).len() >= quorum_of(keepers.len()) {
+        let (present, wait_ms) = presence(peer, absence, &keepers, now);
+        if !keepers.is_empty() && present.len() >= quorum_of(keepers.len()) {
             return Err("a majority of its keepers can be reached: nothing is lost".to_owned());
+        }
+        if wait_ms > 0 {
+            return Err(format!(
+                "keepers that have been away for less than {} s are not lost yet: try again in \
+                 {} s",
+                LOST_AFTER_MS / 1_000,
+                wait_ms.div_ceil(1_000)
+            ));
         }
         peer.recover(signed, now)
     });
     recovered.await?.map(drop).map_err(anyhow::Error::msg)
+}
+
+#[cfg(test)]
+mod tests {
+    use p2pit_protocol::identity::KeyPair;
+
+    use super::*;
+
+    #[test]
+    fn keepers_are_given_up_only_once_they_have_been_away_for_long_enough() {
+        let now = |boot_ms| Now { boot_ms, wall_ms: 0 };
+        let node = PeerId(KeyPair::from_seed(&[1; 32]).public());
+        let mut absence = Absence::new(now(5_000));
+        assert_eq!(absence.wait_ms(node, now(6_000)), 59_000, "it was never seen since the start");
+        absence.note_gone(node, now(70_000));
+        assert_eq!(absence.wait_ms(node, now(70_001)), 59_999);
+        assert_eq!(absence.wait_ms(node, now(130_000)), 0);
+        // It came back meanwhile, and went again.
+        absence.note_gone(node, now(140_000));
+        assert_eq!(absence.wait_ms(node, now(150_000)), 50_000);
+    }
+
+    #[test]
+    fn a_record_waits_until_what_is_left_is_no_majority() {
+        for (keepers, present, waits, wait_ms) in [
+            (3, 1, vec![0, 0], 0),
+            (3, 1, vec![0, 7], 7),
+            (3, 1, vec![9, 7], 9),
+            (3, 2, vec![7], 0),
+            (5, 2, vec![0, 9, 7], 9),
+            (5, 2, vec![0, 0, 7], 7),
+            (5, 1, vec![4, 9, 7, 0], 7),
+            (2, 1, vec![7], 7),
+            (1, 0, vec![7], 7),
+        ] {
+            let case = format!("{present} of {keepers}, {waits:?}");
+            assert_eq!(wait_for_loss(keepers, present, waits), wait_ms, "{case}");
+        }
+    }
 }

@@ -287,6 +287,11 @@ impl Work {
         self.live().len()
     }
 
+    /// Jobs of which a rank has something going on here.
+    pub(crate) fn jobs(&self) -> BTreeSet<JobId> {
+        self.live().keys().map(|id| id.job).collect()
+    }
+
     /// Whether a rank of `job` has something going on here.
     pub(crate) fn is_live(&self, job: JobId) -> bool {
         self.live().keys().any(|id| id.job == job)

@@ -103,6 +103,9 @@ pub struct JobView {
     pub history: Vec<Change>,
     /// The record's sequence number.
     pub seq: u64,
+    /// Whether this is known to be what a majority of the keepers has. Else it may come to
+    /// nothing yet, also where it says that the job is over.
+    pub chosen: bool,
     /// Which keepers those are: counts their changes.
     pub epoch: u32,
     /// Who keeps the record.
@@ -132,6 +135,12 @@ impl JobView {
     #[must_use]
     pub fn state(&self) -> State {
         self.history.last().map_or(State::New, |change| change.state)
+    }
+
+    /// Whether the job is over, and nothing of it changes any more.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        self.chosen && self.state() == State::Done
     }
 }
 

@@ -255,6 +255,7 @@ impl Peer {
             return;
         }
         let item = Soft::head(SignedBytes::sign(&self.key, Domain::Head, wire::encode(&head)));
+        self.bidder.hint(job, &head.keepers);
         self.soft.insert_head(head, item.clone());
         self.out.transmits.push_back(Transmit::Gossip(item));
     }

@@ -33,6 +33,7 @@ impl Peer {
         match command {
             Command::Jobs(filter) => Reply::Jobs(self.jobs(user, &filter)),
             Command::Job(job) => {
+                self.make_sure_of_end(job, now);
                 self.with_record(job, |peer, kept| Reply::Jobs(vec![peer.job_view(user, kept)]))
             }
             Command::Why(job) => self.with_record(job, |peer, kept| {
@@ -88,10 +89,7 @@ impl Peer {
         self.finish(now);
         if self.registers.get(job).is_some_and(|kept| !kept.chosen) {
             // From before a restart, or another keeper's: not sure yet.
-            if self.shy_until_ms.is_none() && !self.store_refused {
-                self.registers.read(job, now);
-            }
-            self.finish(now);
+            self.make_sure(job, now);
         }
         let body = self.registers.get(job).map(|kept| (&kept.value.body, kept.chosen));
         let recorded = body.is_some_and(|(body, chosen)| {
@@ -125,10 +123,28 @@ impl Peer {
         self.unknown(job)
     }
 
-    /// A record kept here, as `user` may see it.
-    #[must_use]
-    pub fn job_view_for(&self, user: UserId, job: JobId) -> Option<JobView> {
+    /// A record kept here, as `user` may see it. Of one that says that its job is over, this
+    /// begins to make sure: [`super::Event::RecordChanged`] tells when there is more to see.
+    pub fn job_view_for(&mut self, user: UserId, job: JobId, now: Now) -> Option<JobView> {
+        self.make_sure_of_end(job, now);
         self.registers.get(job).map(|kept| self.job_view(user, kept))
+    }
+
+    /// Somebody acts on the end of a job, and an end that only this keeper accepted may come
+    /// to nothing. What is asked for in passing, such as a listing, is not worth a read.
+    fn make_sure_of_end(&mut self, job: JobId, now: Now) {
+        let is_over = |kept: &Kept| kept.value.body.state() == State::Done;
+        if self.registers.get(job).is_some_and(|kept| !kept.chosen && is_over(kept)) {
+            self.make_sure(job, now);
+        }
+    }
+
+    /// Begin to find out what is chosen, unless this store must not speak (yet).
+    fn make_sure(&mut self, job: JobId, now: Now) {
+        if self.shy_until_ms.is_none() && !self.store_refused {
+            self.registers.read(job, now);
+            self.finish(now);
+        }
     }
 
     /// Whether `user` may read what a job of `owner` left on this node.
@@ -190,6 +206,7 @@ impl Peer {
             submitted_at_ms: spec.submitted_at_ms,
             history: body.history.clone(),
             seq: kept.value.seq,
+            chosen: kept.chosen,
             epoch: kept.value.epoch,
             keepers: kept.keepers.iter().map(|(keeper, _)| *keeper).collect(),
             steward: body.steward,
@@ -209,4 +226,176 @@ fn denied(verb: &str, job: JobId) -> Reply {
     let id = &job.to_string()[..8];
     let reason = format!("only the owner of job {id} and admins of the pool may {verb} it");
     Reply::Denied { reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, VecDeque};
+
+    use super::*;
+    use crate::{
+        BlobId, BootId, PeerId, StoreId,
+        identity::Domain,
+        job::{Command as JobCommand, Grace, JobSpec, Outcome, Policy, Source, VerifiedSpec},
+        message::Message,
+        peer::{Config, Event, SHY_MS, Slot, Transmit},
+        record::{Ballot, Replica as Journalled, Value},
+        roster::testing::{Replica, WALL_MS, admit_node, claim, node_key, user_key},
+        sabotage::Sabotage,
+    };
+
+    const START: Now = Now { boot_ms: 1_000, wall_ms: WALL_MS };
+    const LATER: Now = Now { boot_ms: 1_000 + SHY_MS, wall_ms: WALL_MS + SHY_MS };
+
+    fn owner() -> UserId {
+        UserId(user_key(1).public())
+    }
+
+    fn keeper(n: u8) -> Keeper {
+        (PeerId(node_key(n).public()), StoreId([n; 16]))
+    }
+
+    fn spec(replica: &Replica) -> VerifiedSpec {
+        let spec = JobSpec {
+            pool: replica.roster.pool(),
+            owner: owner(),
+            title: String::new(),
+            request: "[]".parse().unwrap(),
+            command: JobCommand::Script,
+            code: BlobId([0xc0; 32]),
+            code_bytes: 1,
+            source: Source::default(),
+            continues: None,
+            artifacts: Vec::new(),
+            env: BTreeMap::new(),
+            private: false,
+            time_limit_ms: None,
+            grace: Grace::default(),
+            retries: 0,
+            policy: Policy::Continue,
+            lost_after_ms: 3_600_000,
+            nonce: [5; 16],
+            submitted_at_ms: WALL_MS,
+            keepers: [1, 2, 3].map(keeper).to_vec(),
+        };
+        let signed = SignedBytes::sign(&user_key(1), Domain::JobSpec, spec.to_bytes());
+        VerifiedSpec::verify(signed).unwrap()
+    }
+
+    /// Node `n` after a restart, with a record of which it accepted this value in this ballot.
+    fn restarted(replica: &Replica, n: u8, value: &Value, accepted: Ballot) -> Peer {
+        let config = Config {
+            key: node_key(n),
+            store: keeper(n).1,
+            boot: BootId([n; 16]),
+            boot_count: 1,
+            genesis: replica.roster.genesis_bytes().to_vec(),
+            client: false,
+            seed: [n; 32],
+            sabotage: Sabotage::default(),
+        };
+        let mut peer = Peer::new(config).unwrap();
+        for signed in replica.roster.statements() {
+            let id = crate::roster::Statement::id(signed);
+            peer.restore(&Slot::Statement(id).to_bytes(), &wire::encode(signed), START).unwrap();
+        }
+        let spec = spec(replica);
+        let kept = Journalled {
+            spec: spec.signed.clone(),
+            links: Vec::new(),
+            promised: accepted,
+            accepted,
+            value_bytes: wire::encode(value),
+        };
+        peer.restore(&Slot::Record(spec.job).to_bytes(), &wire::encode(&kept), START).unwrap();
+        peer.restored().unwrap();
+        peer.resume(&[], START);
+        peer
+    }
+
+    fn sent(peer: &mut Peer) -> Vec<(PeerId, Message)> {
+        while peer.poll_write().is_some() {}
+        let sent = std::iter::from_fn(|| peer.poll_transmit());
+        let direct = sent.filter_map(|transmit| match transmit {
+            Transmit::Direct { to, message } => Some((to, message)),
+            Transmit::Gossip(_) => None,
+        });
+        direct.collect()
+    }
+
+    fn prepares(peer: &mut Peer) -> Vec<(PeerId, Message)> {
+        let sent = sent(peer).into_iter();
+        sent.filter(|(_, message)| matches!(message, Message::Prepare { .. })).collect()
+    }
+
+    /// Three keepers: that the job is over is only what the first accepted.
+    fn pool() -> ([Peer; 3], JobId) {
+        let mut replica = Replica::founder();
+        for n in [2, 3] {
+            let claim = claim(replica.roster.pool(), 1, n, n);
+            replica.as_node(admit_node(claim, &format!("node{n}"))).unwrap();
+        }
+        let spec = spec(&replica);
+        let birth = Value::birth(&spec);
+        let mut body = birth.body.clone();
+        body.enter(State::Done, WALL_MS, "it succeeded");
+        body.outcome = Some(Outcome::Succeeded);
+        let done = birth.successor(body);
+        let ballot = Ballot::ZERO.next_of(keeper(2).1);
+        let mut peers = [
+            restarted(&replica, 1, &done, ballot),
+            restarted(&replica, 2, &birth, Ballot::ZERO),
+            restarted(&replica, 3, &birth, Ballot::ZERO),
+        ];
+        for peer in &mut peers {
+            sent(peer);
+            while peer.poll_event().is_some() {}
+        }
+        (peers, spec.job)
+    }
+
+    #[test]
+    fn an_end_that_one_keeper_accepted_is_final_once_a_majority_is_known_to_have_it() {
+        let (mut peers, job) = pool();
+        let view = peers[0].job_view_for(owner(), job, START).unwrap();
+        assert_eq!((view.state(), view.chosen, view.is_final()), (State::Done, false, false));
+        assert_eq!(prepares(&mut peers[0]), [], "it does not speak so soon after its start");
+
+        for peer in &mut peers {
+            peer.handle_timeout(LATER);
+        }
+        sent(&mut peers[0]);
+        while peers[0].poll_event().is_some() {}
+        assert!(!peers[0].job_view_for(owner(), job, LATER).unwrap().is_final());
+        let mut mail: VecDeque<_> =
+            sent(&mut peers[0]).into_iter().map(|(to, message)| (0, to, message)).collect();
+        assert!(!mail.is_empty(), "the others are asked");
+        // Again while it is under way.
+        peers[0].job_view_for(owner(), job, LATER).unwrap();
+        assert_eq!(prepares(&mut peers[0]), []);
+
+        while let Some((from, to, message)) = mail.pop_front() {
+            let from = peers[from].id();
+            let at = peers.iter().position(|peer| peer.id() == to).unwrap();
+            peers[at].handle_message(from, message, LATER);
+            mail.extend(sent(&mut peers[at]).into_iter().map(|(to, message)| (at, to, message)));
+        }
+        let view = peers[0].job_view_for(owner(), job, LATER).unwrap();
+        assert!(view.is_final(), "{view:?}");
+        assert_eq!(prepares(&mut peers[0]), [], "what is sure is not asked for again");
+        let events = std::iter::from_fn(|| peers[0].poll_event());
+        let told = events.filter(|event| *event == Event::RecordChanged { job }).count();
+        assert!(told > 0, "who watches it is told");
+    }
+
+    #[test]
+    fn a_listing_asks_nobody() {
+        let (mut peers, job) = pool();
+        peers[0].handle_timeout(LATER);
+        sent(&mut peers[0]);
+        let listed = peers[0].jobs(owner(), &JobFilter { owner: None, done_max: 9 });
+        assert_eq!(listed.len(), 1);
+        assert_eq!((listed[0].job, listed[0].chosen), (job, false));
+        assert_eq!(prepares(&mut peers[0]), []);
+    }
 }

@@ -875,6 +875,7 @@ fn job_view() -> JobView {
         submitted_at_ms: WALL_MS,
         history: body.history,
         seq: 17,
+        chosen: true,
         epoch: 1,
         keepers: vec![node(1), node(2), node(3)],
         steward: node(2),
