@@ -457,6 +457,19 @@ fn a_steward_whose_boot_clock_jumps_is_silent_until_it_is_heard_again() {
 }
 
 #[test]
+fn once_running_is_recorded_no_process_of_a_job_that_continues_has_a_deadline() {
+    let mut world = pool(1, &["1xgtx1070", "2xv100", "2xv100"]);
+    let gang = world.submit(STEWARD, Request::parse("4:[v100]").unwrap(), Behaviour::endless());
+    reach(&mut world, gang, State::Running);
+    pass(&mut world, 1_000);
+    let processes = world.machines.iter().flat_map(|machine| machine.executor.processes.values());
+    let deadlines: Vec<Option<u64>> = processes.map(|process| process.until_ms).collect();
+    assert_eq!(deadlines, [None; 4], "a daemon that dies now takes its processes along");
+    world.stop(gang);
+    end(&mut world);
+}
+
+#[test]
 fn a_boot_clock_that_is_five_percent_off_is_noticed_and_touches_no_process() {
     let rates = [10_000, 50_000, 400_000].map(|ppm| [(ppm, ppm > 10_000), (-ppm, ppm > 10_000)]);
     for (drift_ppm, is_noticed) in rates.into_iter().flatten() {

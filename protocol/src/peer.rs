@@ -52,7 +52,7 @@ use crate::{
     inventory::{Board, Capacity, GpuUuid},
     job::{RankAssignment, RankEnd, State, VerifiedSpec},
     message::{Commit, Message, Soft},
-    record::{Ballot, Certificate, Keeper, Kept, Registers},
+    record::{Ballot, Certificate, Keeper, Kept, Registers, Value},
     request::{Request, Unsatisfiable, satisfiable},
     roster::{self, DeviceId, RequestGuard, Roster},
     sabotage::{Rule, Sabotage},
@@ -625,7 +625,7 @@ impl Peer {
 
     /// See [`Registers::accepted`].
     #[must_use]
-    pub fn accepted(&self, job: JobId) -> Option<Ballot> {
+    pub fn accepted(&self, job: JobId) -> Option<(Ballot, &Value)> {
         self.registers.accepted(job)
     }
 

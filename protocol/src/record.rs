@@ -275,11 +275,12 @@ impl Registers {
         self.records.iter().filter_map(|(job, register)| Some((job, register.kept.as_ref()?)))
     }
 
-    /// The ballot that this node accepted its value of `job` in: of two keepers of one epoch,
-    /// the one with the higher has every value that was chosen.
+    /// What this node accepted last of `job`, chosen or not, and in which ballot: of two keepers of
+    /// one epoch, the one with the higher has every value that was chosen.
     #[must_use]
-    pub fn accepted(&self, job: JobId) -> Option<Ballot> {
-        self.records.get(&job).map(|register| register.acceptor.accepted())
+    pub fn accepted(&self, job: JobId) -> Option<(Ballot, &Value)> {
+        let acceptor = &self.records.get(&job)?.acceptor;
+        Some((acceptor.accepted(), acceptor.value()?))
     }
 
     /// Who keeps a record that this node kept once, as far as known here.

@@ -628,11 +628,11 @@ impl Stewards {
                 self.send_withdrawals(job, cx);
                 self.turn(job, cx);
             }
-            State::Preparing
-            | State::Starting
-            | State::Running
-            | State::Stopping
-            | State::Cleaning => {
+            State::Preparing | State::Starting | State::Stopping | State::Cleaning => {
+                self.send_outstanding(job, cx);
+            }
+            State::Running => {
+                self.lift_leases(job, cx);
                 self.send_outstanding(job, cx);
             }
         }

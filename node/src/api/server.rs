@@ -549,7 +549,7 @@ async fn resolve(
     }
     let wanted_id: Option<JobId> = wanted.parse().ok();
     let submitted = if is_last { Vec::new() } else { shared.submitted(&wanted) };
-    let (heads, mut all) = shared
+    let (heads, mut all, kept) = shared
         .act(move |peer, _| {
             let all: Vec<String> = peer.heads().map(|head| head.job.to_string()).collect();
             let matches = |head: &&p2pit_protocol::message::Head| {
@@ -560,7 +560,13 @@ async fn resolve(
                 heads.sort_by_key(|head| core::cmp::Reverse((head.submitted_at_ms, head.job)));
                 heads.truncate(1);
             }
-            (heads, all)
+            // After a start nobody may have announced them here yet.
+            let kept: Vec<(JobId, Vec<PeerId>)> = peer
+                .records()
+                .filter(|(job, _)| !is_last && job.to_string().starts_with(&wanted))
+                .map(|(job, kept)| (*job, kept.keepers.iter().map(|(node, _)| *node).collect()))
+                .collect();
+            (heads, all, kept)
         })
         .await?;
     let is_announced = |job: &JobId| heads.iter().any(|head| head.job == *job);
@@ -572,6 +578,12 @@ async fn resolve(
         .collect();
     all.extend(found.iter().map(|(job, _)| job.to_string()));
     found.extend(heads.iter().map(|head| (head.job, keepers_of(head))));
+    for (job, keepers) in kept {
+        if !found.iter().any(|(known, _)| *known == job) {
+            all.push(job.to_string());
+            found.push((job, keepers));
+        }
+    }
     match found.as_slice() {
         [] if is_last => Err(Failure::hinted(
             "you have no job in this pool".to_owned(),

@@ -586,11 +586,13 @@ fn survey_of(
     // Those that are lost must not be named again, as long as they are still remembered.
     let next = peer.propose_keepers(&job.0).into_iter();
     let next = next.filter(|keeper| *keeper != me && peer.board().is_connected(keeper.0));
+    // A steward that cannot have its proposal chosen has accepted it itself.
+    let (accepted, value) = peer.accepted(job).ok_or(unknown)?;
     Ok(Surveyed {
-        epoch: kept.value.epoch,
-        accepted: peer.accepted(job).ok_or(unknown)?,
-        seq: kept.value.seq,
-        value_hash: kept.hash,
+        epoch: value.epoch,
+        accepted,
+        seq: value.seq,
+        value_hash: value.hash(),
         keepers: kept.keepers.iter().map(|(keeper, _)| *keeper).collect(),
         present,
         wait_s: wait_ms.div_ceil(1_000),

@@ -75,6 +75,8 @@ pub(super) struct Observed {
     pub(super) clocks: BTreeMap<PeerId, ClockReading>,
     /// When each node was last given a lease, on the boot clock.
     pub(super) granted: BTreeMap<PeerId, u64>,
+    /// Every node was told that its lease binds no more.
+    pub(super) lifted: bool,
 }
 
 impl Observed {

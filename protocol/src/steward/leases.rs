@@ -175,6 +175,23 @@ impl Stewards {
         }
     }
 
+    /// Under the policy `continue` no lease binds once RUNNING is recorded. Say so at once: a node
+    /// whose daemon dies before it asks again would end its processes with the lease of the start.
+    pub(super) fn lift_leases(&mut self, job: JobId, cx: &mut Context<'_>) {
+        let Some(kept) = cx.registers.get(job) else { return };
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        let body = &kept.value.body;
+        // With fewer none was ever bound.
+        if body.bound || kept.keepers.len() <= 2 || drive.observed.lifted {
+            return;
+        }
+        drive.observed.lifted = true;
+        for (node, asked) in &drive.observed.clocks {
+            let grant = LeaseGrant { job, attempt: body.attempt, binding: false };
+            cx.out.send(self.me, *node, Message::Lease { asked: *asked, entries: vec![grant] });
+        }
+    }
+
     /// A bidder asks about a job that this node does not drive.
     pub(super) fn point_elsewhere(&self, from: PeerId, job: JobId, cx: &mut Context<'_>) {
         let Some(kept) = cx.registers.get(job) else {
