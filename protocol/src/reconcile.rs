@@ -21,6 +21,8 @@ pub type ItemId = [u8; 32];
 /// What one answer taught us.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Difference {
+    /// Items we have and the peer lacks.
+    pub have: Vec<ItemId>,
     /// Items the peer has and we lack.
     pub need: Vec<ItemId>,
     /// The next question, where one frame was not enough.
@@ -129,8 +131,8 @@ impl Items {
         negentropy.set_initiator();
         let (mut have, mut need) = (Vec::new(), Vec::new());
         let next_query = negentropy.reconcile_with_ids(answer, &mut have, &mut need).ok()?;
-        let need = need.into_iter().map(|id| *id).collect();
-        Some(Difference { need, next_query })
+        let bytes = |ids: Vec<Id>| ids.into_iter().map(|id| *id).collect();
+        Some(Difference { have: bytes(have), need: bytes(need), next_query })
     }
 
     fn storage(&self) -> Option<&NegentropyStorageVector> {
@@ -166,14 +168,15 @@ mod tests {
     fn a_peer_learns_exactly_what_it_lacks() {
         let (ours, theirs) = (items(0..300), items(20..310));
         let mut query = ours.ask();
-        let mut need = Vec::new();
+        let (mut have, mut need) = (Vec::new(), Vec::new());
         while let Some(question) = query {
             let answer = theirs.answer(ours.sum(), &question).unwrap();
             let difference = ours.compare(&answer).unwrap();
+            have.extend(difference.have);
             need.extend(difference.need);
             query = difference.next_query;
         }
-        assert_eq!(need.len(), 10);
+        assert_eq!((have.len(), need.len()), (20, 10));
         assert!(need.iter().all(|id| theirs.get(id).is_some() && ours.get(id).is_none()));
     }
 
@@ -187,7 +190,7 @@ mod tests {
         assert!(same(&ours, &theirs));
         let id = *items(7..8).items.keys().next().unwrap();
         ours.remove(&id);
-        assert!(!same(&ours, &theirs) && same(&theirs, &ours), "the other lacks nothing");
+        assert!(!same(&ours, &theirs) && !same(&theirs, &ours));
         theirs.remove(&id);
         assert!(same(&ours, &theirs) && same(&theirs, &ours));
     }

@@ -43,9 +43,17 @@ impl SmallDisk {
     /// Where there is less already.
     pub fn fill(&self, left: u64) {
         let ballast = File::create(self.ballast()).expect("a file has room on the disk");
-        let disk = statvfs(&self.at).expect("the disk is there");
-        let bytes = (disk.f_bavail * disk.f_frsize).checked_sub(left).expect("there is so much");
-        fallocate(&ballast, FallocateFlags::empty(), 0, bytes).expect("there is room for it");
+        loop {
+            let disk = statvfs(&self.at).expect("the disk is there");
+            let free = disk.f_bavail * disk.f_frsize;
+            let bytes = free.checked_sub(left).expect("there is so much");
+            match fallocate(&ballast, FallocateFlags::empty(), 0, bytes) {
+                Ok(()) => return,
+                // A daemon wrote in between.
+                Err(rustix::io::Errno::NOSPC) => {}
+                Err(e) => panic!("the disk cannot be filled: {e}"),
+            }
+        }
     }
 
     /// Gives the room back.

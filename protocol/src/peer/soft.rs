@@ -434,6 +434,11 @@ impl Peer {
         for ids in difference.need.chunks(WANT_MAX) {
             self.out.send(self.me, from, Message::Want { ids: ids.to_vec() });
         }
+        // What this node says of itself it brings along: after a start nobody else has it.
+        let own = self.soft.adverts.get(&self.me).filter(|id| difference.have.contains(id));
+        if let Some(advert) = own.and_then(|id| self.soft.items.get(id)).cloned() {
+            self.out.send(self.me, from, Message::Soft(advert));
+        }
         let further = difference.next_query.is_some();
         if let Some(query) = difference.next_query {
             self.out.send(self.me, from, Message::Reconcile { sum: self.soft.items.sum(), query });

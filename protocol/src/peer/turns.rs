@@ -10,6 +10,8 @@ use crate::{Now, PeerId, reconcile::ItemId};
 
 /// How long a turn may take before the next peer is asked.
 pub(super) const TURN_MS: u64 = 1_000;
+/// How often a peer is asked that does not answer: its first connection may fall at once.
+const TRIES_MAX: u8 = 3;
 /// Most peers that wait for their turn; any others are met in the regular ones.
 const WAITING_MAX: usize = 64;
 
@@ -17,13 +19,15 @@ const WAITING_MAX: usize = 64;
 #[derive(Debug, Clone, Default)]
 pub(super) struct Turns {
     current: Option<Turn>,
-    waiting: VecDeque<PeerId>,
+    /// Who waits, and how often it was asked already.
+    waiting: VecDeque<(PeerId, u8)>,
 }
 
 #[derive(Debug, Clone)]
 struct Turn {
     peer: PeerId,
     until_ms: u64,
+    tries: u8,
     /// What the peer was asked for and has not sent yet.
     lacking: BTreeSet<ItemId>,
     /// The peer's last answer is outstanding.
@@ -33,8 +37,13 @@ struct Turn {
 impl Turns {
     /// Let `peer` have a turn when those before it had theirs.
     pub(super) fn enqueue(&mut self, peer: PeerId) {
-        if self.waiting.len() < WAITING_MAX && !self.waiting.contains(&peer) {
-            self.waiting.push_back(peer);
+        self.push(peer, 0);
+    }
+
+    fn push(&mut self, peer: PeerId, tries: u8) {
+        let waits = self.waiting.iter().any(|(waiting, _)| *waiting == peer);
+        if !waits && tries < TRIES_MAX && self.waiting.len() < WAITING_MAX {
+            self.waiting.push_back((peer, tries));
         }
     }
 
@@ -44,12 +53,15 @@ impl Turns {
         if self.current.as_ref().is_some_and(|turn| now.boot_ms < turn.until_ms) {
             return None;
         }
-        self.current = None;
-        while let Some(peer) = self.waiting.pop_front() {
+        if let Some(Turn { peer, tries, .. }) = self.current.take() {
+            self.push(peer, tries);
+        }
+        while let Some((peer, tries)) = self.waiting.pop_front() {
             if stands(peer) {
                 let until_ms = now.after(TURN_MS);
                 let lacking = BTreeSet::new();
-                self.current = Some(Turn { peer, until_ms, lacking, asked: true });
+                let tries = tries + 1;
+                self.current = Some(Turn { peer, until_ms, tries, lacking, asked: true });
                 return Some(peer);
             }
         }
@@ -82,10 +94,9 @@ impl Turns {
         ends
     }
 
-    /// When the turn that is on is given up, where others wait for theirs (boot clock).
+    /// When the turn that is on is given up (boot clock).
     pub(super) fn due_ms(&self) -> Option<u64> {
-        let turn = self.current.as_ref().filter(|_| !self.waiting.is_empty());
-        turn.map(|turn| turn.until_ms)
+        self.current.as_ref().map(|turn| turn.until_ms)
     }
 }
 
@@ -127,11 +138,17 @@ mod tests {
         let mut turns = Turns::default();
         turns.enqueue(peer(1));
         assert_eq!(turns.next(|_| true, at(0)), Some(peer(1)));
-        assert_eq!(turns.due_ms(), None, "nobody waits");
-        turns.enqueue(peer(2));
         assert_eq!(turns.due_ms(), Some(TURN_MS));
+        turns.enqueue(peer(2));
         assert_eq!(turns.next(|_| true, at(TURN_MS - 1)), None);
         assert_eq!(turns.next(|_| true, at(TURN_MS)), Some(peer(2)));
         assert!(!turns.answered(peer(1), &[], false), "too late to end another's turn");
+        assert!(turns.answered(peer(2), &[], false));
+
+        // It is asked again, but not for ever.
+        assert_eq!(turns.next(|_| true, at(2 * TURN_MS)), Some(peer(1)));
+        assert_eq!(turns.next(|_| true, at(3 * TURN_MS)), Some(peer(1)));
+        assert_eq!(turns.next(|_| true, at(4 * TURN_MS)), None);
+        assert_eq!(turns.due_ms(), None);
     }
 }
