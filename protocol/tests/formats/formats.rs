@@ -1,10 +1,11 @@
 //! Every format by name, with what reads it and writes it again.
 
 use p2pit_protocol::{
+    PeerId,
     bidder::{Hold, Work},
     door::{Hello, Reply as DoorReply},
     identity::SignedBytes,
-    job::JobSpec,
+    job::{JobSpec, RankEnd},
     message::{Advert, Command, Head, Message, Reply, Soft},
     peer::Slot,
     record::{Certificate, ForceRecover, Keeper, ReceiptBody, Replica, Value},
@@ -14,7 +15,8 @@ use p2pit_protocol::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::specimens::Unreported;
+/// An ending that waits for its steward: who that is, its term, the keepers, and the ending.
+pub(crate) type Unreported = (PeerId, u64, Vec<PeerId>, RankEnd);
 
 /// One format.
 pub(crate) struct Format {

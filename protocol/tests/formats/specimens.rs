@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use p2pit_protocol::{
-    BlobId, BootId, HoldId, JobId, PeerId, PoolId, StatementId, StoreId,
+    BlobId, BootId, HoldId, JobId, PoolId, StatementId, StoreId,
     bidder::{Hold, Phase, Work, WorkId},
     door::{
         Hello, InviteUse, JoinRequest, Purpose, Reconcile, Reconciled, Refusal, RefusalCode,
@@ -40,6 +40,7 @@ use serde::Serialize;
 
 use crate::cast::{self, device, keeper, name, sign_job};
 pub(crate) use crate::cast::{WALL_MS, node, node_key, user, user_key};
+use crate::formats::Unreported;
 
 /// The bytes of one value, in the format named first.
 #[derive(Debug, Clone)]
@@ -950,9 +951,6 @@ fn put_user(tray: &mut Tray) {
 }
 
 // ---- the journal --------------------------------------------------------------------
-
-/// An ending that waits for its steward: who that is, its term, the keepers, and the ending.
-pub(crate) type Unreported = (PeerId, u64, Vec<PeerId>, RankEnd);
 
 fn unreported(end: RankEnd) -> Unreported {
     (node(2), 3, vec![node(1), node(2), node(3)], end)

@@ -24,7 +24,7 @@ use serde::{
     },
 };
 
-use crate::specimens::{Specimen, Unreported};
+use crate::{formats::Unreported, specimens::Specimen};
 
 /// The variants of an enum, and those that occurred, by index.
 #[derive(Debug, Default)]
