@@ -7,6 +7,7 @@ mod bad_input_tree;
 mod demo;
 mod environment;
 mod examples;
+mod faults;
 mod files;
 mod first_hour;
 mod gang;

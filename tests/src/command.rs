@@ -177,6 +177,21 @@ impl Running {
         Ended { line: self.line.clone(), code, stdout: self.stdout(), stderr: self.stderr() }
     }
 
+    /// As [`Self::end`], by a time of the caller's; `None` where it has not ended by then: it is
+    /// killed.
+    pub(crate) fn end_by(mut self, deadline: Instant) -> Option<Ended> {
+        loop {
+            if let Some(code) = self.try_wait() {
+                let (stdout, stderr) = (self.stdout(), self.stderr());
+                return Some(Ended { line: self.line.clone(), code, stdout, stderr });
+            }
+            if Instant::now() > deadline {
+                return None;
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
     fn try_wait(&mut self) -> Option<i32> {
         use std::os::unix::process::ExitStatusExt as _;
         let status = self.child.try_wait().expect("a child can be waited for")?;

@@ -6,9 +6,13 @@
 //! command has a time limit of its own. When a pool is dropped, also in a panic, every
 //! process that belongs to its directory is ended by its id; after a panic the ends of the
 //! daemons' logs are printed and the directory stays.
+//!
+//! A [`World`] is such a pool on machines of their own, whose network, power and clocks a test
+//! breaks; its module says how.
 
 mod command;
 mod disk;
+mod harness;
 mod node;
 mod pool;
 mod processes;
@@ -17,6 +21,7 @@ mod wait;
 
 pub use command::{Ended, Running};
 pub use disk::SmallDisk;
+pub use harness::{Delay, WALL_CLOCK_OFF_MS, World};
 pub use node::{Node, job_dir, lines_of};
 pub use pool::Pool;
 pub use processes::{Process, end_all, mentioning, of_job};

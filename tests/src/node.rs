@@ -6,11 +6,12 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
 };
 
 use serde_json::Value;
 
-use crate::{Ended, Process, Running, SOON, wait_until};
+use crate::{Ended, Process, Running, SOON, harness::Place, wait_until};
 
 /// What daemons and commands write to their logs; a measurement sets it to less.
 const LOG: &str = "P2PIT_LOG";
@@ -24,6 +25,9 @@ pub struct Node {
     identity: PathBuf,
     work: PathBuf,
     scratch: PathBuf,
+    /// `None`: on this machine, as it is.
+    place: Option<Arc<Place>>,
+    program: PathBuf,
 }
 
 impl Node {
@@ -35,6 +39,8 @@ impl Node {
             identity: dir.join("identity"),
             work: dir.join("empty"),
             scratch: dir.join("output"),
+            place: None,
+            program: program(),
         }
     }
 
@@ -71,6 +77,22 @@ impl Node {
         Self { work: dir.to_owned(), ..self.clone() }
     }
 
+    /// The same home, used by another build of the command, or another copy.
+    #[must_use]
+    pub fn run_by(&self, program: &Path) -> Self {
+        Self { program: program.to_owned(), ..self.clone() }
+    }
+
+    /// The same home, whose daemon and commands run on a machine of their own.
+    #[must_use]
+    pub(crate) fn at_place(&self, place: Arc<Place>) -> Self {
+        Self { place: Some(place), ..self.clone() }
+    }
+
+    pub(crate) fn place(&self) -> Option<&Place> {
+        self.place.as_deref()
+    }
+
     /// Runs a command to its end.
     #[track_caller]
     #[must_use]
@@ -99,7 +121,11 @@ impl Node {
     /// `p2pit` for this home and user, in an environment that has nothing else to say.
     #[must_use]
     pub fn command(&self) -> Command {
-        let mut command = p2pit();
+        let mut command = match &self.place {
+            Some(place) => place.command(&self.program, &self.work),
+            None => Command::new(&self.program),
+        };
+        clear_environment(&mut command);
         command.arg("--home").arg(&self.home).arg("--identity").arg(&self.identity);
         command.current_dir(&self.work);
         command
@@ -134,10 +160,22 @@ impl Node {
         self.json(&["show", "me"])
     }
 
+    /// The daemon of the home, also where it does not answer; `None` where none runs, or
+    /// where the node has no machine of its own.
+    #[must_use]
+    pub fn daemon_process(&self) -> Option<Process> {
+        self.place.as_ref()?.daemon(&self.home)
+    }
+
     /// The daemon of the home.
     #[track_caller]
     #[must_use]
     pub fn daemon(&self) -> Process {
+        if self.place.is_some() {
+            // What it says of itself is its number on its own machine.
+            let daemon = self.daemon_process();
+            return daemon.unwrap_or_else(|| panic!("no daemon runs at {}", self.name));
+        }
         let me = self.me();
         let pid = me["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
         pid.and_then(Process::of).unwrap_or_else(|| panic!("no daemon in {me}"))
@@ -158,7 +196,13 @@ impl Node {
     /// Starts the daemon again, with what it has kept in its home.
     #[track_caller]
     pub fn restart(&self) {
-        self.p2pit(&["join", "--detach"]).ended(0);
+        self.restart_with(&[]);
+    }
+
+    /// As [`Self::restart`], with more in the daemon's environment.
+    #[track_caller]
+    pub fn restart_with(&self, variables: &[(&str, &str)]) {
+        self.p2pit_with(variables, &["join", "--detach"]).ended(0);
     }
 
     #[track_caller]
@@ -225,6 +269,11 @@ impl Node {
 /// `p2pit` without a word, in an environment that has nothing to say.
 pub(crate) fn p2pit() -> Command {
     let mut command = Command::new(program());
+    clear_environment(&mut command);
+    command
+}
+
+fn clear_environment(command: &mut Command) {
     command.env_clear();
     for name in ["PATH", "TMPDIR"] {
         if let Some(value) = std::env::var_os(name) {
@@ -235,7 +284,6 @@ pub(crate) fn p2pit() -> Command {
     command.env("HOME", "/nonexistent");
     let log = std::env::var_os(LOG).unwrap_or_else(|| LOG_OF_TESTS.into());
     command.env(LOG, log);
-    command
 }
 
 /// The text of each line that a process wrote, in order.
@@ -266,7 +314,7 @@ pub fn job_dir(at: &Path, files: &[(&str, &str)]) -> PathBuf {
 }
 
 /// The built command: `P2PIT_BIN`, or what lies where this test was built.
-fn program() -> PathBuf {
+pub(crate) fn program() -> PathBuf {
     if let Some(path) = std::env::var_os("P2PIT_BIN") {
         return path.into();
     }

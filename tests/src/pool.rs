@@ -89,7 +89,12 @@ impl Pool {
     /// A further node of the pool's first user; the first of all founds the pool.
     #[track_caller]
     pub fn add(&mut self, name: &str, flags: &[&str]) -> Node {
-        let node = self.home(name);
+        self.add_node(self.home(name), flags)
+    }
+
+    /// As [`Self::add`], for a home that is there.
+    #[track_caller]
+    pub(crate) fn add_node(&mut self, node: Node, flags: &[&str]) -> Node {
         let ticket = self.nodes.first().map(Node::invite);
         let flags = [&["--user-name", "anna"], flags].concat();
         node.join(ticket.as_deref(), &flags).ended(0);

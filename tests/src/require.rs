@@ -61,7 +61,7 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root() || skip("root", "this is an ordinary user")
 }
 
-fn skip(what: &str, reason: &str) -> bool {
+pub(crate) fn skip(what: &str, reason: &str) -> bool {
     let required = env::var(REQUIRE).unwrap_or_default();
     assert!(
         !required.split(',').any(|required| required == what),
