@@ -22,7 +22,7 @@ mod wait;
 pub use command::{Ended, Running};
 pub use disk::SmallDisk;
 pub use harness::{Delay, WALL_CLOCK_OFF_MS, World};
-pub use node::{Node, job_dir, lines_of};
+pub use node::{Node, job_dir, lines_of, program};
 pub use pool::Pool;
 pub use processes::{Process, end_all, mentioning, of_job};
 pub use require::{has_namespaces, has_torch, is_root, python_packages};

@@ -314,7 +314,11 @@ pub fn job_dir(at: &Path, files: &[(&str, &str)]) -> PathBuf {
 }
 
 /// The built command: `P2PIT_BIN`, or what lies where this test was built.
-pub(crate) fn program() -> PathBuf {
+///
+/// # Panics
+/// Where it was not built.
+#[must_use]
+pub fn program() -> PathBuf {
     if let Some(path) = std::env::var_os("P2PIT_BIN") {
         return path.into();
     }

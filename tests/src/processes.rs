@@ -55,6 +55,13 @@ impl Process {
         wait_until("a killed process ends", KILLED_WITHIN, || self.has_ended().then_some(()));
     }
 
+    /// Whose child it is.
+    #[must_use]
+    pub fn parent(&self) -> Option<u32> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
+    }
+
     /// The words of its command line.
     #[must_use]
     pub fn command_line(&self) -> Vec<String> {

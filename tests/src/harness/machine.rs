@@ -19,6 +19,10 @@ const INIT: &str = "echo up; while read -r _; do :; done";
 /// root expects.
 const ORDINARY_USER: &str = "1000";
 
+/// Where machines have the directory that all of them and the test share. Jobs may only read
+/// there, as on all of their machine; a FIFO takes what they write.
+const SHARED_AT: &str = "/mnt";
+
 /// How namespaces can be had here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Rights {
@@ -225,21 +229,25 @@ impl Place {
         self.with(|_| ()).is_some()
     }
 
-    /// Makes the machine's namespaces, with a boot id that no other boot has.
+    /// Makes the machine's namespaces, with a boot id that no other boot has, and `shared` at
+    /// [`SHARED_AT`].
     pub(super) fn switch_on(
         &self,
         rights: Rights,
         router: &Holder,
         boot: u32,
+        shared: &Path,
     ) -> Result<(), String> {
         let boot_id = self.scratch.join(format!("{}.boot-id", self.name));
         let [a, b, c, d] = self.address.octets();
         let id = format!("{boot:08x}-0000-4000-8000-0000{a:02x}{b:02x}{c:02x}{d:02x}\n");
         fs::write(&boot_id, id).map_err(|e| format!("{}: {e}", boot_id.display()))?;
         let script = format!(
-            "echo {} > /proc/sys/kernel/hostname\nmount --bind {} /proc/sys/kernel/random/boot_id",
+            "hostname {}\nmount --bind {} /proc/sys/kernel/random/boot_id\n\
+             mount --bind {} {SHARED_AT}",
             self.name,
-            boot_id.display()
+            boot_id.display(),
+            shared.display()
         );
         // Machines that were started at different times; one that comes back was off for long.
         let uptime_s = if boot == 1 { 1000 * u64::from(c) } else { 30 };

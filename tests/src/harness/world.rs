@@ -1,6 +1,6 @@
 //! A pool whose nodes have machines of their own.
 
-use std::{collections::BTreeMap, ops::Deref, sync::Arc};
+use std::{collections::BTreeMap, ops::Deref, path::PathBuf, sync::Arc};
 
 use rustix::process::Signal;
 
@@ -15,6 +15,9 @@ use crate::{Node, Pool, require};
 /// Milliseconds by which a daemon's wall clock is off, for
 /// [`Node::restart_with`]. Only debug builds of the daemon look at it.
 pub const WALL_CLOCK_OFF_MS: &str = "P2PIT_TEST_CLOCK_OFFSET_MS";
+
+/// The directory of the pool that all machines share.
+const SHARED: &str = "shared";
 
 /// Nodes with machines of their own, and the network between them. Everything of it goes when
 /// it is dropped.
@@ -54,6 +57,8 @@ impl World {
         match Router::new(rights) {
             Ok(router) => {
                 let (pool, machines) = (Pool::empty(), BTreeMap::new());
+                let shared = pool.path().join(SHARED);
+                std::fs::create_dir(shared).expect("the pool's directory can be written to");
                 Some(Self { pool, relay: None, machines, router, rights })
             }
             Err(reason) => {
@@ -106,14 +111,17 @@ impl World {
     /// Where it is on.
     #[track_caller]
     pub fn boot(&mut self, name: &str) {
+        let shared = self.shared();
         let machine = self.machines.get_mut(name).unwrap_or_else(|| panic!("no machine {name}"));
         assert!(!machine.place.is_on(), "the machine {name} is on");
         machine.boots += 1;
         let place = &machine.place;
-        let on = place.switch_on(self.rights, &self.router.holder, machine.boots).and_then(|()| {
-            let connected = place.with(|it| self.router.connect(it, place.address()));
-            connected.unwrap_or(Ok(()))
-        });
+        let on = place
+            .switch_on(self.rights, &self.router.holder, machine.boots, &shared)
+            .and_then(|()| {
+                let connected = place.with(|it| self.router.connect(it, place.address()));
+                connected.unwrap_or(Ok(()))
+            });
         on.unwrap_or_else(|e| panic!("the machine {name} does not start: {e}"));
     }
 
@@ -123,6 +131,13 @@ impl World {
         let place = self.place(name);
         place.switch_off();
         self.router.disconnect(place.address());
+    }
+
+    /// A directory of the test that every machine has as `/mnt`, jobs included. They read there,
+    /// lock files there, and write into a FIFO there.
+    #[must_use]
+    pub fn shared(&self) -> PathBuf {
+        self.pool.path().join(SHARED)
     }
 
     /// Nothing travels between these any more, in either direction.
