@@ -18,6 +18,7 @@ mod keepers;
 mod queue;
 mod requests;
 mod scripts;
+mod soak;
 mod stopping;
 mod survival;
 mod transfers;

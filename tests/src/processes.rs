@@ -62,6 +62,20 @@ impl Process {
         status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
     }
 
+    /// Main memory that it has in use.
+    #[must_use]
+    pub fn rss_kib(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+        line.trim().strip_suffix(" kB")?.trim().parse().ok()
+    }
+
+    /// How many descriptors it has open.
+    #[must_use]
+    pub fn descriptors(&self) -> Option<usize> {
+        Some(fs::read_dir(format!("/proc/{}/fd", self.pid)).ok()?.count())
+    }
+
     /// The words of its command line.
     #[must_use]
     pub fn command_line(&self) -> Vec<String> {

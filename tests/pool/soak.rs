@@ -1,0 +1,660 @@
+//! Many jobs on five nodes whose daemons are killed, one every five seconds, for as long as
+//! `P2PIT_SOAK_SECONDS` says (60), with two jobs for every three seconds.
+//!
+//! What is promised, and how it is watched:
+//!
+//! - **Nothing is lost.** Every job that was said to be submitted ends, with the outcome that its
+//!   processes had. These say themselves what they do, into a FIFO of the test, past p2pit.
+//! - **Nothing runs twice at once.** Each process takes an exclusive lock on a file of the test
+//!   that only its job and rank have; one that finds it taken reports that and fails.
+//! - **Nothing is unreadable.** Each log and each artifact is fetched at the end and compared.
+//! - **Somebody drives on.** Now and then a daemon stays dead while the other keepers of a job
+//!   that it drove are spared: another acts within 45 s.
+//! - **Nothing grows.** Memory and file descriptors of the daemons in the last third of the time
+//!   are those of the first third, but for a tolerance.
+//!
+//! `P2PIT_SOAK_SEED` decides who is killed when and which jobs there are; it is printed. By hand:
+//!
+//! ```sh
+//! P2PIT_SOAK_SECONDS=300 cargo test -p p2pit-tests --test pool -- --nocapture soak::
+//! ```
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File, OpenOptions},
+    io::{BufRead as _, BufReader, Write as _},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use p2pit_tests::{Node, SOON, World, lines_of, wait_until};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use serde_json::Value;
+
+const NODES: usize = 5;
+/// Between two kills.
+const KILL_EVERY: Duration = Duration::from_secs(5);
+/// Of three seconds.
+const JOBS_PER_THREE_SECONDS: u64 = 2;
+/// Commands that submit at the same time.
+const SUBMITTERS: usize = 4;
+/// Another keeper acts by then.
+const DRIVEN_WITHIN: Duration = Duration::from_secs(45);
+/// For how long one that stays dead is looked for a successor.
+const LOOKED_FOR: Duration = Duration::from_secs(60);
+/// When nobody is killed any more all jobs end by then.
+const SETTLED: Duration = Duration::from_secs(240);
+const SAMPLE_EVERY: Duration = Duration::from_secs(2);
+/// A daemon that has just started has less than it will.
+const GROWN_UP: Duration = Duration::from_secs(5);
+
+/// What each process of a job does. A lock needs no right to write.
+const SCRIPT: &str = r#"
+exec 9< "/mnt/locks/$TAG.$RANK" || exit 97
+if ! flock -n 9; then echo "twice $TAG $RANK" > /mnt/report; exit 98; fi
+echo "begin $TAG $RANK" > /mnt/report
+for n in $(seq 1 "$LINES_SAID"); do echo "line $n of $TAG"; done
+seq -f "$TAG $RANK %g" 1 "$LINES_LEFT" > "$JOB_DIR/artifacts/out.$RANK"
+sleep "$NAP"
+code=0
+if [ "$RANK" = 0 ] && [ ! -e "/mnt/again/$TAG" ]; then code=$CODE; fi
+echo "end $TAG $RANK $code" > /mnt/report
+exit "$code"
+"#;
+
+#[test]
+fn nothing_is_lost_twice_or_unreadable_while_daemons_are_killed() {
+    let seconds = number("P2PIT_SOAK_SECONDS").unwrap_or(60);
+    let seed = number("P2PIT_SOAK_SEED").unwrap_or_else(|| {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970");
+        now.as_secs()
+    });
+    println!("P2PIT_SOAK_SEED={seed} P2PIT_SOAK_SECONDS={seconds}");
+    let Some(mut world) = World::of(&["sim:2xv100"; NODES]) else { return };
+    world.add("watcher", &["--client"]);
+    world.wait_until_assembled();
+    let soak = Soak::new(&world, seed, Duration::from_secs(seconds));
+    thread::scope(|scope| {
+        scope.spawn(|| soak.hear());
+        let submitting: Vec<_> =
+            (0..SUBMITTERS).map(|_| scope.spawn(|| soak.submit_all())).collect();
+        scope.spawn(|| soak.sample());
+        // Whatever fails: the listener must end, or the scope would wait for it.
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            soak.kill_all_the_time(scope);
+            for it in submitting {
+                it.join().expect("the submitters submit");
+            }
+        }));
+        soak.is_over.store(true, Ordering::Relaxed);
+        let settled = outcome.and_then(|()| {
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| soak.settle()))
+        });
+        soak.stop_listening();
+        settled.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+    soak.judge();
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+/// One job that was wanted.
+#[derive(Debug, Clone)]
+struct Wanted {
+    tag: usize,
+    ranks: u32,
+    /// What its first process ends with, until the test has heard of that.
+    code: i32,
+    retries: u32,
+    lines: usize,
+    left: usize,
+    nap_ms: u64,
+}
+
+impl Wanted {
+    fn drawn(tag: usize, random: &mut Random) -> Self {
+        let kind = random.below(100);
+        let ranks = match kind {
+            0..55 | 92.. => 1,
+            55..70 => 2,
+            70..80 => 3,
+            80..92 => 1 + random.below(2) as u32,
+        };
+        let (code, retries) = match kind {
+            0..80 => (0, 0),
+            80..92 => (3, 2),
+            _ => (3, 0),
+        };
+        let (lines, left) = (1 + random.below(50) as usize, 1 + random.below(5000) as usize);
+        Self { tag, ranks, code, retries, lines, left, nap_ms: 100 + random.below(6000) }
+    }
+}
+
+/// What the processes of one rank said.
+#[derive(Debug, Clone, Default)]
+struct Told {
+    begun: u32,
+    codes: Vec<i32>,
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    /// By tag and rank.
+    told: BTreeMap<(usize, u32), Told>,
+    twice: Vec<String>,
+}
+
+/// Whether a node's daemon is there, and since when.
+#[derive(Debug, Clone, Copy)]
+enum Life {
+    Up(Instant),
+    Down,
+}
+
+#[derive(Debug)]
+struct Sample {
+    at: Duration,
+    node: usize,
+    rss_kib: u64,
+    fds: usize,
+}
+
+struct Soak<'a> {
+    world: &'a World,
+    nodes: &'a [Node],
+    watcher: Node,
+    lasts: Duration,
+    began: Instant,
+    seed: u64,
+    /// Of the kills.
+    random: Mutex<Random>,
+    wanted: usize,
+    next: AtomicUsize,
+    /// By tag: the job and its id.
+    submitted: Mutex<BTreeMap<usize, (Wanted, String)>>,
+    /// By tag: what a command said that did not say it is submitted.
+    unsubmitted: Mutex<BTreeMap<usize, String>>,
+    heard: Mutex<Heard>,
+    lives: Mutex<Vec<Life>>,
+    kills: AtomicUsize,
+    samples: Mutex<Vec<Sample>>,
+    /// From a kill until another node drove a job.
+    driven_after: Mutex<Vec<Duration>>,
+    is_over: AtomicBool,
+    report: PathBuf,
+}
+
+impl<'a> Soak<'a> {
+    fn new(world: &'a World, seed: u64, lasts: Duration) -> Self {
+        let shared = world.shared();
+        for name in ["locks", "again"] {
+            let path = shared.join(name);
+            fs::create_dir(&path).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let report = shared.join("report");
+        mknodat(CWD, &report, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        // Jobs are other users, and see the directory read-only; a FIFO is written all the same.
+        fs::set_permissions(&report, fs::Permissions::from_mode(0o666)).unwrap();
+        let wanted = lasts.as_secs() * JOBS_PER_THREE_SECONDS / 3;
+        Self {
+            world,
+            nodes: &world.nodes()[..NODES],
+            watcher: world.named("watcher").clone(),
+            lasts,
+            began: Instant::now(),
+            seed,
+            random: Mutex::new(Random(seed)),
+            wanted: usize::try_from(wanted).unwrap(),
+            next: AtomicUsize::new(0),
+            submitted: Mutex::default(),
+            unsubmitted: Mutex::default(),
+            heard: Mutex::default(),
+            lives: Mutex::new(vec![Life::Up(Instant::now()); NODES]),
+            kills: AtomicUsize::new(0),
+            samples: Mutex::default(),
+            driven_after: Mutex::default(),
+            is_over: AtomicBool::new(false),
+            report,
+        }
+    }
+
+    // ---- what processes say ------------------------------------------------------------
+
+    fn hear(&self) {
+        // Both ways: it never ends for want of a writer.
+        let report = OpenOptions::new().read(true).write(true).open(&self.report).unwrap();
+        for line in BufReader::new(report).lines() {
+            let line = line.unwrap();
+            let words: Vec<&str> = line.split(' ').collect();
+            let mut heard = lock(&self.heard);
+            let number = |n: usize| words.get(n).and_then(|word| word.parse::<u32>().ok());
+            let told = number(1).zip(number(2)).map(|(tag, rank)| (tag as usize, rank));
+            match (words[0], told) {
+                ("stop", _) => return,
+                ("begin", Some(it)) => heard.told.entry(it).or_default().begun += 1,
+                ("end", Some(it)) => {
+                    let code = number(3).expect("a code is told") as i32;
+                    heard.told.entry(it).or_default().codes.push(code);
+                    if code != 0 {
+                        // The next attempt does better.
+                        File::create(self.world.shared().join(format!("again/{}", it.0))).unwrap();
+                    }
+                }
+                _ => heard.twice.push(line),
+            }
+        }
+    }
+
+    fn stop_listening(&self) {
+        OpenOptions::new().write(true).open(&self.report).unwrap().write_all(b"stop\n").unwrap();
+    }
+
+    // ---- submitting --------------------------------------------------------------------
+
+    fn submit_all(&self) {
+        let every = self.lasts / u32::try_from(self.wanted).unwrap();
+        loop {
+            let tag = self.next.fetch_add(1, Ordering::Relaxed);
+            if tag >= self.wanted {
+                return;
+            }
+            let due = self.began + every * u32::try_from(tag).unwrap();
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            // Of its own: the jobs do not depend on who came first.
+            let mut random = Random(self.seed.rotate_left(32) ^ tag as u64);
+            let wanted = Wanted::drawn(tag, &mut random);
+            let at = random.below(NODES as u64 + 1);
+            let at = usize::try_from(at).unwrap();
+            let is_up = |at: usize| matches!(lock(&self.lives)[at], Life::Up(_));
+            let node = self.nodes.get(at).filter(|_| is_up(at)).unwrap_or(&self.watcher);
+            self.submit(node, wanted);
+        }
+    }
+
+    /// Submits one job, at a node that may be killed meanwhile.
+    fn submit(&self, node: &Node, wanted: Wanted) -> Option<String> {
+        let Wanted { tag, ranks, code, retries, lines, left, nap_ms } = &wanted;
+        for rank in 0..*ranks {
+            let lock = self.world.shared().join(format!("locks/{tag}.{rank}"));
+            File::create(&lock).unwrap();
+            fs::set_permissions(&lock, fs::Permissions::from_mode(0o644)).unwrap();
+        }
+        let (title, request) = (format!("Job {tag}"), format!("{ranks}:[v100]"));
+        let nap = format!("{}.{:03}", nap_ms / 1000, nap_ms % 1000);
+        let mut args = vec!["run".to_owned(), title, request, "-d".into(), SCRIPT.into()];
+        args.extend(["--retries".into(), retries.to_string()]);
+        for (name, value) in [
+            ("TAG", tag.to_string()),
+            ("LINES_SAID", lines.to_string()),
+            ("LINES_LEFT", left.to_string()),
+            ("NAP", nap),
+            ("CODE", code.to_string()),
+        ] {
+            args.extend(["--env".into(), format!("{name}={value}")]);
+        }
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let ended = node.p2pit(&args);
+        if ended.code == 0 {
+            let id = ended.stdout.trim_end().to_owned();
+            lock(&self.submitted).insert(*tag, (wanted, id.clone()));
+            return Some(id);
+        }
+        let said = format!("at {}, with {}: {}", node.name(), ended.code, ended.stderr.trim_end());
+        lock(&self.unsubmitted).insert(*tag, said);
+        None
+    }
+
+    // ---- killing -----------------------------------------------------------------------
+
+    /// In turns: for a while one daemon stays dead, then all come back soon.
+    fn kill_all_the_time<'scope>(&'scope self, scope: &'scope thread::Scope<'scope, '_>) {
+        let mut is_long = true;
+        while self.began.elapsed() < self.lasts {
+            if is_long {
+                self.leave_one_dead(scope);
+            } else {
+                let until = (self.began.elapsed() + LOOKED_FOR).min(self.lasts);
+                while self.began.elapsed() < until {
+                    self.kill_one(scope, &BTreeSet::new());
+                }
+            }
+            is_long = !is_long;
+        }
+        wait_until("every daemon is there again", SOON, || {
+            lock(&self.lives).iter().all(|life| matches!(life, Life::Up(_))).then_some(())
+        });
+    }
+
+    /// Kills the daemon of a node that drives jobs, and measures when others drive them. Those
+    /// that keep them are spared, the other two nodes are not.
+    fn leave_one_dead<'scope>(&'scope self, scope: &'scope thread::Scope<'scope, '_>) {
+        wait_until("every daemon is there", SOON, || {
+            lock(&self.lives).iter().all(|life| matches!(life, Life::Up(_))).then_some(())
+        });
+        let victim = usize::try_from(lock(&self.random).below(NODES as u64)).unwrap();
+        let node = &self.nodes[victim];
+        let tag = self.wanted + 1000 + self.kills.load(Ordering::Relaxed);
+        let nap_ms = u64::try_from(LOOKED_FOR.as_millis()).unwrap();
+        let witness = Wanted { tag, ranks: 1, code: 0, retries: 0, lines: 3, left: 3, nap_ms };
+        let witness = self.submit(node, witness).expect("nobody was killed");
+        let keepers = |job: &Value| -> BTreeSet<String> {
+            let keepers = job["keepers"].as_array().into_iter().flatten();
+            keepers.filter_map(Value::as_str).map(str::to_owned).collect()
+        };
+        let kept_by = keepers(&node.job(&witness));
+        let spared: BTreeSet<usize> = (0..NODES)
+            .filter(|n| *n != victim && kept_by.contains(self.nodes[*n].name()))
+            .collect();
+        let asked = &self.nodes[*spared.first().expect("three nodes keep it")];
+        let driven: BTreeSet<String> = jobs(asked)
+            .iter()
+            .filter(|job| job["state"] != "DONE" && job["steward"] == node.name())
+            .filter(|job| keepers(job) == kept_by)
+            .filter_map(|job| Some(job["id"].as_str()?.to_owned()))
+            .collect();
+        assert!(driven.contains(&witness), "{driven:?}");
+
+        self.take_down(victim);
+        let (killed, mut left) = (Instant::now(), driven);
+        let mut next_kill = killed + KILL_EVERY;
+        while !left.is_empty() && killed.elapsed() < LOOKED_FOR {
+            if Instant::now() >= next_kill && self.began.elapsed() < self.lasts {
+                next_kill += KILL_EVERY;
+                let mut spared = spared.clone();
+                spared.insert(victim);
+                self.kill_drawn(scope, &spared);
+            }
+            for job in jobs(asked) {
+                let Some(id) = job["id"].as_str() else { continue };
+                if left.contains(id) && (job["steward"] != node.name() || job["state"] == "DONE") {
+                    left.remove(id);
+                    lock(&self.driven_after).push(killed.elapsed());
+                }
+            }
+            thread::sleep(Duration::from_millis(250));
+        }
+        self.bring_up(victim);
+        assert!(left.is_empty(), "nobody drives {left:?} since {} was killed", node.name());
+    }
+
+    /// One kill, and the time until the next.
+    fn kill_one<'scope>(
+        &'scope self,
+        scope: &'scope thread::Scope<'scope, '_>,
+        spared: &BTreeSet<usize>,
+    ) {
+        let next = Instant::now() + KILL_EVERY;
+        self.kill_drawn(scope, spared);
+        thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+
+    /// Kills a daemon, which comes back after a while; nobody where the drawn one is down.
+    fn kill_drawn<'scope>(
+        &'scope self,
+        scope: &'scope thread::Scope<'scope, '_>,
+        spared: &BTreeSet<usize>,
+    ) {
+        let (victim, away_ms) = {
+            let mut random = lock(&self.random);
+            let others: Vec<usize> = (0..NODES).filter(|n| !spared.contains(n)).collect();
+            let victim = others[random.below(others.len() as u64) as usize];
+            // As long as a service manager takes, or somebody who has to notice first.
+            let most = if random.below(4) == 0 { 15_000 } else { 2_000 };
+            (victim, random.below(most))
+        };
+        if !self.take_down(victim) {
+            return;
+        }
+        scope.spawn(move || {
+            thread::sleep(Duration::from_millis(away_ms));
+            self.bring_up(victim);
+        });
+    }
+
+    fn take_down(&self, victim: usize) -> bool {
+        let node = &self.nodes[victim];
+        let mut lives = lock(&self.lives);
+        if matches!(lives[victim], Life::Down) {
+            return false;
+        }
+        lives[victim] = Life::Down;
+        drop(lives);
+        self.kills.fetch_add(1, Ordering::Relaxed);
+        let daemon = node.daemon_process();
+        println!("{:6.1} s: kill -9 of {}", self.began.elapsed().as_secs_f64(), node.name());
+        daemon.unwrap_or_else(|| panic!("the daemon of {} is gone by itself", node.name())).kill();
+        true
+    }
+
+    fn bring_up(&self, victim: usize) {
+        self.nodes[victim].restart();
+        lock(&self.lives)[victim] = Life::Up(Instant::now());
+    }
+
+    // ---- measuring ---------------------------------------------------------------------
+
+    fn sample(&self) {
+        while !self.is_over.load(Ordering::Relaxed) {
+            let lives = lock(&self.lives).clone();
+            let at = self.began.elapsed();
+            let grown = |life: &Life| matches!(life, Life::Up(since) if since.elapsed() > GROWN_UP);
+            let mut asked: Vec<(usize, &Node)> = self.nodes.iter().enumerate().collect();
+            asked.retain(|(n, _)| grown(&lives[*n]));
+            asked.push((NODES, &self.watcher));
+            for (node, daemon) in asked {
+                let Some(daemon) = daemon.daemon_process() else { continue };
+                if let Some((rss_kib, fds)) = daemon.rss_kib().zip(daemon.descriptors()) {
+                    lock(&self.samples).push(Sample { at, node, rss_kib, fds });
+                }
+            }
+            thread::sleep(SAMPLE_EVERY);
+        }
+    }
+
+    // ---- judging -----------------------------------------------------------------------
+
+    fn settle(&self) {
+        self.world.wait_until_assembled();
+        let since = Instant::now();
+        let mut open = Vec::new();
+        while since.elapsed() < SETTLED {
+            open = jobs(&self.nodes[0]);
+            open.retain(|job| job["state"] != "DONE");
+            if open.is_empty() {
+                println!(
+                    "all jobs were over {:.1} s after the last kill",
+                    since.elapsed().as_secs_f64()
+                );
+                return;
+            }
+            thread::sleep(Duration::from_millis(500));
+        }
+        for job in &open {
+            let id = job["id"].as_str().unwrap_or_default();
+            println!("not over: {job:#}\n{}", self.nodes[0].p2pit(&["why", id]).stdout);
+        }
+        panic!("{} jobs do not end", open.len());
+    }
+
+    fn judge(&self) {
+        let submitted = lock(&self.submitted).clone();
+        let unsubmitted = lock(&self.unsubmitted).clone();
+        let mut wrong: Vec<String> = Vec::new();
+        let mut by_outcome: BTreeMap<String, usize> = BTreeMap::new();
+        let mut attempts = 0;
+        for (tag, (wanted, id)) in &submitted {
+            let node = &self.nodes[tag % NODES];
+            let ended = node.p2pit(&["show", &format!("job:{id}"), "--json"]);
+            let Ok(job) = serde_json::from_str::<Value>(&ended.stdout) else {
+                wrong.push(format!("lost: job {tag}, {id}: {}", ended.stderr));
+                continue;
+            };
+            let outcome = job["outcome"].as_str().unwrap_or_default().to_owned();
+            let attempt = u32::try_from(job["attempt"].as_u64().unwrap_or_default()).unwrap();
+            attempts += attempt;
+            let told =
+                |rank| lock(&self.heard).told.get(&(*tag, rank)).cloned().unwrap_or_default();
+            let first = told(0).codes.last().copied();
+            let all_well = (0..wanted.ranks).all(|rank| told(rank).codes.last() == Some(&0));
+            let fits = match outcome.as_str() {
+                "succeeded" => all_well,
+                "failed(3)" => first == Some(3) && attempt > wanted.retries,
+                _ => false,
+            };
+            if job["state"] != "DONE" || !fits {
+                let told: Vec<Told> = (0..wanted.ranks).map(told).collect();
+                wrong.push(format!("job {tag} does not fit what it did: {told:?}: {job:#}"));
+            }
+            if (0..wanted.ranks).any(|rank| told(rank).begun > attempt) {
+                wrong.push(format!("job {tag} began more often than it was tried: {job:#}"));
+            }
+            *by_outcome.entry(outcome).or_default() += 1;
+            wrong.extend(self.unreadable(node, wanted, id, all_well));
+        }
+        let heard = lock(&self.heard);
+        wrong.extend(heard.twice.iter().cloned());
+        // Of the others nothing was promised; what began all the same is over.
+        for (tag, said) in &unsubmitted {
+            let began = heard.told.contains_key(&(*tag, 0));
+            println!("job {tag} was not said to be submitted (ran: {began}) {said}");
+        }
+        let samples = lock(&self.samples);
+        wrong.extend(self.growth(&samples));
+        let mut driven: Vec<f64> =
+            lock(&self.driven_after).iter().map(Duration::as_secs_f64).collect();
+        driven.sort_by(f64::total_cmp);
+        println!("driven by another node after a kill, in s: {driven:.1?}");
+        if driven.last().is_some_and(|last| *last > DRIVEN_WITHIN.as_secs_f64()) {
+            wrong.push(format!("a job was driven by nobody for {:.1} s", driven.last().unwrap()));
+        }
+        assert!(!driven.is_empty(), "no take-over was seen: nothing was tried");
+        let taken_over: usize = self.nodes.iter().map(takeovers).sum();
+        println!(
+            "{} kills, {} jobs submitted, {} not; {attempts} attempts, {} processes begun, {} \
+             take-overs; outcomes {by_outcome:?}",
+            self.kills.load(Ordering::Relaxed),
+            submitted.len(),
+            unsubmitted.len(),
+            heard.told.values().map(|told| told.begun).sum::<u32>(),
+            taken_over,
+        );
+        assert!(wrong.is_empty(), "{} things are wrong:\n{}", wrong.len(), wrong.join("\n"));
+    }
+
+    /// What of a job's log and artifacts is not there as it was written.
+    fn unreadable(&self, node: &Node, wanted: &Wanted, id: &str, all_well: bool) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let log = node.p2pit(&["log", id]);
+        let tag = wanted.tag;
+        let expected: Vec<String> =
+            (1..=wanted.lines).map(|n| format!("line {n} of {tag}")).collect();
+        for rank in 0..wanted.ranks {
+            let said = lines_of(&log.stdout, rank);
+            // One of a gang that failed may have been ended before it said all.
+            let is_there =
+                said.len() >= expected.len() && said[said.len() - expected.len()..] == expected[..];
+            if log.code != 0 || (!is_there && (all_well || rank == 0)) {
+                wrong.push(format!(
+                    "unreadable: the log of job {tag}, process {rank}, at {}: {said:?} {}",
+                    node.name(),
+                    log.stderr
+                ));
+            }
+        }
+        for rank in (0..wanted.ranks).filter(|rank| all_well || *rank == 0) {
+            let copied = node.p2pit(&["cp", id, &format!("artifacts/out.{rank}"), "-"]);
+            let lines: String = (1..=wanted.left).map(|n| format!("{tag} {rank} {n}\n")).collect();
+            if copied.code != 0 || copied.stdout != lines {
+                wrong.push(format!(
+                    "unreadable: what process {rank} of job {tag} left, at {}: {} of {} bytes, {}",
+                    node.name(),
+                    copied.stdout.len(),
+                    lines.len(),
+                    copied.stderr
+                ));
+            }
+        }
+        wrong
+    }
+
+    /// Memory and descriptors by node, and where they grew.
+    fn growth(&self, samples: &[Sample]) -> Vec<String> {
+        let mut wrong = Vec::new();
+        for node in 0..=NODES {
+            let name = self.nodes.get(node).unwrap_or(&self.watcher).name();
+            let of: Vec<&Sample> = samples.iter().filter(|it| it.node == node).collect();
+            let thirds = [0, 1, 2].map(|third| {
+                let (from, to) = (self.lasts * third / 3, self.lasts * (third + 1) / 3);
+                let within = of.iter().filter(|it| it.at >= from && it.at < to);
+                within.copied().collect::<Vec<_>>()
+            });
+            let series: Vec<String> = of
+                .chunks(of.len().div_ceil(12).max(1))
+                .map(|part| {
+                    let rss = median(part.iter().map(|it| it.rss_kib).collect());
+                    let fds = median(part.iter().map(|it| it.fds as u64).collect());
+                    format!("{:.0}/{fds}", rss as f64 / 1024.0)
+                })
+                .collect();
+            println!("{name}, MiB/descriptors: {}", series.join(" "));
+            let [first, _, last] = &thirds;
+            if first.is_empty() || last.is_empty() {
+                continue;
+            }
+            let rss = |of: &[&Sample]| median(of.iter().map(|it| it.rss_kib).collect());
+            let fds = |of: &[&Sample]| median(of.iter().map(|it| it.fds as u64).collect());
+            // Records of finished jobs stay; a leak would not stop at these.
+            if rss(last) > rss(first) * 3 / 2 + (16 << 10) {
+                wrong.push(format!("{name} grew from {} to {} KiB", rss(first), rss(last)));
+            }
+            if fds(last) > fds(first) + 16 {
+                wrong.push(format!("{name} had {} descriptors, then {}", fds(first), fds(last)));
+            }
+        }
+        wrong
+    }
+}
+
+/// The jobs that a node knows; none where it does not answer.
+fn jobs(node: &Node) -> Vec<Value> {
+    let ended = node.p2pit(&["show", "jobs", "--json"]);
+    serde_json::from_str(&ended.stdout).unwrap_or_default()
+}
+
+/// Times that this node took a job over, by its log.
+fn takeovers(node: &Node) -> usize {
+    let log = fs::read_to_string(node.home().join(Path::new("daemon.log"))).unwrap_or_default();
+    log.lines().filter(|line| line.contains("took the job over")).count()
+}
+
+fn median(mut values: Vec<u64>) -> u64 {
+    values.sort_unstable();
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
+fn lock<T>(it: &Mutex<T>) -> MutexGuard<'_, T> {
+    it.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Splitmix64: the same for the same seed, on every machine.
+#[derive(Debug)]
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % end
+    }
+}
