@@ -24,7 +24,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{BufRead as _, BufReader, Write as _},
     os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -186,8 +186,8 @@ struct Soak<'a> {
     lives: Mutex<Vec<Life>>,
     kills: AtomicUsize,
     samples: Mutex<Vec<Sample>>,
-    /// From a kill until another node drove a job.
-    driven_after: Mutex<Vec<Duration>>,
+    /// Seconds from a kill until another node drove a job.
+    driven_after: Mutex<Vec<f64>>,
     is_over: AtomicBool,
     report: PathBuf,
 }
@@ -315,19 +315,18 @@ impl<'a> Soak<'a> {
 
     // ---- killing -----------------------------------------------------------------------
 
-    /// In turns: for a while one daemon stays dead, then all come back soon.
+    /// In turns: for a while all come back soon, then one stays dead.
     fn kill_all_the_time<'scope>(&'scope self, scope: &'scope thread::Scope<'scope, '_>) {
-        let mut is_long = true;
-        while self.began.elapsed() < self.lasts {
-            if is_long {
-                self.leave_one_dead(scope);
-            } else {
-                let until = (self.began.elapsed() + LOOKED_FOR).min(self.lasts);
-                while self.began.elapsed() < until {
-                    self.kill_one(scope, &BTreeSet::new());
-                }
+        let mut until = LOOKED_FOR.min(self.lasts / 4);
+        loop {
+            while self.began.elapsed() < until {
+                self.kill_one(scope, &BTreeSet::new());
             }
-            is_long = !is_long;
+            if until == self.lasts {
+                break;
+            }
+            self.leave_one_dead(scope);
+            until = (self.began.elapsed() + LOOKED_FOR).min(self.lasts);
         }
         wait_until("every daemon is there again", SOON, || {
             lock(&self.lives).iter().all(|life| matches!(life, Life::Up(_))).then_some(())
@@ -364,20 +363,19 @@ impl<'a> Soak<'a> {
         assert!(driven.contains(&witness), "{driven:?}");
 
         self.take_down(victim);
-        let (killed, mut left) = (Instant::now(), driven);
+        let (killed, killed_at, mut left) = (Instant::now(), seconds_of_day(), driven);
         let mut next_kill = killed + KILL_EVERY;
+        let also: BTreeSet<usize> = spared.iter().copied().chain([victim]).collect();
         while !left.is_empty() && killed.elapsed() < LOOKED_FOR {
             if Instant::now() >= next_kill && self.began.elapsed() < self.lasts {
                 next_kill += KILL_EVERY;
-                let mut spared = spared.clone();
-                spared.insert(victim);
-                self.kill_drawn(scope, &spared);
+                self.kill_drawn(scope, &also);
             }
-            for job in jobs(asked) {
-                let Some(id) = job["id"].as_str() else { continue };
-                if left.contains(id) && (job["steward"] != node.name() || job["state"] == "DONE") {
-                    left.remove(id);
-                    lock(&self.driven_after).push(killed.elapsed());
+            // To the millisecond, whatever a command takes.
+            for (job, at) in spared.iter().flat_map(|n| takeovers(&self.nodes[*n])) {
+                let after = (at - killed_at).rem_euclid(DAY_S);
+                if after < LOOKED_FOR.as_secs_f64() && left.remove(&job) {
+                    lock(&self.driven_after).push(after);
                 }
             }
             thread::sleep(Duration::from_millis(250));
@@ -529,15 +527,14 @@ impl<'a> Soak<'a> {
         }
         let samples = lock(&self.samples);
         wrong.extend(self.growth(&samples));
-        let mut driven: Vec<f64> =
-            lock(&self.driven_after).iter().map(Duration::as_secs_f64).collect();
+        let mut driven = lock(&self.driven_after).clone();
         driven.sort_by(f64::total_cmp);
         println!("driven by another node after a kill, in s: {driven:.1?}");
         if driven.last().is_some_and(|last| *last > DRIVEN_WITHIN.as_secs_f64()) {
             wrong.push(format!("a job was driven by nobody for {:.1} s", driven.last().unwrap()));
         }
         assert!(!driven.is_empty(), "no take-over was seen: nothing was tried");
-        let taken_over: usize = self.nodes.iter().map(takeovers).sum();
+        let taken_over: usize = self.nodes.iter().map(|node| takeovers(node).len()).sum();
         println!(
             "{} kills, {} jobs submitted, {} not; {attempts} attempts, {} processes begun, {} \
              take-overs; outcomes {by_outcome:?}",
@@ -630,10 +627,26 @@ fn jobs(node: &Node) -> Vec<Value> {
     serde_json::from_str(&ended.stdout).unwrap_or_default()
 }
 
-/// Times that this node took a job over, by its log.
-fn takeovers(node: &Node) -> usize {
-    let log = fs::read_to_string(node.home().join(Path::new("daemon.log"))).unwrap_or_default();
-    log.lines().filter(|line| line.contains("took the job over")).count()
+/// The jobs that this node took over, and when, in seconds of the day: what its log says.
+fn takeovers(node: &Node) -> Vec<(String, f64)> {
+    let log = fs::read_to_string(node.home().join("daemon.log")).unwrap_or_default();
+    let lines = log.lines().filter(|line| line.contains("took the job over"));
+    let read = |line: &str| {
+        let (_, time) = line.split_once('T')?;
+        let mut parts = time.split_once('Z')?.0.split(':');
+        let mut next = || parts.next()?.parse::<f64>().ok();
+        let at = next()? * 3600.0 + next()? * 60.0 + next()?;
+        let (_, job) = line.split_once("job=")?;
+        Some((job.split(' ').next()?.to_owned(), at))
+    };
+    lines.filter_map(read).collect()
+}
+
+const DAY_S: f64 = 86_400.0;
+
+fn seconds_of_day() -> f64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970");
+    now.as_secs_f64() % DAY_S
 }
 
 fn median(mut values: Vec<u64>) -> u64 {
