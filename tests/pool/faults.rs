@@ -460,12 +460,13 @@ fn add_laptop(world: &mut World) -> Node {
 
 /// All that a home has, but for the key of the node.
 fn wipe(node: &Node) {
-    for entry in fs::read_dir(node.home()).unwrap() {
-        let path = entry.unwrap().path();
+    for entry in fs::read_dir(node.home()).expect("the home can be wiped") {
+        let path = entry.expect("the home can be wiped").path();
         if path.ends_with("node.key") || path.ends_with("p2pit-home") {
             continue;
         }
-        if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.unwrap();
+        if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
+            .expect("the home can be wiped");
     }
 }
 

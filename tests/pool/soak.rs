@@ -19,6 +19,8 @@
 //! P2PIT_SOAK_SECONDS=300 cargo test -p p2pit-tests --test pool -- --nocapture soak::
 //! ```
 
+#![expect(clippy::print_stdout, reason = "a soak is worth its figures")]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File, OpenOptions},
@@ -197,13 +199,16 @@ impl<'a> Soak<'a> {
         let shared = world.shared();
         for name in ["locks", "again"] {
             let path = shared.join(name);
-            fs::create_dir(&path).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            fs::create_dir(&path).expect("the pool's directory can be used");
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
+                .expect("the pool's directory can be used");
         }
         let report = shared.join("report");
-        mknodat(CWD, &report, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        mknodat(CWD, &report, FileType::Fifo, Mode::RUSR, 0)
+            .expect("the pool's directory can be used");
         // Jobs are other users, and see the directory read-only; a FIFO is written all the same.
-        fs::set_permissions(&report, fs::Permissions::from_mode(0o666)).unwrap();
+        fs::set_permissions(&report, fs::Permissions::from_mode(0o666))
+            .expect("the pool's directory can be used");
         let wanted = lasts.as_secs() * JOBS_PER_THREE_SECONDS / 3;
         Self {
             world,
@@ -213,7 +218,7 @@ impl<'a> Soak<'a> {
             began: Instant::now(),
             seed,
             random: Mutex::new(Random(seed)),
-            wanted: usize::try_from(wanted).unwrap(),
+            wanted: usize::try_from(wanted).expect("it is a small number"),
             next: AtomicUsize::new(0),
             submitted: Mutex::default(),
             unsubmitted: Mutex::default(),
@@ -231,9 +236,13 @@ impl<'a> Soak<'a> {
 
     fn hear(&self) {
         // Both ways: it never ends for want of a writer.
-        let report = OpenOptions::new().read(true).write(true).open(&self.report).unwrap();
+        let report = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&self.report)
+            .expect("the pool's directory can be used");
         for line in BufReader::new(report).lines() {
-            let line = line.unwrap();
+            let line = line.expect("the pool's directory can be used");
             let words: Vec<&str> = line.split(' ').collect();
             let mut heard = lock(&self.heard);
             let number = |n: usize| words.get(n).and_then(|word| word.parse::<u32>().ok());
@@ -246,7 +255,8 @@ impl<'a> Soak<'a> {
                     heard.told.entry(it).or_default().codes.push(code);
                     if code != 0 {
                         // The next attempt does better.
-                        File::create(self.world.shared().join(format!("again/{}", it.0))).unwrap();
+                        File::create(self.world.shared().join(format!("again/{}", it.0)))
+                            .expect("the pool's directory can be used");
                     }
                 }
                 _ => heard.twice.push(line),
@@ -255,25 +265,30 @@ impl<'a> Soak<'a> {
     }
 
     fn stop_listening(&self) {
-        OpenOptions::new().write(true).open(&self.report).unwrap().write_all(b"stop\n").unwrap();
+        OpenOptions::new()
+            .write(true)
+            .open(&self.report)
+            .expect("the pool's directory can be used")
+            .write_all(b"stop\n")
+            .expect("the pool's directory can be used");
     }
 
     // ---- submitting --------------------------------------------------------------------
 
     fn submit_all(&self) {
-        let every = self.lasts / u32::try_from(self.wanted).unwrap();
+        let every = self.lasts / u32::try_from(self.wanted).expect("it is a small number");
         loop {
             let tag = self.next.fetch_add(1, Ordering::Relaxed);
             if tag >= self.wanted {
                 return;
             }
-            let due = self.began + every * u32::try_from(tag).unwrap();
+            let due = self.began + every * u32::try_from(tag).expect("it is a small number");
             thread::sleep(due.saturating_duration_since(Instant::now()));
             // Of its own: the jobs do not depend on who came first.
             let mut random = Random(self.seed.rotate_left(32) ^ tag as u64);
             let wanted = Wanted::drawn(tag, &mut random);
             let at = random.below(NODES as u64 + 1);
-            let at = usize::try_from(at).unwrap();
+            let at = usize::try_from(at).expect("it is a small number");
             let is_up = |at: usize| matches!(lock(&self.lives)[at], Life::Up(_));
             let node = self.nodes.get(at).filter(|_| is_up(at)).unwrap_or(&self.watcher);
             self.submit(node, wanted);
@@ -285,8 +300,9 @@ impl<'a> Soak<'a> {
         let Wanted { tag, ranks, code, retries, lines, left, nap_ms } = &wanted;
         for rank in 0..*ranks {
             let lock = self.world.shared().join(format!("locks/{tag}.{rank}"));
-            File::create(&lock).unwrap();
-            fs::set_permissions(&lock, fs::Permissions::from_mode(0o644)).unwrap();
+            File::create(&lock).expect("the pool's directory can be used");
+            fs::set_permissions(&lock, fs::Permissions::from_mode(0o644))
+                .expect("the pool's directory can be used");
         }
         let (title, request) = (format!("Job {tag}"), format!("{ranks}:[v100]"));
         let nap = format!("{}.{:03}", nap_ms / 1000, nap_ms % 1000);
@@ -339,10 +355,11 @@ impl<'a> Soak<'a> {
         wait_until("every daemon is there", SOON, || {
             lock(&self.lives).iter().all(|life| matches!(life, Life::Up(_))).then_some(())
         });
-        let victim = usize::try_from(lock(&self.random).below(NODES as u64)).unwrap();
+        let victim =
+            usize::try_from(lock(&self.random).below(NODES as u64)).expect("it is a small number");
         let node = &self.nodes[victim];
         let tag = self.wanted + 1000 + self.kills.load(Ordering::Relaxed);
-        let nap_ms = u64::try_from(LOOKED_FOR.as_millis()).unwrap();
+        let nap_ms = u64::try_from(LOOKED_FOR.as_millis()).expect("it is a small number");
         let witness = Wanted { tag, ranks: 1, code: 0, retries: 0, lines: 3, left: 3, nap_ms };
         let witness = self.submit(node, witness).expect("nobody was killed");
         let keepers = |job: &Value| -> BTreeSet<String> {
@@ -497,7 +514,8 @@ impl<'a> Soak<'a> {
                 continue;
             };
             let outcome = job["outcome"].as_str().unwrap_or_default().to_owned();
-            let attempt = u32::try_from(job["attempt"].as_u64().unwrap_or_default()).unwrap();
+            let attempt = u32::try_from(job["attempt"].as_u64().unwrap_or_default())
+                .expect("it is a small number");
             attempts += attempt;
             let told =
                 |rank| lock(&self.heard).told.get(&(*tag, rank)).cloned().unwrap_or_default();
@@ -530,8 +548,8 @@ impl<'a> Soak<'a> {
         let mut driven = lock(&self.driven_after).clone();
         driven.sort_by(f64::total_cmp);
         println!("driven by another node after a kill, in s: {driven:.1?}");
-        if driven.last().is_some_and(|last| *last > DRIVEN_WITHIN.as_secs_f64()) {
-            wrong.push(format!("a job was driven by nobody for {:.1} s", driven.last().unwrap()));
+        if let Some(last) = driven.last().filter(|last| **last > DRIVEN_WITHIN.as_secs_f64()) {
+            wrong.push(format!("a job was driven by nobody for {last:.1} s"));
         }
         assert!(!driven.is_empty(), "no take-over was seen: nothing was tried");
         let taken_over: usize = self.nodes.iter().map(|node| takeovers(node).len()).sum();

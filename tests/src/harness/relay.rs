@@ -194,7 +194,7 @@ fn carry(device: &OwnedFd, shared: &Shared) {
                     return Duration::ZERO;
                 }
                 let jitter = u64::try_from(delay.jitter.as_micros()).unwrap_or(u64::MAX);
-                let more = (random >> 32) * jitter.min(u64::from(u32::MAX)) >> 32;
+                let more = ((random >> 32) * jitter.min(u64::from(u32::MAX))) >> 32;
                 delay.by + Duration::from_micros(more)
             });
             waiting.insert((Instant::now() + late, count), packet.to_vec());

@@ -37,6 +37,13 @@ struct Machine {
     boots: u32,
 }
 
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Somebody may still have the node.
+        self.place.switch_off();
+    }
+}
+
 impl Deref for World {
     type Target = Pool;
 
@@ -224,6 +231,12 @@ impl World {
     #[must_use]
     pub fn relayed(&self) -> Option<(u64, u64)> {
         self.relay.as_ref().map(Relay::carried)
+    }
+
+    /// The rules that cut and lose, with their counts, and the lines: for people.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        format!("{}\n{}", self.router.rules(), self.router.lines_now())
     }
 
     /// The daemon of this node stands still.
