@@ -371,7 +371,7 @@ async fn lay_out(
     let (store, spec, assignment) = (shared.store.clone(), spec.clone(), assignment.clone());
     let job_dir = shared.job_dir(id.job);
     tokio::task::spawn_blocking(move || {
-        let prepared = workspace.prepare(&store, &spec, &assignment)?;
+        let prepared = workspace.prepare(&store, &spec, &assignment, None)?;
         // Not synced: after a loss of power the process is gone, and so is what this is for.
         let path = job_dir.join(SPEC_FILE);
         std::fs::write(&path, wire::encode(&spec.signed))
