@@ -78,12 +78,11 @@ impl Chunks {
     ///
     /// # Errors
     /// Where no piece begins like this.
-    pub fn next(&mut self) -> Result<Option<Chunk>, Malformed> {
+    pub fn pop(&mut self) -> Result<Option<Chunk>, Malformed> {
         let rest = &self.buffer[self.taken..];
         let Some((head, rest)) = rest.split_first_chunk::<HEAD_BYTES>() else { return Ok(None) };
-        let number = |at: usize| {
-            u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]])
-        };
+        let number =
+            |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
         let length = number(8) as usize;
         if length > CHUNK_BYTES_MAX {
             return Err(Malformed);
@@ -111,7 +110,7 @@ mod tests {
             let (mut chunks, mut came) = (Chunks::default(), Vec::new());
             for piece in stream.chunks(size) {
                 chunks.push(piece);
-                while let Some(chunk) = chunks.next().unwrap() {
+                while let Some(chunk) = chunks.pop().unwrap() {
                     came.push(chunk);
                 }
             }
@@ -123,6 +122,6 @@ mod tests {
     fn a_piece_that_is_too_long_is_none() {
         let mut chunks = Chunks::default();
         chunks.push(&[0xff; HEAD_BYTES]);
-        assert_eq!(chunks.next(), Err(Malformed));
+        assert_eq!(chunks.pop(), Err(Malformed));
     }
 }

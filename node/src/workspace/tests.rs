@@ -104,7 +104,10 @@ fn what_a_rank_keeps_is_taken_while_it_runs_and_the_next_attempt_begins_with_it(
     let resumed = Resumed { keep: Some(second.tree), notes: vec!["keep/ is of attempt 1".into()] };
     let (store, assignment) = (&node.store, &rank.assignment);
     rank.workspace.prepare(store, &rank.spec, assignment, Some(&resumed)).unwrap();
-    assert_eq!((rank.read("keep/base"), rank.read("keep/checkpoint")), ("b".into(), "step 1".into()));
+    assert_eq!(
+        (rank.read("keep/base"), rank.read("keep/checkpoint")),
+        ("b".into(), "step 1".into())
+    );
     assert!(rank.read("log").contains("[prepare] keep/ is of attempt 1"), "{}", rank.read("log"));
     // Where nothing of an earlier attempt is to be had, it begins as the first did.
     let resumed = Resumed { keep: None, notes: vec!["it cannot be had".into()] };
