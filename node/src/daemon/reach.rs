@@ -48,10 +48,12 @@ const RETRY_MS: (u64, u64) = (500, 60_000);
 /// How often members out of reach are looked at.
 const TEND_EVERY: Duration = Duration::from_secs(2);
 /// Lanes of a node's connections: for what is short or looked at, for what jobs need, and
-/// for what people copy.
+/// for what people copy; the last below.
 const TALK: u8 = 0;
 const BULK: u8 = 1;
 const COPY: u8 = 2;
+/// For logs that are followed: they stay open, and a connection has only so many.
+const LOGS: u8 = 3;
 
 /// Why a node could not be asked; the text is what it is called.
 #[derive(Debug, thiserror::Error)]
@@ -349,6 +351,15 @@ impl Shared {
         self.open_in(BULK, peer, question).await
     }
 
+    /// As [`Self::open`], for a keeper that follows a log.
+    pub(super) async fn open_tail(
+        &self,
+        peer: PeerId,
+        question: &Request,
+    ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
+        self.open_in(LOGS, peer, question).await
+    }
+
     async fn open_in(
         &self,
         lane: u8,
@@ -386,7 +397,24 @@ impl Shared {
         let mut sources: Vec<PeerId> = keepers.map(|(keeper, _)| *keeper).collect();
         // A value that cannot be read gives nobody else; the keepers will say so.
         sources.extend(certificate.value().map(|value| value.body.nodes()).unwrap_or_default());
-        let named = self.others(sources);
+        let request =
+            Request::Inputs { spec: spec.signed.clone(), certificate: certificate.clone() };
+        self.bring_tree(&request, sources, root, is_wanted).await?;
+        // The daemon is ending if nobody listens.
+        let _ = self.act(move |peer, _| peer.tree_stored(root)).await;
+        Ok(())
+    }
+
+    /// Have every blob of a tree here, as this request lets us: from the `named` nodes, and
+    /// where none of them has it from any other that can be reached.
+    pub(super) async fn bring_tree<W: Future<Output = bool> + Send>(
+        self: &Arc<Self>,
+        request: &Request,
+        named: Vec<PeerId>,
+        root: BlobId,
+        is_wanted: impl Fn() -> W + Sync,
+    ) -> Result<(), FetchError> {
+        let named = self.others(named);
         let connected = self.act(|peer, _| peer.board().connected().collect::<Vec<_>>()).await;
         let others: Vec<PeerId> = self
             .others(connected.unwrap_or_default())
@@ -394,10 +422,7 @@ impl Shared {
             .filter(|node| !named.contains(node))
             .collect();
         let from = |sources: &[PeerId], blobs: Blobs| Fetch {
-            request: Request::Inputs {
-                spec: spec.signed.clone(),
-                certificate: certificate.clone(),
-            },
+            request: request.clone(),
             gated: true,
             sources: sources.to_vec(),
             blobs,
@@ -424,8 +449,6 @@ impl Shared {
         let blobs = tokio::task::spawn_blocking(move || push::blobs_of(&store, root)).await;
         let blobs = blobs.map_err(|e| FetchError::Here(e.into()))?.map_err(FetchError::Here)?;
         bring(Blobs::Known(blobs)).await?;
-        // The daemon is ending if nobody listens.
-        let _ = self.act(move |peer, _| peer.tree_stored(root)).await;
         Ok(())
     }
 
