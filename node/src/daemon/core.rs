@@ -296,7 +296,7 @@ fn on_network(state: &mut State, event: network::Event, now: Now, writes: &mut W
                 network.report_gossip(id, acceptance);
             }
         }
-        network::Event::ListenAddrs(_) => {}
+        network::Event::ListenAddrs(_) | network::Event::Relays(_) => {}
     }
 }
 

@@ -255,7 +255,7 @@ async fn meet(
     let control =
         if control.is_empty() { ask_control(shared, peer, &data).await? } else { control };
     if let Some(network) = shared.network() {
-        network.dial(peer, control);
+        network.dial(peer, control, Vec::new());
     }
     Ok(())
 }
