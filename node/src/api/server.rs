@@ -57,6 +57,7 @@ use crate::{
         BlobStore, Pace,
         exchange::{self, Source},
         frame,
+        stream::RecvStream,
     },
 };
 
@@ -872,8 +873,8 @@ async fn recover(
 async fn open_gate(
     shared: &Shared,
     node: PeerId,
-    mut receive: quinn::RecvStream,
-) -> Result<quinn::RecvStream, Failure> {
+    mut receive: RecvStream,
+) -> Result<RecvStream, Failure> {
     match frame::read_message::<Gate>(&mut receive, usize::MAX).await {
         Ok(gate) => gate.pass().map(|()| receive).map_err(Failure::request),
         Err(reason) => Err(ReachError::Answer(shared.label(node), reason).into()),
@@ -882,10 +883,10 @@ async fn open_gate(
 
 // ---- streams and errors ---------------------------------------------------------------
 
-fn rest_of(receive: quinn::RecvStream) -> impl Stream<Item = anyhow::Result<Bytes>> + Send {
+fn rest_of(receive: RecvStream) -> impl Stream<Item = anyhow::Result<Bytes>> + Send {
     stream::try_unfold(receive, |mut receive| async {
-        let chunk = receive.read_chunk(256 << 10, true).await?;
-        Ok(chunk.map(|chunk| (chunk.bytes, receive)))
+        let chunk = receive.read_some(256 << 10).await?;
+        Ok(chunk.map(|chunk| (chunk, receive)))
     })
 }
 

@@ -355,6 +355,7 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
             };
             shared.remember_addresses(node, &posted.advert, posted.item.signed());
             shared.reach_changed.notify_one();
+            shared.standing.changed.notify_one();
         }
     }
 }

@@ -31,9 +31,8 @@ pub const RELAYED_BYTES_PER_S: u64 = 4 << 20;
 /// Of one tunnel: written, and not on its way yet.
 const PIPE_BYTES: usize = 64 << 10;
 
-static RELAYED: LazyLock<Pace> = LazyLock::new(|| {
-    NonZeroU64::new(RELAYED_BYTES_PER_S).map_or_else(Pace::unlimited, Pace::of)
-});
+static RELAYED: LazyLock<Pace> =
+    LazyLock::new(|| NonZeroU64::new(RELAYED_BYTES_PER_S).map_or_else(Pace::unlimited, Pace::of));
 
 type Carrier = Compat<libp2p::Stream>;
 
@@ -125,6 +124,14 @@ impl SendStream {
             Sending::Quic(stream) => Ok(stream.set_priority(priority)?),
             Sending::Tunnel(_) => Ok(()),
         }
+    }
+
+    /// Writes all of it.
+    ///
+    /// # Errors
+    /// The stream broke, or the other side wants no more.
+    pub async fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        tokio::io::AsyncWriteExt::write_all(self, bytes).await
     }
 
     /// Nothing more will be written. What was is delivered, if the connection lives.
