@@ -37,12 +37,16 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use futures::StreamExt as _;
 use p2pit_protocol::{PeerId, PoolId, identity::KeyPair};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tracing::debug;
 
 use self::{behaviour::TUNNEL_PROTOCOL, driver::Driver};
-use crate::{daemon::bundle::BUNDLE_BYTES_MAX, transfer::endpoint::to_libp2p};
+use crate::{
+    daemon::bundle::BUNDLE_BYTES_MAX,
+    transfer::endpoint::{from_libp2p, to_libp2p},
+};
 
 pub use self::lan::{Announcement, Found, Lan, LanEvent, browse_once};
 
@@ -109,6 +113,65 @@ pub struct Standing {
 pub enum Punch {
     Open,
     Shut(String),
+}
+
+/// A stream of a connection of the control plane, for requests of the data plane.
+#[derive(Debug)]
+pub struct Tunnel {
+    pub stream: libp2p::Stream,
+    /// It may go through a relay.
+    pub relayed: bool,
+    /// To be kept with the stream.
+    pub in_use: InUse,
+}
+
+/// While it lives no connection to the peer is let go of for a better one.
+pub struct InUse {
+    shared: Arc<Shared>,
+    peer: PeerId,
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let mut tunnels = lock(&self.shared.tunnels);
+        if let Some(count) = tunnels.get_mut(&self.peer) {
+            *count -= 1;
+            if *count == 0 {
+                tunnels.remove(&self.peer);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for InUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InUse").field("peer", &self.peer).finish_non_exhaustive()
+    }
+}
+
+/// Tunnels as others open them.
+pub struct Tunnels {
+    incoming: libp2p_stream::IncomingStreams,
+    network: Network,
+}
+
+impl fmt::Debug for Tunnels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tunnels").finish_non_exhaustive()
+    }
+}
+
+impl Tunnels {
+    /// Who opened the next one; `None` once the network has ended.
+    pub async fn next(&mut self) -> Option<(PeerId, Tunnel)> {
+        loop {
+            let (peer, stream) = self.incoming.next().await?;
+            if let Some(peer) = from_libp2p(&peer) {
+                let in_use = self.network.in_use(peer);
+                return Some((peer, self.network.tunnel(in_use, stream)));
+            }
+        }
+    }
 }
 
 /// What the network has to say.
@@ -247,18 +310,31 @@ impl Network {
     ///
     /// # Errors
     /// It is not connected, or does not answer.
-    pub async fn open_tunnel(&self, peer: PeerId) -> io::Result<libp2p::Stream> {
+    pub async fn open_tunnel(&self, peer: PeerId) -> io::Result<Tunnel> {
         if self.route(peer).is_none() {
             return Err(io::Error::new(io::ErrorKind::NotConnected, "no connection"));
         }
+        let in_use = self.in_use(peer);
         let mut streams = self.streams.clone();
         let opened = streams.open_stream(to_libp2p(peer), TUNNEL_PROTOCOL).await;
-        opened.map_err(io::Error::other)
+        let stream = opened.map_err(io::Error::other)?;
+        Ok(self.tunnel(in_use, stream))
     }
 
     /// What members open with [`Self::open_tunnel`]; once.
-    pub fn take_tunnels(&self) -> Option<libp2p_stream::IncomingStreams> {
-        self.streams.clone().accept(TUNNEL_PROTOCOL).ok()
+    pub fn take_tunnels(&self) -> Option<Tunnels> {
+        let incoming = self.streams.clone().accept(TUNNEL_PROTOCOL).ok()?;
+        Some(Tunnels { incoming, network: self.clone() })
+    }
+
+    fn tunnel(&self, in_use: InUse, stream: libp2p::Stream) -> Tunnel {
+        let relayed = !matches!(self.route(in_use.peer), Some(Route::Direct(_)));
+        Tunnel { stream, relayed, in_use }
+    }
+
+    fn in_use(&self, peer: PeerId) -> InUse {
+        *lock(&self.shared.tunnels).entry(peer).or_default() += 1;
+        InUse { shared: Arc::clone(&self.shared), peer }
     }
 
     /// The daemon's judgement, within seconds: later, gossip is forgotten unjudged.
@@ -324,6 +400,8 @@ struct Shared {
     routes: Mutex<BTreeMap<PeerId, Route>>,
     relays: Mutex<Vec<PeerId>>,
     punches: Mutex<BTreeMap<PeerId, Punch>>,
+    /// How many go on with each peer.
+    tunnels: Mutex<BTreeMap<PeerId, usize>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

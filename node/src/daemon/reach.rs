@@ -29,7 +29,7 @@ use super::{
     serve::{self, MANIFEST_BYTES_MAX, Request},
 };
 use crate::{
-    network::{Announcement, Lan, LanEvent, Network, RELAYS_MAX, Relay, Route},
+    network::{Announcement, Lan, LanEvent, Network, RELAYS_MAX, Relay},
     transfer::{
         endpoint::{Connection, DATA, DOOR},
         frame, store,
@@ -376,7 +376,8 @@ impl Shared {
         let Some((network, route)) = network.zip(route) else {
             return dialled.await.map(Path::Own).map_err(|e| unreachable(e.into()));
         };
-        let tunnel = Path::Tunnel(network, matches!(route, Route::Relayed(_)));
+        debug!(%peer, ?route, "no connection of its own yet");
+        let tunnel = Path::Tunnel(network);
         let patience = self.shut.patience(peer, lane, Instant::now());
         if patience.is_zero() {
             return Ok(tunnel);
@@ -408,8 +409,7 @@ impl Shared {
     /// Has a member that cannot be dialled dial this node.
     async fn ask_back(&self, peer: PeerId, lane: u8) -> anyhow::Result<Connection> {
         let network = self.network().context("there is no network")?;
-        let relayed = matches!(network.route(peer), Some(Route::Relayed(_)));
-        let (mut send, mut receive) = stream::tunnel(network.open_tunnel(peer).await?, relayed);
+        let (mut send, mut receive) = stream::tunnel(network.open_tunnel(peer).await?);
         frame::write_message(&mut send, &Request::ConnectBack { lane }).await?;
         send.finish()?;
         let connected: Result<(), String> = frame::read_message(&mut receive, usize::MAX).await?;
@@ -426,9 +426,9 @@ impl Shared {
                     connection.open_bi().await.map_err(|e| unreachable(e.into()))?;
                 Ok((send.into(), receive.into()))
             }
-            Path::Tunnel(network, relayed) => {
+            Path::Tunnel(network) => {
                 let opened = network.open_tunnel(peer).await;
-                Ok(stream::tunnel(opened.map_err(|e| unreachable(e.into()))?, relayed))
+                Ok(stream::tunnel(opened.map_err(|e| unreachable(e.into()))?))
             }
         }
     }
@@ -613,8 +613,8 @@ pub(super) async fn connect_back(
 /// How a question goes to a member.
 enum Path {
     Own(Connection),
-    /// Through a connection of the control plane; of a relay, if so.
-    Tunnel(Network, bool),
+    /// Through a connection of the control plane.
+    Tunnel(Network),
 }
 
 /// Members with whom no connection of the data plane comes about, and since when.

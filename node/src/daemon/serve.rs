@@ -13,7 +13,6 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use futures::StreamExt as _;
 use p2pit_protocol::{
     BlobId, JobId, Now, Peer, PeerId, UserId,
     door::{self, Hello},
@@ -33,9 +32,9 @@ use crate::{
         types::{GpuReading, JobFiles, Surveyed},
     },
     gpu,
-    network::{Network, Route},
+    network::Network,
     transfer::{
-        endpoint::{Connection, DATA, DOOR, Incoming, from_libp2p},
+        endpoint::{Connection, DATA, DOOR, Incoming},
         exchange::{self, Ask, OpenBlob, Source},
         frame,
         store::BlobStore,
@@ -230,19 +229,18 @@ fn begin(
 pub(super) async fn tunnels(shared: Arc<Shared>, network: Network) {
     let Some(mut tunnels) = network.take_tunnels() else { return };
     let room = Arc::new(Semaphore::new(TUNNELS_MAX));
-    while let Some((from, stream)) = tunnels.next().await {
-        let Some(from) = from_libp2p(&from).filter(|from| shared.is_member(*from)) else {
+    while let Some((from, tunnel)) = tunnels.next().await {
+        if !shared.is_member(from) {
             continue;
-        };
+        }
         let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
             debug!(%from, "too many tunnels");
             continue;
         };
-        let is_relayed = !matches!(network.route(from), Some(Route::Direct(_)));
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {
             let _permit = permit;
-            let (send, receive) = stream::tunnel(stream, is_relayed);
+            let (send, receive) = stream::tunnel(tunnel);
             if let Err(reason) = answer(&shared, from, send, receive, None).await {
                 debug!(%from, reason = format!("{reason:#}"), "request not answered");
             }

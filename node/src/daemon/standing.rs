@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     network::{Network, Relay, Route, Standing as Stand},
-    transfer::endpoint::{Connection, DOOR},
+    transfer::endpoint::Connection,
 };
 
 /// Members that are asked.
@@ -48,8 +48,6 @@ const CONFIRM_AFTER: Duration = Duration::from_secs(1);
 const PROBE_PATIENCE: Duration = Duration::from_secs(3);
 /// Probes for others at once; each dials three ports.
 const PROBES_MAX: usize = 16;
-/// What libp2p speaks over QUIC.
-const LIBP2P_ALPN: &[u8] = b"libp2p";
 
 /// What is known of it.
 #[derive(Debug)]
@@ -174,9 +172,9 @@ pub(super) async fn probe(
     let at = |port| SocketAddr::new(ip, port);
     let endpoint = &shared.endpoint;
     let (control, tcp, data) = tokio::join!(
-        endpoint.probe(from, at(ports.control), LIBP2P_ALPN, PROBE_PATIENCE),
+        endpoint.probe_control(at(ports.control), PROBE_PATIENCE),
         dial_tcp(at(ports.control)),
-        endpoint.probe(from, at(ports.data), DOOR.alpn, PROBE_PATIENCE),
+        endpoint.probe(from, at(ports.data), PROBE_PATIENCE),
     );
     let wall_ms = clock::now().wall_ms;
     Probed { seen, control: Some(control), tcp: Some(tcp), data: Some(data), wall_ms }

@@ -644,7 +644,9 @@ impl Driver {
             debug!(%to, "a message has waited too long");
             self.emit(Event::Undeliverable { to });
         }
-        let needless: Vec<_> = self.peers.values().flat_map(|peer| peer.needless(now)).collect();
+        let tunnels = lock(&self.shared.tunnels).clone();
+        let free = self.peers.iter().filter(|(peer, _)| !tunnels.contains_key(*peer));
+        let needless: Vec<_> = free.flat_map(|(_, peer)| peer.needless(now)).collect();
         for id in needless {
             self.swarm.close_connection(id);
         }

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::{AsyncReadExt as _, AsyncWriteExt as _, StreamExt as _};
+use futures::{AsyncReadExt as _, AsyncWriteExt as _};
 use p2pit_protocol::{PeerId, PoolId, identity::KeyPair};
 use tokio::{sync::mpsc, time::timeout};
 
@@ -104,12 +104,15 @@ async fn who_has_a_relay_is_reached_through_it_and_then_directly() {
 
     let mut tunnels = bob.network.take_tunnels().unwrap();
     let mut there = alice.network.open_tunnel(bob.id).await.unwrap();
-    there.write_all(b"through").await.unwrap();
-    there.close().await.unwrap();
-    let (_, mut here) = tunnels.next().await.unwrap();
+    assert!(there.relayed);
+    there.stream.write_all(b"through").await.unwrap();
+    there.stream.close().await.unwrap();
+    let (from, mut here) = tunnels.next().await.unwrap();
+    assert!(from == alice.id && here.relayed);
     let mut read = Vec::new();
-    here.read_to_end(&mut read).await.unwrap();
+    here.stream.read_to_end(&mut read).await.unwrap();
     assert_eq!(read, b"through");
+    drop((here, there));
 
     // Nothing is in the way here: the hole that is punched opens, and the relay is left out.
     for (from, to) in [(&alice, &bob), (&bob, &alice)] {

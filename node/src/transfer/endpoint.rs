@@ -28,8 +28,8 @@ use futures::{
 };
 use p2pit_protocol::{PeerId, identity::KeyPair};
 use quinn::{
-    ClientConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig,
-    VarInt,
+    ClientConfig, ConnectionError, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
+    TransportConfig, TransportErrorCode, VarInt,
     crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig},
     rustls::pki_types::CertificateDer,
 };
@@ -89,6 +89,11 @@ const FIRST_WINDOW_BYTES: u32 = 1 << 20;
 const MTU_MAX: u16 = 6000;
 /// Not looked up or verified by anybody: identities are in the certificates.
 const SERVER_NAME: &str = "p2pit";
+
+/// Spoken by nobody.
+const PROBE_ALPN: &[u8] = b"p2pit/probe";
+/// TLS's alert `no_application_protocol`.
+const NO_SUCH_PROTOCOL: u8 = 120;
 
 const CLOSE_DONE: VarInt = VarInt::from_u32(0);
 const CLOSE_REFUSED: VarInt = VarInt::from_u32(1);
@@ -290,9 +295,9 @@ impl Endpoint {
         }
     }
 
-    /// Whether `peer` answers at an address under a protocol of anybody's, to one who comes
-    /// from a port that nothing was sent from before: so no NAT lets it through for old times'
-    /// sake. The connection is closed again.
+    /// Whether `peer` answers at the address of its door to one who comes from a port that
+    /// nothing was sent from before: so no NAT lets it through for old times' sake. The
+    /// connection is closed again.
     ///
     /// # Errors
     /// Why not.
@@ -300,32 +305,60 @@ impl Endpoint {
         &self,
         peer: PeerId,
         addr: SocketAddr,
-        alpn: &[u8],
         patience: Duration,
     ) -> Result<(), String> {
-        let mut tls = tls::client(&self.shared.identity).map_err(|e| e.to_string())?;
+        match self.knock_anew(addr, DOOR.alpn, patience).await {
+            Ok(Some(found)) if found == peer => Ok(()),
+            Ok(_) => Err("somebody else answers there".to_owned()),
+            Err(Knocked::NotSpoken) => Err("it is no door".to_owned()),
+            Err(Knocked::Failed(reason)) => Err(reason),
+        }
+    }
+
+    /// As [`Self::probe`], of the control plane: whether anybody answers there who speaks QUIC.
+    /// It is asked for a protocol that nobody has, so that it is no connection to them.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn probe_control(&self, addr: SocketAddr, patience: Duration) -> Result<(), String> {
+        match self.knock_anew(addr, PROBE_ALPN, patience).await {
+            Ok(_) | Err(Knocked::NotSpoken) => Ok(()),
+            Err(Knocked::Failed(reason)) => Err(reason),
+        }
+    }
+
+    async fn knock_anew(
+        &self,
+        addr: SocketAddr,
+        alpn: &[u8],
+        patience: Duration,
+    ) -> Result<Option<PeerId>, Knocked> {
+        let mut tls = tls::client(&self.shared.identity).map_err(Knocked::failed)?;
         tls.alpn_protocols = vec![alpn.to_vec()];
-        let crypto = QuicClientConfig::try_from(tls).map_err(|e| e.to_string())?;
+        let crypto = QuicClientConfig::try_from(tls).map_err(Knocked::failed)?;
         let config = ClientConfig::new(Arc::new(crypto));
         let local = match addr {
             SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
             SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
         };
-        let endpoint = quinn::Endpoint::client(local).map_err(|e| e.to_string())?;
+        let endpoint = quinn::Endpoint::client(local).map_err(Knocked::failed)?;
         let connecting =
-            endpoint.connect_with(config, addr, SERVER_NAME).map_err(|e| e.to_string())?;
+            endpoint.connect_with(config, addr, SERVER_NAME).map_err(Knocked::failed)?;
         let quinn = match timeout(patience, connecting).await {
-            Ok(connected) => connected.map_err(|e| e.to_string())?,
-            Err(_elapsed) => return Err("no answer".to_owned()),
+            Ok(Ok(quinn)) => quinn,
+            Ok(Err(ConnectionError::ConnectionClosed(closed)))
+                if closed.error_code == TransportErrorCode::crypto(NO_SUCH_PROTOCOL) =>
+            {
+                return Err(Knocked::NotSpoken);
+            }
+            Ok(Err(reason)) => return Err(Knocked::failed(reason)),
+            Err(_elapsed) => return Err(Knocked::failed("no answer")),
         };
         let found = peer_of(&quinn);
         quinn.close(CLOSE_DONE, b"probed");
         // It has been told, or does not listen.
         let _ = timeout(CLOSE_WAIT, endpoint.wait_idle()).await;
-        match found {
-            Some(found) if found == peer => Ok(()),
-            _ => Err("somebody else answers there".to_owned()),
-        }
+        Ok(found)
     }
 
     /// The next connection from outside; `None` once the endpoint is closed.
@@ -541,6 +574,19 @@ impl Dial {
                 ))
             }
         }
+    }
+}
+
+/// Why a probe ended without a connection.
+enum Knocked {
+    /// Somebody answers, who does not speak the protocol.
+    NotSpoken,
+    Failed(String),
+}
+
+impl Knocked {
+    fn failed(reason: impl fmt::Display) -> Self {
+        Self::Failed(reason.to_string())
     }
 }
 
@@ -802,8 +848,6 @@ fn canonical(addr: SocketAddr) -> SocketAddr {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use quinn::ConnectionError;
-
     use super::*;
     use crate::transfer::{
         Pace,
@@ -944,12 +988,16 @@ mod tests {
         let (alice, bob) = (bind(1, LOCAL), bind(2, LOCAL));
         let at = bob.local_addr().unwrap();
         let patience = Duration::from_millis(300);
-        alice.probe(peer(2), at, DOOR.alpn, patience).await.unwrap();
-        let other = alice.probe(peer(3), at, DOOR.alpn, patience).await.unwrap_err();
+        alice.probe(peer(2), at, patience).await.unwrap();
+        let other = alice.probe(peer(3), at, patience).await.unwrap_err();
         assert_eq!(other, "somebody else answers there");
-        let silent = UdpSocket::bind(LOCAL).unwrap().local_addr().unwrap();
-        let none = alice.probe(peer(2), silent, DOOR.alpn, patience).await.unwrap_err();
-        assert!(!none.is_empty());
+        alice.probe_control(at, patience).await.unwrap();
+        assert!(bob.accept().now_or_never().flatten().is_some(), "the one that was closed");
+        assert!(bob.accept().now_or_never().is_none(), "what is not spoken is no connection");
+        let silent = UdpSocket::bind(LOCAL).unwrap();
+        let silent = silent.local_addr().unwrap();
+        assert_eq!(alice.probe(peer(2), silent, patience).await.unwrap_err(), "no answer");
+        assert_eq!(alice.probe_control(silent, patience).await.unwrap_err(), "no answer");
     }
 
     #[tokio::test]

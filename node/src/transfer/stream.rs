@@ -9,7 +9,7 @@ use std::{
     io,
     num::NonZeroU64,
     pin::Pin,
-    sync::LazyLock,
+    sync::{Arc, LazyLock},
     task::{Context, Poll},
 };
 
@@ -25,6 +25,7 @@ use tokio::{
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt as _};
 
 use super::Pace;
+use crate::network::{InUse, Tunnel};
 
 /// What all tunnels through relays of this node may send together, in bytes per second.
 pub const RELAYED_BYTES_PER_S: u64 = 4 << 20;
@@ -43,12 +44,12 @@ pub struct SendStream(Sending);
 #[derive(Debug)]
 enum Sending {
     Quic(quinn::SendStream),
-    Tunnel(Tunnel),
+    Tunnel(Piped),
 }
 
 /// What is written goes through a pipe to a task, so that its end needs no waiting.
 #[derive(Debug)]
-struct Tunnel {
+struct Piped {
     /// `None` once nothing more is to come.
     pipe: Option<DuplexStream>,
     /// Its sender is gone once nothing more is carried.
@@ -63,13 +64,16 @@ pub struct RecvStream(Receiving);
 #[derive(Debug)]
 enum Receiving {
     Quic(quinn::RecvStream),
-    Tunnel(ReadHalf<Carrier>),
+    /// Held for as long as it is read.
+    Tunnel(ReadHalf<Carrier>, #[expect(dead_code, reason = "it counts while it lives")] Arc<InUse>),
 }
 
-/// A tunnel as a pair of streams; `relayed` ones share [`RELAYED_BYTES_PER_S`]. Must be called
-/// within a runtime.
+/// A tunnel as a pair of streams; those through relays share [`RELAYED_BYTES_PER_S`]. Must be
+/// called within a runtime.
 #[must_use]
-pub fn tunnel(stream: libp2p::Stream, relayed: bool) -> (SendStream, RecvStream) {
+pub fn tunnel(Tunnel { stream, relayed, in_use }: Tunnel) -> (SendStream, RecvStream) {
+    let in_use = Arc::new(in_use);
+    let held = Arc::clone(&in_use);
     let (read, write) = tokio::io::split(stream.compat());
     let (pipe, piped) = tokio::io::duplex(PIPE_BYTES);
     let (carries, carried) = watch::channel(());
@@ -77,10 +81,10 @@ pub fn tunnel(stream: libp2p::Stream, relayed: bool) -> (SendStream, RecvStream)
         if let Err(reason) = carry(piped, write, relayed).await {
             tracing::debug!(%reason, "a tunnel broke");
         }
-        drop(carries);
+        drop((carries, held));
     });
-    let tunnel = Tunnel { pipe: Some(pipe), carried, carrier: task.abort_handle() };
-    (SendStream(Sending::Tunnel(tunnel)), RecvStream(Receiving::Tunnel(read)))
+    let piped = Piped { pipe: Some(pipe), carried, carrier: task.abort_handle() };
+    (SendStream(Sending::Tunnel(piped)), RecvStream(Receiving::Tunnel(read, in_use)))
 }
 
 async fn carry(
@@ -179,9 +183,7 @@ impl AsyncWrite for SendStream {
     ) -> Poll<io::Result<usize>> {
         match &mut self.0 {
             Sending::Quic(stream) => AsyncWrite::poll_write(Pin::new(stream), cx, bytes),
-            Sending::Tunnel(Tunnel { pipe: Some(pipe), .. }) => {
-                Pin::new(pipe).poll_write(cx, bytes)
-            }
+            Sending::Tunnel(Piped { pipe: Some(pipe), .. }) => Pin::new(pipe).poll_write(cx, bytes),
             Sending::Tunnel(_) => Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
         }
     }
@@ -189,7 +191,7 @@ impl AsyncWrite for SendStream {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.0 {
             Sending::Quic(stream) => Pin::new(stream).poll_flush(cx),
-            Sending::Tunnel(Tunnel { pipe: Some(pipe), .. }) => Pin::new(pipe).poll_flush(cx),
+            Sending::Tunnel(Piped { pipe: Some(pipe), .. }) => Pin::new(pipe).poll_flush(cx),
             Sending::Tunnel(_) => Poll::Ready(Ok(())),
         }
     }
@@ -197,7 +199,7 @@ impl AsyncWrite for SendStream {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.0 {
             Sending::Quic(stream) => Pin::new(stream).poll_shutdown(cx),
-            Sending::Tunnel(Tunnel { pipe: Some(pipe), .. }) => Pin::new(pipe).poll_shutdown(cx),
+            Sending::Tunnel(Piped { pipe: Some(pipe), .. }) => Pin::new(pipe).poll_shutdown(cx),
             Sending::Tunnel(_) => Poll::Ready(Ok(())),
         }
     }
@@ -213,7 +215,7 @@ impl RecvStream {
             Receiving::Quic(stream) => {
                 Ok(stream.read_chunk(max, true).await?.map(|chunk| chunk.bytes))
             }
-            Receiving::Tunnel(stream) => {
+            Receiving::Tunnel(stream, _) => {
                 let mut bytes = vec![0; max.min(PIPE_BYTES)];
                 let read = stream.read(&mut bytes).await?;
                 bytes.truncate(read);
@@ -247,7 +249,7 @@ impl AsyncRead for RecvStream {
     ) -> Poll<io::Result<()>> {
         match &mut self.0 {
             Receiving::Quic(stream) => AsyncRead::poll_read(Pin::new(stream), cx, buffer),
-            Receiving::Tunnel(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Receiving::Tunnel(stream, _) => Pin::new(stream).poll_read(cx, buffer),
         }
     }
 }
