@@ -10,6 +10,7 @@ mod anew;
 pub(crate) mod bundle;
 mod clock;
 mod core;
+pub(crate) mod doctor;
 pub(crate) mod fetch;
 mod files;
 mod join;
@@ -630,7 +631,7 @@ impl Shared {
 
     async fn addresses_changed(&self) {
         let Some(network) = self.network() else { return };
-        let (control, data) = (network.listen_addrs(), self.data_addrs(&network));
+        let (control, data) = standing::addresses(self, &network);
         // Nothing to tell where the daemon ends.
         let _ = self.act(move |peer, now| peer.set_addresses(control, data, now)).await;
     }

@@ -39,17 +39,18 @@ use tokio_util::io::StreamReader;
 use tracing::warn;
 
 use super::types::{
-    Answer, ApiError, Ask, Audience, DraftReply, DraftRequest, Fetch, Files, Found, HandedOver,
-    JobFiles, Join, Journalled, LanNode, Log, Me, NodeInfo, Plan, Planned, PoolInfo, Pull,
-    PullEvent, Recover, Resolve, Resolved, Submit, SubmitEvent, Survey, Surveyed, Unsatisfiable,
-    Uploaded, UserInfo, Watch, path,
+    Answer, ApiError, Ask, Audience, Checkup, DraftReply, DraftRequest, Fetch, Files, Found,
+    HandedOver, JobFiles, Join, Journalled, LanNode, Log, Me, NodeInfo, Plan, Planned, PoolInfo,
+    Pull, PullEvent, Recover, Resolve, Resolved, Submit, SubmitEvent, Survey, Surveyed,
+    Unsatisfiable, Uploaded, UserInfo, Watch, path,
 };
 use crate::{
     daemon::{
-        ASK_TIMEOUT, NoPeer, ReachError, Shared, ShutOut,
+        ASK_TIMEOUT, NoPeer, ReachError, Shared, ShutOut, doctor,
         fetch::{Blobs, Fetch as BlobFetch, FetchError, fetch as fetch_blobs},
         now, push,
         serve::{self, Gate, LogReader, Request, UserAnswer, Views},
+        standing,
     },
     executor::Isolation,
     home::Home,
@@ -140,6 +141,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .route(path::PULL, post(pull))
         .route(path::SURVEY, post(survey))
         .route(path::RECOVER, post(recover))
+        .route(path::DOCTOR, post(doctor))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(axum::middleware::from_fn(
             move |request: axum::extract::Request, next: axum::middleware::Next| {
@@ -195,7 +197,8 @@ async fn describe(shared: &Arc<Shared>) -> Result<Me, Failure> {
         Err(NoPeer::NoPool) => (None, String::new(), None, 0, BTreeSet::new()),
         Err(ending @ NoPeer::Ending) => return Err(ending.into()),
     };
-    let network = shared.network();
+    let (control, data) =
+        shared.network().map(|network| standing::addresses(shared, &network)).unwrap_or_default();
     working_for.extend(shared.work.jobs());
     Ok(Me {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -208,8 +211,9 @@ async fn describe(shared: &Arc<Shared>) -> Result<Me, Failure> {
         owner,
         client: shared.settings.client,
         pool,
-        control: network.as_ref().map(|n| n.listen_addrs()).unwrap_or_default(),
-        data: network.as_ref().map(|n| shared.data_addrs(n)).unwrap_or_default(),
+        control,
+        data,
+        dialled: shared.standing.reach(),
         connected,
         capacity: shared.capacity.clone(),
         owner_only: shared.owner_only(),
@@ -223,6 +227,10 @@ async fn describe(shared: &Arc<Shared>) -> Result<Me, Failure> {
         journal: Journalled { entries: shared.journal.entries(), fsyncs: shared.journal.groups() },
         warnings: shared.warnings(),
     })
+}
+
+async fn doctor(State(shared): State<Arc<Shared>>) -> Json<Checkup> {
+    Json(doctor::examine(&shared).await)
 }
 
 async fn found(State(shared): State<Arc<Shared>>, Json(found): Json<Found>) -> Answered<Me> {
@@ -307,6 +315,8 @@ async fn nodes(State(shared): State<Arc<Shared>>) -> Answered<Vec<NodeInfo>> {
                     owner_only: advert.as_ref().and_then(|a| a.owner_only.clone()),
                     control: advert.as_ref().map(|a| a.control.clone()).unwrap_or_default(),
                     data: advert.as_ref().map(|a| a.data.clone()).unwrap_or_default(),
+                    dialled: advert.as_ref().map(|a| a.reach).unwrap_or_default(),
+                    relays: advert.as_ref().map(|a| a.relays.clone()).unwrap_or_default(),
                 }
             };
             state.nodes.iter().map(describe).collect::<Vec<_>>()

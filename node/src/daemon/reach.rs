@@ -29,7 +29,7 @@ use super::{
     serve::{self, MANIFEST_BYTES_MAX, Request},
 };
 use crate::{
-    network::{Announcement, Lan, LanEvent, Network, RELAYS_MAX, Relay},
+    network::{Announcement, Lan, LanEvent, Network, RELAYS_MAX, Relay, Route},
     transfer::{
         endpoint::{Connection, DATA, DOOR},
         frame, store,
@@ -417,6 +417,24 @@ impl Shared {
         self.endpoint.pooled(peer, DATA.alpn, lane).context("the connection came and went")
     }
 
+    /// What carries questions to a member now; `None` where nothing does.
+    pub(crate) fn carried(&self, peer: PeerId) -> Option<Carried> {
+        if let Some(connection) = self.endpoint.pooled(peer, DATA.alpn, TALK) {
+            let path = connection.stats().path;
+            return Some(Carried::Own {
+                addr: connection.addr(),
+                rtt: connection.rtt(),
+                mtu: path.current_mtu,
+                black_holes: path.black_holes_detected,
+            });
+        }
+        let relay = match self.network()?.route(peer)? {
+            Route::Direct(_) => None,
+            Route::Relayed(relay) => Some(relay),
+        };
+        Some(Carried::Tunnel { relay })
+    }
+
     /// A stream to a member.
     async fn stream(&self, peer: PeerId, lane: u8) -> Result<(SendStream, RecvStream), ReachError> {
         let unreachable = |e: anyhow::Error| ReachError::Unreachable(self.label(peer), e);
@@ -608,6 +626,15 @@ pub(super) async fn connect_back(
     let () = request(&mut (send.into(), receive.into()), &Request::Connected { lane }).await?;
     tokio::spawn(serve::data_back(Arc::clone(shared), connection));
     Ok(())
+}
+
+/// What carries questions to a member.
+#[derive(Debug, Clone)]
+pub(crate) enum Carried {
+    /// A connection of the data plane, of either side.
+    Own { addr: SocketAddr, rtt: Duration, mtu: u16, black_holes: u64 },
+    /// The control plane's connection, which may go through a relay.
+    Tunnel { relay: Option<PeerId> },
 }
 
 /// How a question goes to a member.

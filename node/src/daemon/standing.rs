@@ -331,20 +331,23 @@ fn take_in(shared: &Shared, answers: BTreeMap<PeerId, Answer>) {
     *known = Known { reach, answers };
 }
 
-/// Tells the network and the advert.
-async fn apply(shared: &Arc<Shared>, network: &Network, members: &[Member]) {
-    let known = shared.standing.known();
+/// Where the control and the data plane are found; first those that everybody can use.
+pub(crate) fn addresses(shared: &Shared, network: &Network) -> (Vec<SocketAddr>, Vec<SocketAddr>) {
     let listens = network.listen_addrs();
     let own: Vec<IpAddr> = listens.iter().map(SocketAddr::ip).collect();
-    let outside = known.outside(&own);
+    let outside = lock(&shared.standing.known).outside(&own);
     let also = |addrs: Vec<SocketAddr>| {
         let port = addrs.first().map_or(0, SocketAddr::port);
         let more = outside.iter().map(|ip| SocketAddr::new(*ip, port));
-        // Those that everybody can use come first.
-        more.chain(addrs.iter().copied()).collect::<Vec<_>>()
+        more.chain(addrs.iter().copied()).collect()
     };
-    let control = also(listens);
-    let data = also(shared.data_addrs(network));
+    (also(listens), also(shared.data_addrs(network)))
+}
+
+/// Tells the network and the advert.
+async fn apply(shared: &Arc<Shared>, network: &Network, members: &[Member]) {
+    let known = shared.standing.known();
+    let (control, data) = addresses(shared, network);
     let passes_on = known.reach == Reach::Open && !shared.settings.client && !shared.on_demand;
     let relays = if known.reach == Reach::Behind {
         choose_relays(shared.id(), &network.relays(), members, network)
