@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
-    completion, cp, daemon, demo, download, invite, job, join, leave, log, ls, run, show, status,
-    stop, why,
+    completion, cp, daemon, demo, doctor, download, invite, job, join, leave, log, ls, run, show,
+    status, stop, why,
 };
 
 /// Lab workstations as one pool with nobody in charge: submit jobs from anywhere, run them
@@ -80,6 +80,7 @@ pub(crate) enum Command {
     Cp(cp::Args),
     Download(download::Args),
     Demo(demo::Args),
+    Doctor(doctor::Args),
     Completion(completion::Args),
     Daemon(daemon::Args),
 }

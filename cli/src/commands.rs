@@ -4,6 +4,7 @@ pub(crate) mod completion;
 pub(crate) mod cp;
 pub(crate) mod daemon;
 pub(crate) mod demo;
+pub(crate) mod doctor;
 pub(crate) mod download;
 pub(crate) mod invite;
 pub(crate) mod job;
@@ -124,6 +125,7 @@ async fn dispatch(Cli { globals, command }: Cli, out: &Output) -> anyhow::Result
         Command::Cp(args) => cp::run(globals, out, args).await,
         Command::Download(args) => download::run(globals, out, args).await,
         Command::Demo(args) => demo::run(out, args).await,
+        Command::Doctor(args) => doctor::run(globals, out, args).await,
         Command::Completion(args) => completion::run(out, args),
         Command::Daemon(args) => daemon::run(globals, out, args).await,
     }

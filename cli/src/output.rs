@@ -18,7 +18,7 @@ use crate::{
     problem::{Explanation, output_error},
     view::{File, Job, Jobs, MeAndNode, Node, Overview, Plan, Recovery, Submission, Wait},
 };
-use p2pit_node::api::types::{NodeInfo, UserInfo};
+use p2pit_node::api::types::{Checkup, NodeInfo, UserInfo};
 
 /// What a value looks like on standard output: whole lines.
 pub(crate) trait Format {
@@ -34,6 +34,7 @@ pub(crate) trait Format {
     fn plan(&self, plan: &Plan) -> String;
     fn submission(&self, submission: &Submission) -> String;
     fn recovery(&self, recovery: &Recovery) -> String;
+    fn checkup(&self, checkup: &Checkup) -> String;
 }
 
 /// Where a command's words go.

@@ -9,6 +9,7 @@ use p2pit_node::{
 };
 use p2pit_protocol::{
     identity::KeyPair,
+    message::Reach,
     roster::{DOORS_MAX, Door, Draft, Invite, Kind, Name, Rights, Statement, Ticket},
 };
 
@@ -25,6 +26,7 @@ pub(crate) const DEFAULT_VALID_MS: u64 = 7 * 24 * 3600 * 1000;
 const REUSE_LEFT_MS: u64 = 24 * 3600 * 1000;
 /// Of one node, so that others have room in a ticket.
 const OWN_DOORS_MAX: usize = 4;
+const OWN_DOORS_BEHIND_MAX: usize = 2;
 
 /// What an invite allows.
 #[derive(Debug, Clone, Copy)]
@@ -134,10 +136,26 @@ fn doors(me: &Me, nodes: &[NodeInfo]) -> Vec<Door> {
     let of_others = |nodes: Vec<&NodeInfo>| -> Vec<Door> {
         nodes.into_iter().flat_map(|node| of_node(node.node, &node.data, 1)).collect()
     };
+    // Whoever everybody can dial is found from anywhere.
+    let (mut online, mut away) = (online, away);
+    for nodes in [&mut online, &mut away] {
+        nodes.sort_by_key(|node| match node.dialled {
+            Reach::Open => 0,
+            Reach::Unknown => 1,
+            Reach::Behind => 2,
+        });
+    }
     let (online, away) = (of_others(online), of_others(away));
+    // Behind a NAT only neighbours find this node: few doors, behind those that all find.
+    let (neighbours, own) = match me.dialled {
+        Reach::Behind => (own.into_iter().take(OWN_DOORS_BEHIND_MAX).collect(), Vec::new()),
+        Reach::Open | Reach::Unknown => (Vec::new(), own),
+    };
+    let room = DOORS_MAX - neighbours.len();
     let order = if comes_and_goes { [online, own, away] } else { [own, online, away] };
     let mut seen = BTreeSet::new();
-    order.concat().into_iter().filter(|door| seen.insert(*door)).take(DOORS_MAX).collect()
+    let doors = order.concat().into_iter().filter(|door| seen.insert(*door)).take(room);
+    doors.chain(neighbours).collect()
 }
 
 fn of_node(peer: p2pit_protocol::PeerId, addrs: &[SocketAddr], max: usize) -> Vec<Door> {
@@ -183,6 +201,7 @@ mod tests {
                 "10.0.0.1:1",
                 "0.0.0.0:1",
             ]),
+            dialled: Reach::Unknown,
             connected: 0,
             capacity: Capacity::new(Vec::new(), cpu_cores, 0),
             owner_only: None,
@@ -212,6 +231,8 @@ mod tests {
             owner_only: None,
             control: Vec::new(),
             data: addrs(&[&format!("127.0.0.1:{n}"), &format!("10.0.0.{n}:{n}")]),
+            dialled: Reach::Unknown,
+            relays: Vec::new(),
         }
     }
 
@@ -221,6 +242,19 @@ mod tests {
 
     fn order(me: &Me, nodes: &[NodeInfo]) -> Vec<String> {
         doors(me, nodes).iter().map(|door| door.addr.to_string()).collect()
+    }
+
+    #[test]
+    fn behind_a_nat_the_doors_of_others_come_first_and_those_that_all_find_before_them() {
+        let mut me = me(4);
+        let mut nodes = [node(2, "online", false), node(3, "online", false)];
+        nodes[0].dialled = Reach::Behind;
+        nodes[1].dialled = Reach::Open;
+        me.dialled = Reach::Behind;
+        let expected = ["10.0.0.3:3", "10.0.0.2:2", "10.0.0.1:1", "[2001:db8::1]:1"];
+        assert_eq!(order(&me, &nodes), expected);
+        me.dialled = Reach::Open;
+        assert_eq!(order(&me, &nodes)[..2], ["10.0.0.1:1", "[2001:db8::1]:1"]);
     }
 
     #[test]

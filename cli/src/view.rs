@@ -541,6 +541,8 @@ pub(crate) mod samples {
             owner_only: None,
             control: Vec::new(),
             data: Vec::new(),
+            dialled: p2pit_protocol::message::Reach::Unknown,
+            relays: Vec::new(),
         }
     }
 

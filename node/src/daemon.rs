@@ -11,6 +11,7 @@ pub(crate) mod bundle;
 mod clock;
 mod copies;
 mod core;
+pub(crate) mod doctor;
 pub(crate) mod fetch;
 mod files;
 mod join;
@@ -19,6 +20,7 @@ pub(crate) mod push;
 mod reach;
 mod saves;
 pub(crate) mod serve;
+pub(crate) mod standing;
 mod work;
 
 use std::{
@@ -116,6 +118,11 @@ pub(crate) struct Shared {
     pub(crate) copies: Copies,
     pub(crate) capacity: Capacity,
     pub(crate) locked_gpus: Vec<String>,
+    /// How others reach this node.
+    pub(crate) standing: standing::Standing,
+    pub(crate) shut: reach::Shut,
+    /// How often this node has begun to listen elsewhere, or to be passed on for by others.
+    moves: AtomicU64,
     /// Wakes the task that keeps connections to members.
     pub(crate) reach_changed: Notify,
     /// Wakes who waits for something that others say, or for their coming.
@@ -297,6 +304,9 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         copies,
         capacity,
         locked_gpus,
+        standing: standing::Standing::default(),
+        shut: reach::Shut::default(),
+        moves: AtomicU64::new(0),
         reach_changed: Notify::new(),
         heard: Notify::new(),
         shutdown: Notify::new(),
@@ -325,6 +335,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
     resume(&shared, std::mem::take(&mut recovered.entries)).await?;
     tokio::spawn(serve::accept(Arc::clone(&shared)));
     tokio::spawn(reach::tend(Arc::clone(&shared)));
+    tokio::spawn(standing::watch(Arc::clone(&shared)));
     watch_gpus(&shared, source)?;
     let api = crate::api::server::Server::bind(Arc::clone(&shared))?;
     let api = tokio::spawn(api.run());
@@ -601,8 +612,19 @@ impl Shared {
         let shared = Arc::clone(self);
         tokio::spawn(async move {
             while let Some(event) = events.recv().await {
-                if let crate::network::Event::ListenAddrs(_) = &event {
-                    shared.addresses_changed().await;
+                use crate::network::Event;
+                match &event {
+                    Event::ListenAddrs(_) => {
+                        shared.moves.fetch_add(1, Ordering::Relaxed);
+                        shared.shut.forget();
+                        shared.addresses_changed().await;
+                        shared.standing.changed.notify_one();
+                        shared.reach_changed.notify_one();
+                    }
+                    Event::Relays(_) | Event::Connected(..) | Event::Disconnected(_) => {
+                        shared.standing.changed.notify_one();
+                    }
+                    _ => {}
                 }
                 if inputs.send(Input::Network(event)).await.is_err() {
                     return;
@@ -613,6 +635,9 @@ impl Shared {
         let member = Input::Member(Box::new(peer), writes, network, done);
         self.inputs.send(member).await.map_err(|_| NoPeer::Ending)?;
         resumed.await.map_err(|_| NoPeer::Ending)?;
+        if let Some(network) = self.network() {
+            tokio::spawn(serve::tunnels(Arc::clone(self), network));
+        }
         reach::announce_on_lan(self, pool);
         self.reach_changed.notify_one();
         Ok(())
@@ -620,7 +645,7 @@ impl Shared {
 
     async fn addresses_changed(&self) {
         let Some(network) = self.network() else { return };
-        let (control, data) = (network.listen_addrs(), self.data_addrs(&network));
+        let (control, data) = standing::addresses(self, &network);
         // Nothing to tell where the daemon ends.
         let _ = self.act(move |peer, now| peer.set_addresses(control, data, now)).await;
     }

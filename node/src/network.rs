@@ -9,6 +9,10 @@
 //! once their key is proved and before any protocol is spoken, so that nothing of the pool
 //! is shown; how a newcomer becomes a member is the door's matter, not this module's.
 //!
+//! A member that cannot be dialled has a few others pass on for it (relays), and is reached
+//! through them; where both NATs allow it, a hole is punched and the relay left out again.
+//! [`Network::set_standing`] says which of it this node does.
+//!
 //! A direct message is a request whose answer is one byte, sent when the daemon has the
 //! message in its queue. Gossip is not signed again here: each item carries its author's
 //! signature, the daemon judges it, and its id is its BLAKE3 hash, so that an item is one
@@ -20,23 +24,29 @@ mod codec;
 mod driver;
 mod lan;
 mod peers;
+mod relays;
+mod seen;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    collections::BTreeSet,
-    fmt,
+    collections::{BTreeMap, BTreeSet},
+    fmt, io,
     net::SocketAddr,
     ops::Deref,
     sync::{Arc, Mutex, PoisonError},
 };
 
+use futures::StreamExt as _;
 use p2pit_protocol::{PeerId, PoolId, identity::KeyPair};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tracing::debug;
 
-use self::driver::Driver;
-use crate::daemon::bundle::BUNDLE_BYTES_MAX;
+use self::{behaviour::TUNNEL_PROTOCOL, driver::Driver};
+use crate::{
+    daemon::bundle::BUNDLE_BYTES_MAX,
+    transfer::endpoint::{from_libp2p, to_libp2p},
+};
 
 pub use self::lan::{Announcement, Found, Lan, LanEvent, browse_once};
 
@@ -46,6 +56,8 @@ pub const EVENTS_MAX: usize = 1_024;
 pub const COMMANDS_MAX: usize = 4_096;
 /// Addresses of one peer that are remembered and tried.
 pub const ADDRESSES_MAX: usize = 16;
+/// Members that pass on for one that cannot be dialled.
+pub const RELAYS_MAX: usize = 3;
 /// The largest piece of gossip, in bytes. What the protocol sends is far smaller.
 pub const GOSSIP_BYTES_MAX: usize = 64 << 10;
 
@@ -69,13 +81,104 @@ pub struct Network {
     members: Arc<watch::Sender<BTreeSet<PeerId>>>,
     outbound: Budget,
     shared: Arc<Shared>,
+    streams: libp2p_stream::Control,
+}
+
+/// How a member is connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    Direct(SocketAddr),
+    /// Another member passes on.
+    Relayed(PeerId),
+}
+
+/// A member that passes on for another, and where it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Relay {
+    pub node: PeerId,
+    pub addrs: Vec<SocketAddr>,
+}
+
+/// What the daemon found out about how others reach this node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Others can dial it at these: it passes on for those that cannot be dialled.
+    pub public: Vec<SocketAddr>,
+    /// It cannot be dialled: these are to pass on for it.
+    pub relays: Vec<Relay>,
+}
+
+/// How the last try to be connected directly with a member behind a relay ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Punch {
+    Open,
+    Shut(String),
+}
+
+/// A stream of a connection of the control plane, for requests of the data plane.
+#[derive(Debug)]
+pub struct Tunnel {
+    pub stream: libp2p::Stream,
+    /// It may go through a relay.
+    pub relayed: bool,
+    /// To be kept with the stream.
+    pub in_use: InUse,
+}
+
+/// While it lives no connection to the peer is let go of for a better one.
+pub struct InUse {
+    shared: Arc<Shared>,
+    peer: PeerId,
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let mut tunnels = lock(&self.shared.tunnels);
+        if let Some(count) = tunnels.get_mut(&self.peer) {
+            *count -= 1;
+            if *count == 0 {
+                tunnels.remove(&self.peer);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for InUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InUse").field("peer", &self.peer).finish_non_exhaustive()
+    }
+}
+
+/// Tunnels as others open them.
+pub struct Tunnels {
+    incoming: libp2p_stream::IncomingStreams,
+    network: Network,
+}
+
+impl fmt::Debug for Tunnels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tunnels").finish_non_exhaustive()
+    }
+}
+
+impl Tunnels {
+    /// Who opened the next one; `None` once the network has ended.
+    pub async fn next(&mut self) -> Option<(PeerId, Tunnel)> {
+        loop {
+            let (peer, stream) = self.incoming.next().await?;
+            if let Some(peer) = from_libp2p(&peer) {
+                let in_use = self.network.in_use(peer);
+                return Some((peer, self.network.tunnel(in_use, stream)));
+            }
+        }
+    }
 }
 
 /// What the network has to say.
 #[derive(Debug)]
 pub enum Event {
     /// A member is connected: now, or again after a restart of it.
-    Connected(PeerId, SocketAddr),
+    Connected(PeerId, Route),
     /// The last connection to a member is gone.
     Disconnected(PeerId),
     /// No address of a member answers as that member.
@@ -90,6 +193,8 @@ pub enum Event {
     Undeliverable { to: PeerId },
     /// Where this node listens has changed.
     ListenAddrs(Vec<SocketAddr>),
+    /// These members pass on for this node now.
+    Relays(Vec<PeerId>),
 }
 
 /// Bytes from another node. While it lives it counts against what may wait here.
@@ -128,10 +233,11 @@ impl Network {
         let shared = Arc::new(Shared::default());
         let mut driver = Driver::new(&config, events, Arc::clone(&shared))?;
         driver.listen(config.listen).await?;
+        let streams = driver.streams();
         tokio::spawn(driver.run(command_receiver, member_receiver));
         let members = Arc::new(members);
         let outbound = Budget::new();
-        Ok((Self { commands, members, outbound, shared }, event_receiver))
+        Ok((Self { commands, members, outbound, shared, streams }, event_receiver))
     }
 
     /// Where this node listens, each for QUIC and TCP; an unspecified address as those of
@@ -169,11 +275,66 @@ impl Network {
     }
 
     /// Remembers where a member may be, the newest first, and connects to it unless that
-    /// is done or under way. QUIC is preferred; TCP follows a moment later.
-    pub fn dial(&self, peer: PeerId, addrs: Vec<SocketAddr>) {
-        if self.commands.try_send(Command::Dial { peer, addrs }).is_err() {
+    /// is done or under way. QUIC is preferred; TCP follows a moment later, and then those of
+    /// `relays`, who pass on for it.
+    pub fn dial(&self, peer: PeerId, addrs: Vec<SocketAddr>, relays: Vec<Relay>) {
+        if self.commands.try_send(Command::Dial { peer, addrs, relays }).is_err() {
             self.refuse(peer);
         }
+    }
+
+    /// How others reach this node, as far as is known now. To be said again from time to time:
+    /// where too much waits it is not heard.
+    pub fn set_standing(&self, standing: Standing) {
+        if self.commands.try_send(Command::Stand(standing)).is_err() {
+            debug!("how this node is reached was not heard");
+        }
+    }
+
+    /// How a member is connected, directly where there is a choice; `None` where it is not.
+    pub fn route(&self, peer: PeerId) -> Option<Route> {
+        lock(&self.shared.routes).get(&peer).copied()
+    }
+
+    /// The members that pass on for this node.
+    pub fn relays(&self) -> Vec<PeerId> {
+        lock(&self.shared.relays).clone()
+    }
+
+    /// How tries ended to be connected directly with members behind relays.
+    pub fn punches(&self) -> BTreeMap<PeerId, Punch> {
+        lock(&self.shared.punches).clone()
+    }
+
+    /// A stream to a connected member, as it comes in at [`Self::take_tunnels`] there.
+    ///
+    /// # Errors
+    /// It is not connected, or does not answer.
+    pub async fn open_tunnel(&self, peer: PeerId) -> io::Result<Tunnel> {
+        if self.route(peer).is_none() {
+            return Err(io::Error::new(io::ErrorKind::NotConnected, "no connection"));
+        }
+        let in_use = self.in_use(peer);
+        let mut streams = self.streams.clone();
+        let opened = streams.open_stream(to_libp2p(peer), TUNNEL_PROTOCOL).await;
+        let stream = opened.map_err(io::Error::other)?;
+        Ok(self.tunnel(in_use, stream))
+    }
+
+    /// What members open with [`Self::open_tunnel`]; once.
+    pub fn take_tunnels(&self) -> Option<Tunnels> {
+        let incoming = self.streams.clone().accept(TUNNEL_PROTOCOL).ok()?;
+        Some(Tunnels { incoming, network: self.clone() })
+    }
+
+    fn tunnel(&self, in_use: InUse, stream: libp2p::Stream) -> Tunnel {
+        let relayed = !matches!(self.route(in_use.peer), Some(Route::Direct(_)));
+        Tunnel { stream, relayed, in_use }
+    }
+
+    fn in_use(&self, peer: PeerId) -> InUse {
+        *lock(&self.shared.tunnels).entry(peer).or_default() += 1;
+        InUse { shared: Arc::clone(&self.shared), peer }
     }
 
     /// The daemon's judgement, within seconds: later, gossip is forgotten unjudged.
@@ -223,7 +384,8 @@ impl fmt::Debug for Payload {
 enum Command {
     Send { to: PeerId, payload: Payload },
     Publish(Vec<u8>),
-    Dial { peer: PeerId, addrs: Vec<SocketAddr> },
+    Dial { peer: PeerId, addrs: Vec<SocketAddr>, relays: Vec<Relay> },
+    Stand(Standing),
     Report { id: GossipId, acceptance: Acceptance },
     Close(oneshot::Sender<()>),
 }
@@ -235,6 +397,11 @@ struct Shared {
     /// Peers with a command that was not queued. They are ones that the daemon named.
     refused: Mutex<BTreeSet<PeerId>>,
     refusal: Notify,
+    routes: Mutex<BTreeMap<PeerId, Route>>,
+    relays: Mutex<Vec<PeerId>>,
+    punches: Mutex<BTreeMap<PeerId, Punch>>,
+    /// How many go on with each peer.
+    tunnels: Mutex<BTreeMap<PeerId, usize>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -17,6 +17,7 @@ pub mod materialize;
 pub mod pace;
 pub mod snapshot;
 pub mod store;
+pub mod stream;
 pub mod tree;
 pub mod verified;
 

@@ -16,7 +16,7 @@ pub use copies::{COPIES_MAX, CopyState};
 pub use record::{
     Accept, Adopt, ClockReading, Install, LeaseAsk, LeaseGrant, Promise, Renewal, Watch,
 };
-pub use soft::{Advert, GpuState, Head, Piece, Soft};
+pub use soft::{Advert, GpuState, Head, Piece, Reach, Soft};
 pub use user::{
     AttemptView, Command, GpuView, HoldView, JobFilter, JobView, NodeView, RankView, Reply,
     Verdict, WaitView,

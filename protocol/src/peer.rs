@@ -53,7 +53,7 @@ use crate::{
     identity::{KeyPair, SignedBytes},
     inventory::{Board, Capacity, GpuUuid},
     job::{RankAssignment, RankEnd, State, VerifiedSpec},
-    message::{Commit, Message, Soft},
+    message::{Commit, Message, Reach, Soft},
     record::{Ballot, Certificate, Keeper, Kept, Registers, Value},
     request::{Request, Unsatisfiable, satisfiable},
     roster::{self, DeviceId, RequestGuard, Roster},
@@ -426,6 +426,12 @@ impl Peer {
     /// Processes that are not the pool's compute on these GPUs.
     pub fn set_foreign(&mut self, gpus: Vec<GpuUuid>, now: Now) {
         self.bidder.set_foreign(gpus, now, &mut self.out);
+        self.finish(now);
+    }
+
+    /// Whether others can dial this node, and the members that pass on for it.
+    pub fn set_reach(&mut self, reach: Reach, relays: Vec<PeerId>, now: Now) {
+        self.soft.set_reach(reach, relays);
         self.finish(now);
     }
 

@@ -549,6 +549,7 @@ impl Newcomer<'_> {
         for text in me.locked_gpus.iter().chain(&me.warnings) {
             self.out.warn(text);
         }
+        super::doctor::short(client, self.out).await;
         Ok(())
     }
 }

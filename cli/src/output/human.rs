@@ -1,7 +1,7 @@
 //! Tables and lines for people.
 
 use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
-use p2pit_node::api::types::{GpuReading, NodeInfo, UserInfo};
+use p2pit_node::api::types::{Checkup, Finding, GpuReading, NodeInfo, Severity, UserInfo};
 use p2pit_protocol::{
     inventory::Gpu,
     job::{Command, Outcome, Policy, RankState, Source, State},
@@ -289,6 +289,26 @@ impl Format for Human {
             table.add_row(vec![plain(&node.node), node.verdict.to_owned(), reason]);
         }
         format!("{text}\n{}", trimmed(&table))
+    }
+
+    fn checkup(&self, Checkup { findings }: &Checkup) -> String {
+        let width = findings.iter().map(|finding| finding.check.len()).max().unwrap_or(0);
+        let mut text = String::new();
+        for Finding { check, severity, finding, hint } in findings {
+            let (word, colour) = match severity {
+                Severity::Ok => ("ok", "32"),
+                Severity::Note => ("note", "36"),
+                Severity::Warning => ("warning", "1;33"),
+                Severity::Problem => ("problem", "1;31"),
+            };
+            let word = format!("{word:<7}");
+            let word = if self.colour { format!("\x1b[{colour}m{word}\x1b[0m") } else { word };
+            text.push_str(&format!("{word}  {check:<width$}  {}\n", plain(finding)));
+            if let Some(hint) = hint {
+                text.push_str(&format!("{:9}{:width$}  - {}\n", "", "", plain(hint)));
+            }
+        }
+        text
     }
 
     fn files(&self, files: &[File]) -> String {

@@ -2,11 +2,11 @@
 //!
 //! What is shown is taken apart field by field, so that a new field is not forgotten.
 
-use p2pit_node::api::types::{GpuReading, Me, NodeInfo, PoolInfo, UserInfo};
+use p2pit_node::api::types::{Checkup, Finding, GpuReading, Me, NodeInfo, PoolInfo, UserInfo};
 use p2pit_protocol::{
     inventory::{Capacity, Gpu},
     job::{Change, Command, Outcome, RankEnd, Source},
-    message::GpuState,
+    message::{GpuState, Reach},
     steward::survives as pool_survives,
 };
 use serde_json::{Value, json};
@@ -35,6 +35,7 @@ impl Format for Json {
             pool,
             control,
             data,
+            dialled,
             connected,
             capacity,
             owner_only,
@@ -73,6 +74,7 @@ impl Format for Json {
             "version": version,
             "control": control,
             "data": data,
+            "dialled": self::dialled(*dialled),
             "connected": connected,
             "gpus": gpus.iter().map(gpu).collect::<Vec<_>>(),
             "cpu_cores": cpu_cores,
@@ -84,6 +86,11 @@ impl Format for Json {
             "journal": journal,
             "warnings": warnings,
         }))
+    }
+
+    fn checkup(&self, Checkup { findings }: &Checkup) -> String {
+        let finding = |Finding { check, severity, finding, hint }: &Finding| json!({ "check": check, "severity": severity, "finding": finding, "hint": hint });
+        pretty(&findings.iter().map(finding).collect())
     }
 
     fn nodes(&self, nodes: &[NodeInfo]) -> String {
@@ -403,6 +410,14 @@ fn source(source: &Source) -> Value {
     })
 }
 
+fn dialled(reach: Reach) -> Value {
+    match reach {
+        Reach::Unknown => Value::Null,
+        Reach::Open => json!(true),
+        Reach::Behind => json!(false),
+    }
+}
+
 fn node(info: &NodeInfo) -> Value {
     let NodeInfo {
         node,
@@ -420,6 +435,8 @@ fn node(info: &NodeInfo) -> Value {
         owner_only,
         control,
         data,
+        dialled,
+        relays,
     } = info;
     let state = |it: &Gpu| {
         let state = not_free.iter().find(|(uuid, _)| *uuid == it.uuid);
@@ -447,6 +464,8 @@ fn node(info: &NodeInfo) -> Value {
         "owner_only": owner_only,
         "control": control,
         "data": data,
+        "dialled": self::dialled(*dialled),
+        "relays": relays,
     })
 }
 

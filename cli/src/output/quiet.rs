@@ -1,6 +1,6 @@
 //! Ids and names alone, one on a line.
 
-use p2pit_node::api::types::{NodeInfo, UserInfo};
+use p2pit_node::api::types::{Checkup, NodeInfo, Severity, UserInfo};
 
 use super::{Format, plain};
 use crate::view::{File, Job, Jobs, MeAndNode, Node, Overview, Plan, Recovery, Submission, Wait};
@@ -55,6 +55,11 @@ impl Format for Quiet {
 
     fn recovery(&self, recovery: &Recovery) -> String {
         format!("{}\n", recovery.id)
+    }
+
+    fn checkup(&self, checkup: &Checkup) -> String {
+        let bad = checkup.findings.iter().filter(|finding| finding.severity > Severity::Ok);
+        lines(bad.map(|finding| plain(&finding.check)))
     }
 }
 

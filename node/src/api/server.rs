@@ -41,19 +41,20 @@ use tracing::warn;
 use super::{
     log::Held,
     types::{
-        Answer, ApiError, Ask, Audience, DraftReply, DraftRequest, Fetch, Files, Found, HandedOver,
-        JobFiles, Join, Journalled, LanNode, Log, Logs, Me, NodeInfo, Plan, Planned, PoolInfo,
-        Pull, PullEvent, Recover, Resolve, Resolved, Submit, SubmitEvent, Survey, Surveyed,
-        Unsatisfiable, Uploaded, UserInfo, Watch, path,
+        Answer, ApiError, Ask, Audience, Checkup, DraftReply, DraftRequest, Fetch, Files, Found,
+        HandedOver, JobFiles, Join, Journalled, LanNode, Log, Logs, Me, NodeInfo, Plan, Planned,
+        PoolInfo, Pull, PullEvent, Recover, Resolve, Resolved, Submit, SubmitEvent, Survey,
+        Surveyed, Unsatisfiable, Uploaded, UserInfo, Watch, path,
     },
 };
 use crate::{
     daemon::{
-        ASK_TIMEOUT, NoPeer, ReachError, Shared, ShutOut,
+        ASK_TIMEOUT, NoPeer, ReachError, Shared, ShutOut, doctor,
         fetch::{Blobs, Fetch as BlobFetch, FetchError, fetch as fetch_blobs},
         logs::{self, LogReader},
         now, push,
         serve::{self, Gate, Request, UserAnswer, Views},
+        standing,
     },
     executor::Isolation,
     home::Home,
@@ -61,6 +62,7 @@ use crate::{
         BlobStore, Pace,
         exchange::{self, Source},
         frame,
+        stream::RecvStream,
     },
 };
 
@@ -144,6 +146,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .route(path::PULL, post(pull))
         .route(path::SURVEY, post(survey))
         .route(path::RECOVER, post(recover))
+        .route(path::DOCTOR, post(doctor))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(axum::middleware::from_fn(
             move |request: axum::extract::Request, next: axum::middleware::Next| {
@@ -199,7 +202,8 @@ async fn describe(shared: &Arc<Shared>) -> Result<Me, Failure> {
         Err(NoPeer::NoPool) => (None, String::new(), None, 0, BTreeSet::new()),
         Err(ending @ NoPeer::Ending) => return Err(ending.into()),
     };
-    let network = shared.network();
+    let (control, data) =
+        shared.network().map(|network| standing::addresses(shared, &network)).unwrap_or_default();
     working_for.extend(shared.work.jobs());
     Ok(Me {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -212,8 +216,9 @@ async fn describe(shared: &Arc<Shared>) -> Result<Me, Failure> {
         owner,
         client: shared.settings.client,
         pool,
-        control: network.as_ref().map(|n| n.listen_addrs()).unwrap_or_default(),
-        data: network.as_ref().map(|n| shared.data_addrs(n)).unwrap_or_default(),
+        control,
+        data,
+        dialled: shared.standing.reach(),
         connected,
         capacity: shared.capacity.clone(),
         owner_only: shared.owner_only(),
@@ -227,6 +232,10 @@ async fn describe(shared: &Arc<Shared>) -> Result<Me, Failure> {
         journal: Journalled { entries: shared.journal.entries(), fsyncs: shared.journal.groups() },
         warnings: shared.warnings(),
     })
+}
+
+async fn doctor(State(shared): State<Arc<Shared>>) -> Json<Checkup> {
+    Json(doctor::examine(&shared).await)
 }
 
 async fn found(State(shared): State<Arc<Shared>>, Json(found): Json<Found>) -> Answered<Me> {
@@ -311,6 +320,8 @@ async fn nodes(State(shared): State<Arc<Shared>>) -> Answered<Vec<NodeInfo>> {
                     owner_only: advert.as_ref().and_then(|a| a.owner_only.clone()),
                     control: advert.as_ref().map(|a| a.control.clone()).unwrap_or_default(),
                     data: advert.as_ref().map(|a| a.data.clone()).unwrap_or_default(),
+                    dialled: advert.as_ref().map(|a| a.reach).unwrap_or_default(),
+                    relays: advert.as_ref().map(|a| a.relays.clone()).unwrap_or_default(),
                 }
             };
             state.nodes.iter().map(describe).collect::<Vec<_>>()
@@ -907,8 +918,8 @@ async fn recover(
 async fn open_gate(
     shared: &Shared,
     node: PeerId,
-    mut receive: quinn::RecvStream,
-) -> Result<quinn::RecvStream, Failure> {
+    mut receive: RecvStream,
+) -> Result<RecvStream, Failure> {
     match frame::read_message::<Gate>(&mut receive, usize::MAX).await {
         Ok(gate) => gate.pass().map(|()| receive).map_err(Failure::request),
         Err(reason) => Err(ReachError::Answer(shared.label(node), reason).into()),
@@ -917,10 +928,10 @@ async fn open_gate(
 
 // ---- streams and errors ---------------------------------------------------------------
 
-fn rest_of(receive: quinn::RecvStream) -> impl Stream<Item = anyhow::Result<Bytes>> + Send {
+fn rest_of(receive: RecvStream) -> impl Stream<Item = anyhow::Result<Bytes>> + Send {
     stream::try_unfold(receive, |mut receive| async {
-        let chunk = receive.read_chunk(256 << 10, true).await?;
-        Ok(chunk.map(|chunk| (chunk.bytes, receive)))
+        let chunk = receive.read_some(256 << 10).await?;
+        Ok(chunk.map(|chunk| (chunk, receive)))
     })
 }
 

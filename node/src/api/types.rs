@@ -10,7 +10,7 @@ use p2pit_protocol::{
     door::RefusalCode,
     identity::SignedBytes,
     inventory::{Capacity, GpuUuid},
-    message::{GpuState, JobView, NodeView, Reply},
+    message::{GpuState, JobView, NodeView, Reach, Reply},
     record::Ballot,
     roster::{DeviceId, Kind},
 };
@@ -79,6 +79,8 @@ pub mod path {
     /// POST [`super::Survey`] → [`super::Surveyed`]: what a node has of a record whose keepers
     /// are lost. The signed command is `Job`.
     pub const SURVEY: &str = "/v1/survey";
+    /// POST → [`super::Checkup`]: try what works here and with others. Takes some seconds.
+    pub const DOCTOR: &str = "/v1/doctor";
     /// POST [`super::Recover`] → `{}`: go on from what that node has.
     pub const RECOVER: &str = "/v1/recover";
 }
@@ -113,9 +115,12 @@ pub struct Me {
     pub owner: Option<UserId>,
     pub client: bool,
     pub pool: Option<PoolInfo>,
-    /// Where libp2p listens, and where the data plane does.
+    /// Where libp2p listens, and where the data plane does; addresses at which others reach
+    /// it from outside first.
     pub control: Vec<SocketAddr>,
     pub data: Vec<SocketAddr>,
+    /// Whether others can dial it.
+    pub dialled: Reach,
     pub connected: usize,
     pub capacity: Capacity,
     /// Why only the owner's jobs run here; `None` where everybody's do.
@@ -139,6 +144,38 @@ pub struct Me {
 pub struct Journalled {
     pub entries: u64,
     pub fsyncs: u64,
+}
+
+/// What was tried, and what came of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkup {
+    pub findings: Vec<Finding>,
+}
+
+/// What came of one check.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// One word for what was tried; several findings may have the same.
+    pub check: String,
+    pub severity: Severity,
+    /// What is so, and what does not work because of it.
+    pub finding: String,
+    /// What to do about it; `None` where there is nothing to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    Ok,
+    /// Everything works, though not in the best way.
+    Note,
+    /// Something does not work.
+    Warning,
+    /// This node cannot take part as it is.
+    Problem,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -200,6 +237,10 @@ pub struct NodeInfo {
     pub owner_only: Option<String>,
     pub control: Vec<SocketAddr>,
     pub data: Vec<SocketAddr>,
+    /// Whether others can dial it.
+    pub dialled: Reach,
+    /// Members that pass on for it.
+    pub relays: Vec<PeerId>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -17,6 +17,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use bytes::BytesMut;
 use p2pit_protocol::{
     BlobId, JobId, Peer, PeerId,
     bidder::WorkId,
@@ -25,6 +26,7 @@ use p2pit_protocol::{
     record::Link,
 };
 use tokio::{
+    io::AsyncReadExt as _,
     sync::{Semaphore, watch},
     task::JoinSet,
     time::{Instant, sleep, timeout},
@@ -52,6 +54,8 @@ const SYNC_EVERY: Duration = Duration::from_secs(2);
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
 /// Trees that are brought at a time.
 const TRANSFERS_MAX: usize = 8;
+/// Taken of a log at a time.
+const CHUNK_BYTES: usize = 256 << 10;
 /// How long a node may take to say whether a log follows.
 const GATE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -418,15 +422,17 @@ impl Tail<'_> {
         let gate = gate.await.context("it does not answer").map_err(there)?;
         gate.map_err(|e| there(e.into()))?.pass().map_err(there)?;
         let mut sync_at = Instant::now() + SYNC_EVERY;
+        let mut chunk = BytesMut::new();
         loop {
+            chunk.reserve(CHUNK_BYTES);
             let stopped = tokio::select! {
                 biased;
-                chunk = receive.read_chunk(256 << 10, true) => match chunk {
-                    Ok(Some(chunk)) => {
-                        self.append(chunk.bytes).await.map_err(Trouble::Here)?;
+                read = receive.read_buf(&mut chunk) => match read {
+                    Ok(0) => Some(Ok(Stopped::AtEnd)),
+                    Ok(_) => {
+                        self.append(chunk.split().freeze()).await.map_err(Trouble::Here)?;
                         None
                     }
-                    Ok(None) => Some(Ok(Stopped::AtEnd)),
                     Err(reason) => Some(Err(there(reason.into()))),
                 },
                 () = sleep(sync_at.saturating_duration_since(Instant::now())) => None,

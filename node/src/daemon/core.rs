@@ -296,7 +296,7 @@ fn on_network(state: &mut State, event: network::Event, now: Now, writes: &mut W
                 network.report_gossip(id, acceptance);
             }
         }
-        network::Event::ListenAddrs(_) => {}
+        network::Event::ListenAddrs(_) | network::Event::Relays(_) => {}
     }
 }
 
@@ -353,6 +353,7 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
             };
             shared.remember_addresses(node, &posted.advert, posted.item.signed());
             shared.reach_changed.notify_one();
+            shared.standing.changed.notify_one();
         }
     }
 }

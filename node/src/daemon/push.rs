@@ -22,6 +22,7 @@ use crate::transfer::{
     exchange::{self, Ask, SendError, Source, Wanted},
     frame,
     store::{self, BlobStore},
+    stream::{RecvStream, SendStream},
     tree::Tree,
 };
 
@@ -220,8 +221,8 @@ pub(super) async fn take(
     from: PeerId,
     root: BlobId,
     manifest_bytes: u64,
-    send: &mut quinn::SendStream,
-    receive: &mut quinn::RecvStream,
+    send: &mut SendStream,
+    receive: &mut RecvStream,
 ) -> anyhow::Result<()> {
     if manifest_bytes > MANIFEST_BYTES_MAX {
         bail!(
@@ -248,8 +249,8 @@ async fn take_blobs(
     shared: &Arc<Shared>,
     from: PeerId,
     blobs: Vec<(BlobId, u64)>,
-    send: &mut quinn::SendStream,
-    receive: &mut quinn::RecvStream,
+    send: &mut SendStream,
+    receive: &mut RecvStream,
 ) -> anyhow::Result<()> {
     let store = shared.store.clone();
     let wanted = tokio::task::spawn_blocking(move || lacking(&store, &blobs)).await??;
@@ -341,7 +342,7 @@ impl Shared {
                 }
                 // It waits for the rest, which will not come.
                 Err(reason) => {
-                    send.reset(quinn::VarInt::from_u32(0))?;
+                    send.reset();
                     return Err(reason.into());
                 }
             }
@@ -352,7 +353,7 @@ impl Shared {
     }
 }
 
-async fn open_gate(receive: &mut quinn::RecvStream) -> anyhow::Result<()> {
+async fn open_gate(receive: &mut RecvStream) -> anyhow::Result<()> {
     let gate: Gate = frame::read_message(receive, usize::MAX).await?;
     gate.pass()
 }

@@ -3,18 +3,19 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
-    sync::Arc,
-    time::Duration,
+    sync::{Arc, Mutex, atomic::Ordering},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
+use futures::FutureExt as _;
 #[cfg(debug_assertions)]
 use p2pit_protocol::wire::WIRE_VERSION;
 use p2pit_protocol::{
     BlobId, PeerId, PoolId,
     door::{Hello, Purpose, Reconcile, Refusal, RefusalCode, Reply},
     job::VerifiedSpec,
-    message::Soft,
+    message::{Reach, Soft},
     record::Certificate,
     roster::Roster,
 };
@@ -25,13 +26,14 @@ use super::{
     Shared, clock,
     fetch::{Blobs, Fetch, FetchError, fetch},
     push,
-    serve::{MANIFEST_BYTES_MAX, Request},
+    serve::{self, MANIFEST_BYTES_MAX, Request},
 };
 use crate::{
-    network::{Announcement, Lan, LanEvent},
+    network::{Announcement, Lan, LanEvent, Network, RELAYS_MAX, Relay, Route},
     transfer::{
         endpoint::{Connection, DATA, DOOR},
         frame, store,
+        stream::{self, RecvStream, SendStream},
     },
 };
 
@@ -54,6 +56,13 @@ const BULK: u8 = 1;
 const COPY: u8 = 2;
 /// For logs that are followed: they stay open, and a connection has only so many.
 const LOGS: u8 = 3;
+/// How long a connection of the data plane is waited for where there is another way: for what
+/// is short, and for what takes long.
+const OWN_WITHIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(4));
+/// How long it is not tried again then.
+const SHUT_FOR: Duration = Duration::from_secs(30);
+/// Before a member that may well be dialled is asked to dial.
+const BACK_AFTER: Duration = Duration::from_secs(1);
 
 /// Why a node could not be asked; the text is what it is called.
 #[derive(Debug, thiserror::Error)]
@@ -151,8 +160,9 @@ pub(super) async fn reconcile_roster(
 /// Keep connections to members: whoever is not connected and has a known address is called
 /// at its door, so that both rosters agree, and then dialled.
 pub(super) async fn tend(shared: Arc<Shared>) {
-    let mut tries: BTreeMap<PeerId, (u64, u64)> = BTreeMap::new();
+    let mut tries: BTreeMap<PeerId, Try> = BTreeMap::new();
     let statics = resolve_static(&shared).await;
+    let mut moves = 0;
     loop {
         let now_ms = clock::now().boot_ms;
         let wanted = match shared.act(|peer, _| unconnected(peer)).await {
@@ -161,24 +171,37 @@ pub(super) async fn tend(shared: Arc<Shared>) {
             Err(super::NoPeer::NoPool) => Vec::new(),
             Err(super::NoPeer::Ending) => return,
         };
-        let names: BTreeSet<PeerId> = wanted.iter().map(|(peer, ..)| *peer).collect();
+        let names: BTreeSet<PeerId> = wanted.iter().map(|wanted| wanted.peer).collect();
         tries.retain(|peer, _| names.contains(peer));
-        for (peer, control, mut data) in wanted {
-            let (next_ms, pause_ms) = tries.get(&peer).copied().unwrap_or((0, RETRY_MS.0));
-            if next_ms > now_ms {
-                continue;
+        // What could not be reached from the network before may be from this one.
+        let moved = shared.moves.load(Ordering::Relaxed);
+        if std::mem::replace(&mut moves, moved) != moved {
+            tries.clear();
+        }
+        for wanted in wanted {
+            let pause_ms = match tries.get(&wanted.peer) {
+                Some(last) if last.of != wanted => RETRY_MS.0,
+                Some(last) if last.next_ms > now_ms => continue,
+                Some(last) => last.pause_ms,
+                None => RETRY_MS.0,
+            };
+            let next_ms = now_ms + pause_ms;
+            let pause_ms = (pause_ms * 2).min(RETRY_MS.1);
+            tries.insert(wanted.peer, Try { of: wanted.clone(), next_ms, pause_ms });
+            let mut wanted = wanted;
+            let cached = cached_addresses(&shared, wanted.peer);
+            wanted.data.extend(cached.1.iter().chain(&statics));
+            wanted.data.dedup();
+            if wanted.control.is_empty() {
+                wanted.control = cached.0;
             }
-            tries.insert(peer, (now_ms + pause_ms, (pause_ms * 2).min(RETRY_MS.1)));
-            let cached = cached_addresses(&shared, peer);
-            data.extend(cached.1.iter().chain(&statics));
-            data.dedup();
-            let control = if control.is_empty() { cached.0 } else { control };
-            if data.is_empty() {
+            if wanted.data.is_empty() && wanted.relays.is_empty() {
                 continue;
             }
             let shared = Arc::clone(&shared);
             tokio::spawn(async move {
-                let met = meet(&shared, peer, control, data).await;
+                let peer = wanted.peer;
+                let met = meet(&shared, wanted).await;
                 shared.note_met(peer, met.as_ref().err());
                 if let Err(reason) = met {
                     debug!(%peer, reason = format!("{reason:#}"), "not reached");
@@ -190,19 +213,51 @@ pub(super) async fn tend(shared: Arc<Shared>) {
     }
 }
 
-type Unconnected = (usize, Vec<(PeerId, Vec<SocketAddr>, Vec<SocketAddr>)>);
+/// A member that is not connected, and what is known of where it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Wanted {
+    peer: PeerId,
+    control: Vec<SocketAddr>,
+    data: Vec<SocketAddr>,
+    reach: Reach,
+    relays: Vec<Relay>,
+}
 
-fn unconnected(peer: &p2pit_protocol::Peer) -> Unconnected {
+/// The last try to reach it.
+struct Try {
+    of: Wanted,
+    next_ms: u64,
+    pause_ms: u64,
+}
+
+/// How many are connected, and those that are not.
+fn unconnected(peer: &p2pit_protocol::Peer) -> (usize, Vec<Wanted>) {
     let board = peer.board();
     let nodes = peer.roster().state().nodes.keys();
     let wanted = nodes.filter(|node| **node != peer.id() && !board.is_connected(**node));
     let with_addresses = wanted.map(|node| {
-        let posted = board.get(*node);
-        let control = posted.map(|p| p.advert.control.clone()).unwrap_or_default();
-        let data = posted.map(|p| p.advert.data.clone()).unwrap_or_default();
-        (*node, control, data)
+        let advert = board.get(*node).map(|posted| &posted.advert);
+        Wanted {
+            peer: *node,
+            control: advert.map(|advert| advert.control.clone()).unwrap_or_default(),
+            data: advert.map(|advert| advert.data.clone()).unwrap_or_default(),
+            reach: advert.map(|advert| advert.reach).unwrap_or_default(),
+            relays: relays_of(peer, *node),
+        }
     });
     (board.connected().count(), with_addresses.collect())
+}
+
+/// Those that pass on for a node, by its advert, and where they are, by theirs.
+fn relays_of(peer: &p2pit_protocol::Peer, node: PeerId) -> Vec<Relay> {
+    let board = peer.board();
+    let Some(posted) = board.get(node) else { return Vec::new() };
+    let relays = posted.advert.relays.iter().filter(|relay| **relay != peer.id());
+    let with_addresses = relays.filter_map(|relay| {
+        let addrs = board.get(*relay)?.advert.control.clone();
+        (!addrs.is_empty()).then_some(Relay { node: *relay, addrs })
+    });
+    with_addresses.take(RELAYS_MAX).collect()
 }
 
 fn cached_addresses(shared: &Shared, peer: PeerId) -> (Vec<SocketAddr>, Vec<SocketAddr>) {
@@ -231,16 +286,38 @@ async fn resolve_static(shared: &Shared) -> Vec<SocketAddr> {
 }
 
 /// Agree on the roster at the member's door, then let libp2p connect.
-async fn meet(
-    shared: &Arc<Shared>,
-    peer: PeerId,
-    control: Vec<SocketAddr>,
-    data: Vec<SocketAddr>,
-) -> anyhow::Result<()> {
+async fn meet(shared: &Arc<Shared>, wanted: Wanted) -> anyhow::Result<()> {
+    let Wanted { peer, control, data, reach, relays } = wanted;
+    let dial = |control| {
+        if let Some(network) = shared.network() {
+            network.dial(peer, control, relays.clone());
+        }
+    };
+    // Nobody knocks where hardly anybody can: who passes on for it brings the roster, too.
+    if reach == Reach::Behind && !relays.is_empty() {
+        dial(control);
+        return Ok(());
+    }
+    let agreed = agree(shared, peer, &data).await;
+    if let Err(reason) = agreed {
+        // The door is UDP alone. By TCP it may be there, and it judges for itself.
+        if !reason.is::<ShutOut>() && !control.is_empty() {
+            dial(control);
+        }
+        return Err(reason);
+    }
+    let control =
+        if control.is_empty() { ask_control(shared, peer, &data).await? } else { control };
+    dial(control);
+    Ok(())
+}
+
+/// Brings the rosters together at the member's door.
+async fn agree(shared: &Arc<Shared>, peer: PeerId, data: &[SocketAddr]) -> anyhow::Result<()> {
     let mut roster = super::roster(shared).await?;
     let before: BTreeSet<_> = roster.heads().into_iter().collect();
     for _ in 0..ROUNDS_MAX {
-        if reconcile_roster(shared, &mut roster, peer, &data).await? {
+        if reconcile_roster(shared, &mut roster, peer, data).await? {
             break;
         }
     }
@@ -254,11 +331,6 @@ async fn meet(
             })
             .await?;
     }
-    let control =
-        if control.is_empty() { ask_control(shared, peer, &data).await? } else { control };
-    if let Some(network) = shared.network() {
-        network.dial(peer, control);
-    }
     Ok(())
 }
 
@@ -269,7 +341,9 @@ async fn ask_control(
     data: &[SocketAddr],
 ) -> anyhow::Result<Vec<SocketAddr>> {
     let connection = shared.endpoint.connect(peer, data, DATA.alpn).await?;
-    let listens: Vec<SocketAddr> = request(&connection, &Request::Addresses).await?;
+    let (send, receive) = connection.open_bi().await?;
+    let mut streams = (send.into(), receive.into());
+    let listens: Vec<SocketAddr> = request(&mut streams, &Request::Addresses).await?;
     if listens.is_empty() {
         bail!("{} does not say where it listens", shared.label(peer));
     }
@@ -277,18 +351,106 @@ async fn ask_control(
 }
 
 impl Shared {
-    /// A data-plane connection to a member.
-    async fn connect(&self, peer: PeerId, lane: u8) -> Result<Connection, ReachError> {
+    /// Where a member's data plane is, and whether others can dial it there.
+    async fn whereabouts(&self, peer: PeerId) -> Result<(Vec<SocketAddr>, Reach), super::NoPeer> {
         let advertised = self
-            .act(move |p, _| p.board().get(peer).map(|posted| posted.advert.data.clone()))
-            .await
-            .map_err(|e| ReachError::Unreachable(self.label(peer), e.into()))?
-            .unwrap_or_default();
-        let addrs = if advertised.is_empty() { cached_addresses(self, peer).1 } else { advertised };
-        self.endpoint
-            .connect_lane(peer, &addrs, DATA.alpn, lane)
-            .await
-            .map_err(|e| ReachError::Unreachable(self.label(peer), e.into()))
+            .act(move |p, _| {
+                p.board().get(peer).map(|posted| (posted.advert.data.clone(), posted.advert.reach))
+            })
+            .await?;
+        let (addrs, reach) = advertised.unwrap_or_default();
+        let addrs = if addrs.is_empty() { cached_addresses(self, peer).1 } else { addrs };
+        Ok((addrs, reach))
+    }
+
+    /// How a question of this lane goes to a member: on a connection of the data plane that is
+    /// there, that is dialled, or that the member is asked to dial; else through a connection
+    /// of the control plane, whatever carries that.
+    async fn path(&self, peer: PeerId, lane: u8) -> Result<Path, ReachError> {
+        if let Some(connection) = self.endpoint.pooled(peer, DATA.alpn, lane) {
+            return Ok(Path::Own(connection));
+        }
+        let unreachable = |e: anyhow::Error| ReachError::Unreachable(self.label(peer), e);
+        let (addrs, reach) = self.whereabouts(peer).await.map_err(|e| unreachable(e.into()))?;
+        let dialled = self.endpoint.connect_lane(peer, &addrs, DATA.alpn, lane);
+        let network = self.network();
+        let route = network.as_ref().and_then(|network| network.route(peer));
+        let Some((network, route)) = network.zip(route) else {
+            return dialled.await.map(Path::Own).map_err(|e| unreachable(e.into()));
+        };
+        debug!(%peer, ?route, "no connection of its own yet");
+        let tunnel = Path::Tunnel(network);
+        let patience = self.shut.patience(peer, lane, Instant::now());
+        if patience.is_zero() {
+            return Ok(tunnel);
+        }
+        let asked = async {
+            if self.standing.reach() == Reach::Behind {
+                bail!("neither side can be dialled");
+            }
+            if reach != Reach::Behind {
+                tokio::time::sleep(BACK_AFTER).await;
+            }
+            self.ask_back(peer, lane).await
+        };
+        let dialled = async { dialled.await.map_err(anyhow::Error::from) };
+        let either = futures::future::select_ok([dialled.boxed(), asked.boxed()]);
+        match timeout(patience, either).await {
+            Ok(Ok((connection, _))) => Ok(Path::Own(connection)),
+            failed => {
+                if let Ok(Err(reason)) = failed {
+                    debug!(%peer, reason = format!("{reason:#}"), "no connection of its own");
+                }
+                // What goes on may still come through, and is used then.
+                self.shut.note(peer, Instant::now());
+                Ok(tunnel)
+            }
+        }
+    }
+
+    /// Has a member that cannot be dialled dial this node.
+    async fn ask_back(&self, peer: PeerId, lane: u8) -> anyhow::Result<Connection> {
+        let network = self.network().context("there is no network")?;
+        let (mut send, mut receive) = stream::tunnel(network.open_tunnel(peer).await?);
+        frame::write_message(&mut send, &Request::ConnectBack { lane }).await?;
+        send.finish()?;
+        let connected: Result<(), String> = frame::read_message(&mut receive, usize::MAX).await?;
+        connected.map_err(anyhow::Error::msg)?;
+        self.endpoint.pooled(peer, DATA.alpn, lane).context("the connection came and went")
+    }
+
+    /// What carries questions to a member now; `None` where nothing does.
+    pub(crate) fn carried(&self, peer: PeerId) -> Option<Carried> {
+        if let Some(connection) = self.endpoint.pooled(peer, DATA.alpn, TALK) {
+            let path = connection.stats().path;
+            return Some(Carried::Own {
+                addr: connection.addr(),
+                rtt: connection.rtt(),
+                mtu: path.current_mtu,
+                black_holes: path.black_holes_detected,
+            });
+        }
+        let relay = match self.network()?.route(peer)? {
+            Route::Direct(_) => None,
+            Route::Relayed(relay) => Some(relay),
+        };
+        Some(Carried::Tunnel { relay })
+    }
+
+    /// A stream to a member.
+    async fn stream(&self, peer: PeerId, lane: u8) -> Result<(SendStream, RecvStream), ReachError> {
+        let unreachable = |e: anyhow::Error| ReachError::Unreachable(self.label(peer), e);
+        match self.path(peer, lane).await? {
+            Path::Own(connection) => {
+                let (send, receive) =
+                    connection.open_bi().await.map_err(|e| unreachable(e.into()))?;
+                Ok((send.into(), receive.into()))
+            }
+            Path::Tunnel(network) => {
+                let opened = network.open_tunnel(peer).await;
+                Ok(stream::tunnel(opened.map_err(|e| unreachable(e.into()))?))
+            }
+        }
     }
 
     /// Ask one question and read one answer.
@@ -308,8 +470,8 @@ impl Shared {
         within: Duration,
     ) -> Result<R, ReachError> {
         let talk = async {
-            let connection = self.connect(peer, TALK).await?;
-            request(&connection, question).await.map_err(|e| match e.downcast::<frame::Error>() {
+            let mut streams = self.stream(peer, TALK).await?;
+            request(&mut streams, question).await.map_err(|e| match e.downcast::<frame::Error>() {
                 Ok(e) => ReachError::Answer(self.label(peer), e),
                 Err(e) => ReachError::Unreachable(self.label(peer), e),
             })
@@ -328,7 +490,7 @@ impl Shared {
         &self,
         peer: PeerId,
         question: &Request,
-    ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
+    ) -> Result<(SendStream, RecvStream), ReachError> {
         self.open_in(TALK, peer, question).await
     }
 
@@ -338,7 +500,7 @@ impl Shared {
         &self,
         peer: PeerId,
         question: &Request,
-    ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
+    ) -> Result<(SendStream, RecvStream), ReachError> {
         self.open_in(COPY, peer, question).await
     }
 
@@ -347,7 +509,7 @@ impl Shared {
         &self,
         peer: PeerId,
         question: &Request,
-    ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
+    ) -> Result<(SendStream, RecvStream), ReachError> {
         self.open_in(BULK, peer, question).await
     }
 
@@ -356,7 +518,7 @@ impl Shared {
         &self,
         peer: PeerId,
         question: &Request,
-    ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
+    ) -> Result<(SendStream, RecvStream), ReachError> {
         self.open_in(LOGS, peer, question).await
     }
 
@@ -365,12 +527,10 @@ impl Shared {
         lane: u8,
         peer: PeerId,
         question: &Request,
-    ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
+    ) -> Result<(SendStream, RecvStream), ReachError> {
         let talk = async {
-            let connection = self.connect(peer, lane).await?;
             let unreachable = |e: anyhow::Error| ReachError::Unreachable(self.label(peer), e);
-            let (mut send, receive) =
-                connection.open_bi().await.map_err(|e| unreachable(e.into()))?;
+            let (mut send, receive) = self.stream(peer, lane).await?;
             frame::write_message(&mut send, question).await.map_err(|e| unreachable(e.into()))?;
             Ok((send, receive))
         };
@@ -467,15 +627,71 @@ impl Shared {
     }
 }
 
-/// One question, one answer, on a connection.
+/// One question, one answer.
 async fn request<R: serde::de::DeserializeOwned>(
-    connection: &Connection,
+    (send, receive): &mut (SendStream, RecvStream),
     question: &Request,
 ) -> anyhow::Result<R> {
-    let (mut send, mut receive) = connection.open_bi().await?;
-    frame::write_message(&mut send, question).await?;
+    frame::write_message(send, question).await?;
     send.finish()?;
-    Ok(frame::read_message(&mut receive, usize::MAX).await?)
+    Ok(frame::read_message(receive, usize::MAX).await?)
+}
+
+/// Dial a member that asked for it, and answer it on that connection.
+pub(super) async fn connect_back(
+    shared: &Arc<Shared>,
+    peer: PeerId,
+    lane: u8,
+) -> anyhow::Result<()> {
+    let (addrs, _) = shared.whereabouts(peer).await?;
+    let connection = shared.endpoint.connect_lane(peer, &addrs, DATA.alpn, lane).await?;
+    let (send, receive) = connection.open_bi().await?;
+    let () = request(&mut (send.into(), receive.into()), &Request::Connected { lane }).await?;
+    tokio::spawn(serve::data_back(Arc::clone(shared), connection));
+    Ok(())
+}
+
+/// What carries questions to a member.
+#[derive(Debug, Clone)]
+pub(crate) enum Carried {
+    /// A connection of the data plane, of either side.
+    Own { addr: SocketAddr, rtt: Duration, mtu: u16, black_holes: u64 },
+    /// The control plane's connection, which may go through a relay.
+    Tunnel { relay: Option<PeerId> },
+}
+
+/// How a question goes to a member.
+enum Path {
+    Own(Connection),
+    /// Through a connection of the control plane.
+    Tunnel(Network),
+}
+
+/// Members with whom no connection of the data plane comes about, and since when.
+#[derive(Debug, Default)]
+pub(crate) struct Shut(Mutex<BTreeMap<PeerId, Instant>>);
+
+impl Shut {
+    fn note(&self, peer: PeerId, now: Instant) {
+        let mut shut = super::lock(&self.0);
+        shut.retain(|_, since| now.saturating_duration_since(*since) < SHUT_FOR);
+        shut.insert(peer, now);
+    }
+
+    /// This node has moved: it may be otherwise from here.
+    pub(super) fn forget(&self) {
+        super::lock(&self.0).clear();
+    }
+
+    /// How long such a connection is waited for where there is another way.
+    fn patience(&self, peer: PeerId, lane: u8, now: Instant) -> Duration {
+        let since = super::lock(&self.0).get(&peer).copied();
+        match since {
+            Some(since) if now.saturating_duration_since(since) < SHUT_FOR => Duration::ZERO,
+            _ if lane == TALK => OWN_WITHIN.0,
+            _ => OWN_WITHIN.1,
+        }
+    }
 }
 
 /// Announce this node on the local network and take up what is found there.

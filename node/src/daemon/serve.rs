@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     sync::Arc,
     time::Duration,
 };
@@ -20,7 +21,7 @@ use p2pit_protocol::{
     record::{Body, Certificate, ForceRecover, Keeper, Link, quorum_of},
 };
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
+use tokio::{sync::Semaphore, time::timeout};
 use tracing::{debug, warn};
 
 use super::{
@@ -35,11 +36,13 @@ use crate::{
         types::{GpuReading, JobFiles, Surveyed},
     },
     gpu,
+    network::Network,
     transfer::{
-        endpoint::{DOOR, Incoming},
+        endpoint::{Connection, DATA, DOOR, Incoming},
         exchange::{self, Ask, OpenBlob, Source},
         frame,
         store::BlobStore,
+        stream::{self, RecvStream, SendStream},
     },
 };
 
@@ -87,6 +90,34 @@ pub(crate) enum Request {
     Survey(SignedBytes),
     /// A signed `ForceRecover`: go on from what you have → `Result<(), String>`.
     Recover(SignedBytes),
+    /// From where do you see me, and can you dial me there? → [`Probed`].
+    Probe(Probe),
+    /// You cannot be dialled, and I can: connect to me, for questions of this lane →
+    /// `Result<(), String>`, once you have.
+    ConnectBack { lane: u8 },
+    /// This connection is the one you asked for → `()`.
+    Connected { lane: u8 },
+}
+
+/// Where who asks listens, at whatever address it is seen.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Probe {
+    pub(crate) control: u16,
+    pub(crate) data: u16,
+}
+
+/// To [`Request::Probe`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Probed {
+    /// From where the question came; `None` where it came through others.
+    pub(crate) seen: Option<SocketAddr>,
+    /// Whether its ports answer at that address when they are dialled anew; `None` where that
+    /// was not tried: of the control plane by UDP, the same by TCP, of the data plane.
+    pub(crate) control: Option<Result<(), String>>,
+    pub(crate) tcp: Option<Result<(), String>>,
+    pub(crate) data: Option<Result<(), String>>,
+    /// Milliseconds since the epoch, by the clock there.
+    pub(crate) wall_ms: u64,
 }
 
 /// To [`Request::User`].
@@ -130,6 +161,10 @@ const HELLOS_MAX: usize = 3 * super::reach::ROUNDS_MAX as usize;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest tree manifest taken.
 pub(super) const MANIFEST_BYTES_MAX: u64 = 128 << 20;
+/// Requests that come through tunnels, from all members together.
+const TUNNELS_MAX: usize = 256;
+/// Longer than the side that asked for the connection keeps it without use.
+const BACK_IDLE: Duration = Duration::from_secs(180);
 /// Before bulk, when a connection has room: what somebody looks at.
 const URGENT: i32 = 1;
 
@@ -176,15 +211,57 @@ async fn door(shared: &Arc<Shared>, incoming: &Incoming) -> anyhow::Result<()> {
 }
 
 async fn data(shared: Arc<Shared>, incoming: &Incoming) {
-    let from = incoming.peer;
     // Ends with the connection.
-    while let Ok((send, receive)) = incoming.connection.accept_bi().await {
+    while let Ok(streams) = incoming.connection.accept_bi().await {
+        begin(&shared, &incoming.connection, streams);
+    }
+}
+
+/// Answer on a connection that this node opened, because the other side asked for it. Ends
+/// with it, or when nothing was asked for so long that the other side has let go of it.
+pub(super) async fn data_back(shared: Arc<Shared>, connection: Connection) {
+    while let Ok(Ok(streams)) = timeout(BACK_IDLE, connection.accept_bi()).await {
+        begin(&shared, &connection, streams);
+    }
+}
+
+fn begin(
+    shared: &Arc<Shared>,
+    connection: &Connection,
+    (send, receive): (quinn::SendStream, quinn::RecvStream),
+) {
+    let (shared, connection) = (Arc::clone(shared), connection.clone());
+    tokio::spawn(async move {
+        let from = connection.peer();
+        if !shared.is_member(from) {
+            return;
+        }
+        // The answer alone is no reason for the connection to stay, and its streams are.
+        let answered = answer(&shared, from, send.into(), receive.into(), Some(connection)).await;
+        if let Err(reason) = answered {
+            debug!(%from, reason = format!("{reason:#}"), "request not answered");
+        }
+    });
+}
+
+/// Answer what members ask through the control plane's connections, where their own do not
+/// come through.
+pub(super) async fn tunnels(shared: Arc<Shared>, network: Network) {
+    let Some(mut tunnels) = network.take_tunnels() else { return };
+    let room = Arc::new(Semaphore::new(TUNNELS_MAX));
+    while let Some((from, tunnel)) = tunnels.next().await {
+        if !shared.is_member(from) {
+            continue;
+        }
+        let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
+            debug!(%from, "too many tunnels");
+            continue;
+        };
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {
-            if !shared.is_member(from) {
-                return;
-            }
-            if let Err(reason) = answer(&shared, from, send, receive).await {
+            let _permit = permit;
+            let (send, receive) = stream::tunnel(tunnel);
+            if let Err(reason) = answer(&shared, from, send, receive, None).await {
                 debug!(%from, reason = format!("{reason:#}"), "request not answered");
             }
         });
@@ -194,8 +271,9 @@ async fn data(shared: Arc<Shared>, incoming: &Incoming) {
 async fn answer(
     shared: &Arc<Shared>,
     from: PeerId,
-    mut send: quinn::SendStream,
-    mut receive: quinn::RecvStream,
+    mut send: SendStream,
+    mut receive: RecvStream,
+    connection: Option<Connection>,
 ) -> anyhow::Result<()> {
     let request = frame::read_message(&mut receive, usize::MAX).await?;
     if !matches!(
@@ -290,6 +368,20 @@ async fn answer(
             let recovered = recover(shared, signed).await.map_err(|e| format!("{e:#}"));
             frame::write_message(&mut send, &recovered).await?;
         }
+        Request::Probe(probe) => {
+            let probed = super::standing::probe(shared, from, &probe, connection.as_ref()).await;
+            frame::write_message(&mut send, &probed).await?;
+        }
+        Request::ConnectBack { lane } => {
+            let connected = super::reach::connect_back(shared, from, lane).await;
+            let connected = connected.map_err(|e| format!("{e:#}"));
+            frame::write_message(&mut send, &connected).await?;
+        }
+        Request::Connected { lane } => {
+            let connection = connection.context("not on a connection of the data plane")?;
+            shared.endpoint.adopt(connection, DATA.alpn, lane);
+            frame::write_message(&mut send, &()).await?;
+        }
         Request::Push { root, manifest_bytes } => {
             let taken = push::take(shared, from, root, manifest_bytes, &mut send, &mut receive);
             if let Err(reason) = taken.await {
@@ -304,7 +396,7 @@ async fn answer(
 
 /// What comes next, or nothing once the asker has gone away.
 async fn until_unwanted<T>(
-    send: &mut quinn::SendStream,
+    send: &mut SendStream,
     next: impl Future<Output = anyhow::Result<Option<T>>>,
 ) -> anyhow::Result<Option<T>> {
     tokio::select! {
@@ -330,14 +422,14 @@ async fn give(
     shared: &Shared,
     allowed: Allowed,
     asks: Vec<Ask>,
-    send: &mut quinn::SendStream,
+    send: &mut SendStream,
 ) -> Result<(), exchange::SendError> {
     let source: Arc<dyn Source> = Arc::new(allowed);
     exchange::send_blobs(source, asks, send, &shared.bandwidth.upload, |_| {}).await?;
     Ok(())
 }
 
-async fn deny(mut send: quinn::SendStream, reason: anyhow::Error) -> anyhow::Result<()> {
+async fn deny(mut send: SendStream, reason: anyhow::Error) -> anyhow::Result<()> {
     frame::write_message(&mut send, &Gate::closed(&reason)).await?;
     send.finish()?;
     Ok(())

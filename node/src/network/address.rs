@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
 };
 
-use libp2p::{Multiaddr, multiaddr::Protocol};
+use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
 /// As QUIC and as TCP; the swarm tries QUIC first.
 pub(super) fn both(addr: SocketAddr) -> [Multiaddr; 2] {
@@ -20,8 +20,33 @@ pub(super) fn tcp(addr: SocketAddr) -> Multiaddr {
     Multiaddr::from(addr.ip()).with(Protocol::Tcp(addr.port()))
 }
 
-/// `None` where it is not an IP address with a port.
+/// A member behind a relay, or this node where `to` is none: what to listen on.
+pub(super) fn circuit(relay: PeerId, addr: Multiaddr, to: Option<PeerId>) -> Multiaddr {
+    let relayed = addr.with(Protocol::P2p(relay)).with(Protocol::P2pCircuit);
+    match to {
+        Some(to) => relayed.with(Protocol::P2p(to)),
+        None => relayed,
+    }
+}
+
+/// The relay of an address that leads through one.
+pub(super) fn relay(addr: &Multiaddr) -> Option<PeerId> {
+    let mut relay = None;
+    for part in addr {
+        match part {
+            Protocol::P2p(peer) => relay = Some(peer),
+            Protocol::P2pCircuit => return relay,
+            _ => {}
+        }
+    }
+    None
+}
+
+/// `None` where it is not an IP address with a port, or leads through a relay.
 pub(super) fn socket(addr: &Multiaddr) -> Option<SocketAddr> {
+    if addr.iter().any(|part| matches!(part, Protocol::P2pCircuit)) {
+        return None;
+    }
     let mut parts = addr.iter();
     let ip = match parts.next()? {
         Protocol::Ip4(ip) => IpAddr::V4(ip),
@@ -63,5 +88,16 @@ mod tests {
         }
         assert_eq!(quic("10.1.2.3:4".parse().unwrap()).to_string(), "/ip4/10.1.2.3/udp/4/quic-v1");
         assert_eq!(socket(&"/dns4/a.example/tcp/1".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn an_address_behind_a_relay_is_no_address_of_the_node() {
+        let (relay_id, member) = (PeerId::random(), PeerId::random());
+        let at = quic("10.1.2.3:4".parse().unwrap());
+        for to in [None, Some(member)] {
+            let addr = circuit(relay_id, at.clone(), to);
+            assert_eq!((socket(&addr), relay(&addr)), (None, Some(relay_id)));
+        }
+        assert_eq!(relay(&at.with(Protocol::P2p(member))), None);
     }
 }

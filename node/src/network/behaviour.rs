@@ -1,12 +1,12 @@
 //! The swarm's protocols, each with its bounds.
 
-use std::time::Duration;
+use std::{num::NonZeroU32, time::Duration};
 
 use anyhow::anyhow;
 use libp2p::{
-    Swarm, SwarmBuilder, gossipsub, identify,
+    StreamProtocol, Swarm, SwarmBuilder, dcutr, gossipsub, identify,
     identity::Keypair,
-    noise, ping,
+    noise, ping, relay,
     request_response::{self, ProtocolSupport},
     swarm::NetworkBehaviour,
     tcp, yamux,
@@ -18,6 +18,7 @@ use p2pit_protocol::PoolId;
 use super::{
     Budget, GOSSIP_BYTES_MAX, SMALL_BYTES_MAX,
     codec::{self, MessageCodec},
+    seen,
 };
 
 /// Handshakes in progress, each way. Strangers take part in these.
@@ -54,6 +55,24 @@ const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// What identify tells members, and nobody else.
 const PROTOCOL_VERSION: &str = "p2pit/1";
 const GOSSIP_PROTOCOL: &str = "/p2pit/gossip/1";
+/// The requests of the data plane where its own packets do not come through.
+pub(super) const TUNNEL_PROTOCOL: StreamProtocol = StreamProtocol::new("/p2pit/tunnel/1");
+
+/// Members that this node passes on for, if it is reachable; each takes one reservation.
+const RESERVATIONS_MAX: usize = 512;
+/// Pairs of members that talk through this node. Each costs it two streams and their buffers.
+const CIRCUITS_MAX: usize = 1_024;
+/// Of one member: some more than the connections it strives for.
+const CIRCUITS_PER_PEER_MAX: usize = 96;
+/// A reservation is renewed by itself well before that.
+const RESERVATION: Duration = Duration::from_secs(60 * 60);
+/// After either a circuit is cut, and made anew by whoever needs it. The defaults of libp2p,
+/// 2 minutes and 128 KiB, are for strangers; these are members. What is large is slowed down
+/// where it is sent: see `transfer::stream`.
+const CIRCUIT: (Duration, u64) = (Duration::from_secs(7 * 24 * 60 * 60), 8 << 30);
+/// Requests of one member: so many at once, and one more each such time.
+const RESERVATION_RATE: (u32, Duration) = (30, Duration::from_secs(10));
+const CIRCUIT_RATE: (u32, Duration) = (128, Duration::from_secs(1));
 
 /// In the order in which they may deny a connection: strangers first.
 #[derive(NetworkBehaviour)]
@@ -64,6 +83,14 @@ pub(super) struct Behaviour {
     ping: ping::Behaviour,
     pub(super) gossip: gossipsub::Behaviour<gossipsub::IdentityTransform, OneTopic>,
     pub(super) messages: request_response::Behaviour<MessageCodec>,
+    /// Passes on for members that cannot be dialled.
+    pub(super) relay: relay::Behaviour,
+    /// Has others pass on for this node, and reaches those that have it so.
+    relayed: relay::client::Behaviour,
+    /// Both sides dial at once, so that their NATs let them through.
+    pub(super) punch: dcutr::Behaviour,
+    pub(super) seen: seen::Behaviour,
+    pub(super) streams: libp2p_stream::Behaviour,
 }
 
 /// Peers cannot make us keep other topics.
@@ -80,14 +107,17 @@ pub(super) fn swarm(
     agent: String,
     inbound: Budget,
 ) -> anyhow::Result<Swarm<Behaviour>> {
-    let behaviour = Behaviour {
+    let identify = identify(&identity, agent);
+    let gossip = gossip(pool)?;
+    let me = identity.public().to_peer_id();
+    let behaviour = |relayed| Behaviour {
         allowed: allow_list::Behaviour::default(),
         limits: limits::Behaviour::new(connection_limits()),
-        identify: identify(&identity, agent),
+        identify,
         ping: ping::Behaviour::new(
             ping::Config::new().with_interval(PING_EVERY).with_timeout(PING_TIMEOUT),
         ),
-        gossip: gossip(pool)?,
+        gossip,
         messages: request_response::Behaviour::with_codec(
             MessageCodec { inbound },
             [(codec::PROTOCOL, ProtocolSupport::Full)],
@@ -95,6 +125,11 @@ pub(super) fn swarm(
                 .with_request_timeout(MESSAGE_TIMEOUT)
                 .with_max_concurrent_streams(MESSAGES_PER_CONNECTION_MAX),
         ),
+        relay: relay(me),
+        relayed,
+        punch: dcutr::Behaviour::new(me),
+        seen: seen::Behaviour::default(),
+        streams: libp2p_stream::Behaviour::new(),
     };
     let swarm = SwarmBuilder::with_existing_identity(identity)
         .with_tokio()
@@ -107,7 +142,8 @@ pub(super) fn swarm(
             (quic.max_stream_data, quic.max_connection_data) = WINDOW_BYTES;
             quic
         })
-        .with_behaviour(|_| behaviour)?
+        .with_relay_client(noise::Config::new, yamux_config)?
+        .with_behaviour(|_, relayed| behaviour(relayed))?
         .with_swarm_config(|config| {
             config
                 // Members stay connected until there are too many of them.
@@ -122,6 +158,29 @@ pub(super) fn swarm(
         .with_connection_timeout(CONNECTION_TIMEOUT)
         .build();
     Ok(swarm)
+}
+
+/// Only members come so far: the allow-list stands before it.
+fn relay(me: libp2p::PeerId) -> relay::Behaviour {
+    let config = relay::Config {
+        max_reservations: RESERVATIONS_MAX,
+        max_reservations_per_peer: CONNECTIONS_PER_PEER_MAX as usize,
+        reservation_duration: RESERVATION,
+        reservation_rate_limiters: Vec::new(),
+        max_circuits: CIRCUITS_MAX,
+        max_circuits_per_peer: CIRCUITS_PER_PEER_MAX,
+        max_circuit_duration: CIRCUIT.0,
+        max_circuit_bytes: CIRCUIT.1,
+        circuit_src_rate_limiters: Vec::new(),
+    };
+    let limit = |n| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
+    let config = config
+        .reservation_rate_per_peer(limit(RESERVATION_RATE.0), RESERVATION_RATE.1)
+        .circuit_src_per_peer(limit(CIRCUIT_RATE.0), CIRCUIT_RATE.1);
+    let mut relay = relay::Behaviour::new(me, config);
+    // Until it is known that others can reach this node.
+    relay.set_status(Some(relay::Status::Disable));
+    relay
 }
 
 fn yamux_config() -> yamux::Config {

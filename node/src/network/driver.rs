@@ -11,10 +11,10 @@ use anyhow::{Context as _, bail};
 use futures::StreamExt as _;
 use libp2p::{
     Multiaddr, Swarm,
-    core::transport::ListenerId,
-    gossipsub, identify,
+    core::{ConnectedPoint, transport::ListenerId},
+    dcutr, gossipsub, identify,
     multiaddr::Protocol,
-    ping,
+    ping, relay,
     request_response::{self, ResponseChannel},
     swarm::{
         ConnectionId, DialError, SwarmEvent,
@@ -29,10 +29,12 @@ use tokio::{
 use tracing::{debug, trace, warn};
 
 use super::{
-    Acceptance, Budget, Command, Event, GossipId, NetworkConfig, Payload, Shared, address,
+    Acceptance, Budget, Command, Event, GossipId, NetworkConfig, Payload, Punch, Relay, Route,
+    Shared, Standing, address,
     behaviour::{self, Behaviour, BehaviourEvent},
     lock,
     peers::Peer,
+    relays::Reservations,
 };
 use crate::transfer::endpoint::{from_libp2p, libp2p_keypair, to_libp2p};
 
@@ -70,6 +72,11 @@ pub(super) struct Driver {
     /// The same as the messages', so that gossip cannot add to what they may take.
     inbound: Budget,
     shared: Arc<Shared>,
+    reservations: Reservations,
+    /// Members that this node passes on for.
+    passed_on_for: BTreeSet<PeerId>,
+    /// Where others can dial this node, as libp2p was told.
+    public: BTreeSet<SocketAddr>,
 }
 
 impl Driver {
@@ -91,7 +98,14 @@ impl Driver {
             backlog: VecDeque::new(),
             inbound,
             shared,
+            reservations: Reservations::default(),
+            passed_on_for: BTreeSet::new(),
+            public: BTreeSet::new(),
         })
+    }
+
+    pub(super) fn streams(&self) -> libp2p_stream::Control {
+        self.swarm.behaviour().streams.new_control()
     }
 
     /// Returns once every listener has an address.
@@ -237,7 +251,8 @@ impl Driver {
         match command {
             Command::Send { to, payload } => self.send(to, payload),
             Command::Publish(bytes) => self.publish(bytes),
-            Command::Dial { peer, addrs } => self.dial(peer, &addrs),
+            Command::Dial { peer, addrs, relays } => self.dial(peer, &addrs, relays),
+            Command::Stand(standing) => self.stand(standing),
             Command::Report { id, acceptance } => self.report(id, acceptance),
             // The loop ends with it.
             Command::Close(_) => {}
@@ -271,14 +286,31 @@ impl Driver {
         }
     }
 
-    fn dial(&mut self, to: PeerId, addrs: &[SocketAddr]) {
+    fn dial(&mut self, to: PeerId, addrs: &[SocketAddr], relays: Vec<Relay>) {
         if !self.members.contains(&to) {
             return self.emit(Event::DialFailed(to, "not a member".to_owned()));
         }
-        self.peers.entry(to).or_insert_with(Peer::new).remember(addrs);
+        let peer = self.peers.entry(to).or_insert_with(Peer::new);
+        peer.remember(addrs);
+        peer.remember_relays(relays);
         if !self.is_connected(to) {
             self.connect(to);
         }
+    }
+
+    fn stand(&mut self, Standing { public, relays }: Standing) {
+        let public: BTreeSet<SocketAddr> = public.into_iter().collect();
+        for addr in self.public.difference(&public).copied().flat_map(address::both) {
+            self.swarm.remove_external_address(&addr);
+        }
+        // A relay tells those it passes on for where they are found then.
+        for addr in public.difference(&self.public).copied().flat_map(address::both) {
+            self.swarm.add_external_address(addr);
+        }
+        let status = if public.is_empty() { relay::Status::Disable } else { relay::Status::Enable };
+        self.swarm.behaviour_mut().relay.set_status(Some(status));
+        self.public = public;
+        self.reservations.want(&mut self.swarm, relays);
     }
 
     fn report(&mut self, id: GossipId, acceptance: Acceptance) {
@@ -334,6 +366,7 @@ impl Driver {
                 peer_id,
                 info,
             })) => {
+                self.on_seen(connection_id, &info.observed_addr);
                 let boot = boot(&info.agent_version);
                 if let (Some(peer), Some(boot)) = (from_libp2p(&peer_id), boot) {
                     self.on_boot(peer, connection_id, boot);
@@ -347,10 +380,11 @@ impl Driver {
                 debug!(%connection, "no answer to a ping");
                 self.swarm.close_connection(connection);
             }
+            SwarmEvent::Behaviour(BehaviourEvent::Relay(event)) => self.on_relay(&event),
+            SwarmEvent::Behaviour(BehaviourEvent::Punch(event)) => self.on_punch(&event),
             SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
-                let addr = address::socket(endpoint.get_remote_address());
-                if let (Some(peer), Some(addr)) = (from_libp2p(&peer_id), addr) {
-                    self.on_connected(peer, connection_id, addr);
+                if let (Some(peer), Some(route)) = (from_libp2p(&peer_id), route(&endpoint)) {
+                    self.on_connected(peer, connection_id, route, endpoint.is_listener());
                 }
             }
             SwarmEvent::ConnectionClosed {
@@ -371,8 +405,21 @@ impl Driver {
             SwarmEvent::IncomingConnectionError { error, .. } => {
                 debug!(%error, "incoming connection refused or broken");
             }
-            SwarmEvent::NewListenAddr { .. } | SwarmEvent::ExpiredListenAddr { .. } => {
+            SwarmEvent::NewListenAddr { listener_id, .. }
+                if self.reservations.granted(listener_id) =>
+            {
+                self.on_relays();
+            }
+            SwarmEvent::NewListenAddr { .. } => self.on_listen_addrs(),
+            SwarmEvent::ExpiredListenAddr { address, .. } => {
                 self.on_listen_addrs();
+                self.on_address_lost(&address);
+            }
+            SwarmEvent::ListenerClosed { listener_id, reason, .. }
+                if self.reservations.ended(listener_id) =>
+            {
+                debug!(?reason, "a reservation at a relay has ended");
+                self.on_relays();
             }
             SwarmEvent::ListenerClosed { reason, .. } => {
                 warn!(?reason, "a listener has ended");
@@ -383,17 +430,107 @@ impl Driver {
         }
     }
 
-    fn on_connected(&mut self, to: PeerId, id: ConnectionId, addr: SocketAddr) {
+    fn on_connected(&mut self, to: PeerId, id: ConnectionId, route: Route, came_in: bool) {
         if !self.members.contains(&to) {
             // Its membership ended while it connected; the allow-list closes it.
             return;
         }
         let peer = self.peers.entry(to).or_insert_with(Peer::new);
-        peer.connected(id, addr);
-        if peer.only_link(id).is_some() {
-            self.emit(Event::Connected(to, addr));
+        peer.connected(id, route, Instant::now());
+        let is_first = peer.only_link(id).is_some();
+        let moved = if came_in && !is_first { peer.moved(id) } else { Vec::new() };
+        self.note_route(to);
+        if is_first {
+            self.emit(Event::Connected(to, route));
+        } else if !moved.is_empty() {
+            debug!(peer = %to, "moved to another address");
+            self.close_stale(to, id, moved);
         }
         self.flush(to);
+    }
+
+    /// How a peer is connected is known to who asks.
+    fn note_route(&self, to: PeerId) {
+        let mut routes = lock(&self.shared.routes);
+        match self.peers.get(&to).and_then(Peer::route) {
+            Some(route) => routes.insert(to, route),
+            None => routes.remove(&to),
+        };
+    }
+
+    /// Closes connections that are dead, though this side has not noticed. Where no other but
+    /// `id` is left the daemon hears of a new connection, since what was sent may be lost.
+    fn close_stale(&mut self, to: PeerId, id: ConnectionId, stale: Vec<ConnectionId>) {
+        let only_link = self.peers.get(&to).and_then(|peer| peer.only_link(id));
+        for id in stale {
+            self.swarm.close_connection(id);
+        }
+        if let Some(route) = only_link {
+            self.emit(Event::Disconnected(to));
+            self.emit(Event::Connected(to, route));
+        }
+    }
+
+    /// A peer says from where it sees this node.
+    fn on_seen(&mut self, id: ConnectionId, addr: &Multiaddr) {
+        let quic = addr.iter().any(|part| matches!(part, Protocol::QuicV1));
+        if quic && address::socket(addr).is_some() {
+            trace!(%id, %addr, "seen");
+            self.swarm.behaviour_mut().seen.add(addr.clone());
+        }
+    }
+
+    fn on_relay(&mut self, event: &relay::Event) {
+        match event {
+            relay::Event::ReservationReqAccepted { src_peer_id, renewed } => {
+                if let Some(peer) = from_libp2p(src_peer_id) {
+                    if !renewed {
+                        debug!(%peer, "this node passes on for it");
+                    }
+                    self.passed_on_for.insert(peer);
+                }
+            }
+            relay::Event::ReservationClosed { src_peer_id }
+            | relay::Event::ReservationTimedOut { src_peer_id } => {
+                if let Some(peer) = from_libp2p(src_peer_id) {
+                    self.passed_on_for.remove(&peer);
+                }
+            }
+            other => debug!(?other, "as a relay"),
+        }
+    }
+
+    fn on_punch(&mut self, event: &dcutr::Event) {
+        let Some(peer) = from_libp2p(&event.remote_peer_id) else { return };
+        let punch = match &event.result {
+            Ok(_) => Punch::Open,
+            Err(reason) => Punch::Shut(reason.to_string()),
+        };
+        debug!(%peer, ?punch, "tried to do without a relay");
+        lock(&self.shared.punches).insert(peer, punch);
+    }
+
+    fn on_relays(&mut self) {
+        let relays = self.reservations.all_granted();
+        let before = std::mem::replace(&mut *lock(&self.shared.relays), relays.clone());
+        if before != relays {
+            self.emit(Event::Relays(relays));
+        }
+    }
+
+    /// The machine left a network: connections from there are dead, and nobody would notice
+    /// for a while. Others that were not are made anew at once.
+    fn on_address_lost(&mut self, addr: &Multiaddr) {
+        let Some(addr) = address::socket(addr) else { return };
+        if addr.ip().is_loopback() || self.listen_addrs().iter().any(|a| a.ip() == addr.ip()) {
+            return;
+        }
+        debug!(%addr, "this machine has lost an address: connecting anew");
+        let connected: Vec<_> = self.swarm.connected_peers().copied().collect();
+        for peer in connected {
+            // It may just have gone by itself.
+            let _ = self.swarm.disconnect_peer_id(peer);
+        }
     }
 
     /// The peer says which start of it is at the other end of a connection.
@@ -403,15 +540,9 @@ impl Driver {
         if stale.is_empty() {
             return;
         }
-        let only_link = peer.only_link(id);
         debug!(peer = %to, "restarted");
-        for id in stale {
-            self.swarm.close_connection(id);
-        }
-        if let Some(addr) = only_link {
-            self.emit(Event::Disconnected(to));
-            self.emit(Event::Connected(to, addr));
-        }
+        self.note_route(to);
+        self.close_stale(to, id, stale);
     }
 
     fn on_closed(&mut self, to: PeerId, id: ConnectionId, was_last: bool) {
@@ -419,6 +550,7 @@ impl Driver {
             peer.closed(id);
             peer.has_waiting()
         });
+        self.note_route(to);
         if was_last {
             self.emit(Event::Disconnected(to));
             if waits {
@@ -512,6 +644,13 @@ impl Driver {
             debug!(%to, "a message has waited too long");
             self.emit(Event::Undeliverable { to });
         }
+        let tunnels = lock(&self.shared.tunnels).clone();
+        let free = self.peers.iter().filter(|(peer, _)| !tunnels.contains_key(*peer));
+        let needless: Vec<_> = free.flat_map(|(_, peer)| peer.needless(now)).collect();
+        for id in needless {
+            self.swarm.close_connection(id);
+        }
+        self.reservations.keep(&mut self.swarm);
         self.prune(now);
     }
 
@@ -531,6 +670,7 @@ impl Driver {
             .connected_peers()
             .filter_map(from_libp2p)
             .filter(|peer| !neighbours.contains(peer))
+            .filter(|peer| !self.reservations.is_at(*peer) && !self.passed_on_for.contains(peer))
             .filter_map(|id| self.peers.get(&id).map(|peer| (peer, id)))
             .filter(|(peer, _)| peer.is_idle() && now - peer.used >= IDLE_AFTER)
             .map(|(peer, id)| (peer.used, id))
@@ -552,10 +692,16 @@ impl Driver {
     /// Dials unless that is under way.
     fn connect(&mut self, to: PeerId) {
         let Some(peer) = self.peers.get(&to) else { return };
-        if peer.addrs().is_empty() {
+        if peer.addrs().is_empty() && peer.relays().is_empty() {
             return self.dial_failed(to, "no address is known".to_owned());
         }
-        let addrs = peer.addrs().iter().copied().flat_map(address::both).collect();
+        let direct = peer.addrs().iter().copied().flat_map(address::both);
+        let relayed =
+            peer.relays().iter().filter(|relay| relay.node != self.me).flat_map(|relay| {
+                let via = relay.addrs.iter().copied().flat_map(address::both);
+                via.map(|addr| address::circuit(to_libp2p(relay.node), addr, Some(to_libp2p(to))))
+            });
+        let addrs = direct.chain(relayed).collect();
         let opts = DialOpts::peer_id(to_libp2p(to))
             .condition(PeerCondition::DisconnectedAndNotDialing)
             .addresses(addrs)
@@ -611,6 +757,18 @@ impl Driver {
         if !is_said {
             self.backlog.push_back((event, ack));
         }
+    }
+}
+
+/// `None` where the other side is at no IP address.
+fn route(endpoint: &ConnectedPoint) -> Option<Route> {
+    let through = match endpoint {
+        ConnectedPoint::Dialer { address, .. } => address,
+        ConnectedPoint::Listener { local_addr, .. } => local_addr,
+    };
+    match address::relay(through) {
+        Some(relay) => from_libp2p(&relay).map(Route::Relayed),
+        None => address::socket(endpoint.get_remote_address()).map(Route::Direct),
     }
 }
 

@@ -6,12 +6,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::{AsyncReadExt as _, AsyncWriteExt as _};
 use p2pit_protocol::{PeerId, PoolId, identity::KeyPair};
 use tokio::{sync::mpsc, time::timeout};
 
 use super::{
-    Acceptance, EVENTS_MAX, Event, GOSSIP_BYTES_MAX, GossipId, Network, NetworkConfig,
-    behaviour::MESSAGE_TIMEOUT,
+    Acceptance, EVENTS_MAX, Event, GOSSIP_BYTES_MAX, GossipId, Network, NetworkConfig, Punch,
+    Relay, Route, Standing, behaviour::MESSAGE_TIMEOUT,
 };
 use crate::daemon::bundle::BUNDLE_BYTES_MAX;
 
@@ -33,7 +34,7 @@ async fn members_connect_and_talk_both_ways() {
 #[tokio::test]
 async fn a_send_dials_by_itself_where_an_address_is_known() {
     let [alice, mut bob] = members([1, 2]).await;
-    alice.network.dial(bob.id, bob.addrs());
+    alice.network.dial(bob.id, bob.addrs(), Vec::new());
     // Not connected yet: they wait until it is.
     for _ in 0..10 {
         alice.network.send(bob.id, b"early".to_vec());
@@ -79,11 +80,73 @@ async fn gossip_reaches_all_and_goes_on_only_when_it_was_accepted() {
 }
 
 #[tokio::test]
+async fn who_has_a_relay_is_reached_through_it_and_then_directly() {
+    let [mut relay, mut alice, mut bob] = members([1, 2, 3]).await;
+    relay.network.set_standing(Standing { public: relay.addrs(), relays: Vec::new() });
+    alice.connect(&mut relay).await;
+    bob.connect(&mut relay).await;
+    let at = || vec![Relay { node: relay.id, addrs: relay.addrs() }];
+    bob.network.set_standing(Standing { public: Vec::new(), relays: at() });
+    let relays = loop {
+        if let Event::Relays(relays) = bob.event().await {
+            break relays;
+        }
+    };
+    assert_eq!((relays, bob.network.relays()), (vec![relay.id], vec![relay.id]));
+
+    alice.network.dial(bob.id, Vec::new(), at());
+    let (who, route) = alice.route().await;
+    assert_eq!((who, route), (bob.id, Route::Relayed(relay.id)));
+    let (who, route) = bob.route().await;
+    assert_eq!((who, route), (alice.id, Route::Relayed(relay.id)));
+    alice.network.send(bob.id, vec![7; 300 << 10]);
+    assert_eq!(bob.message().await, (alice.id, vec![7; 300 << 10]), "more than libp2p's default");
+
+    let mut tunnels = bob.network.take_tunnels().unwrap();
+    let mut there = alice.network.open_tunnel(bob.id).await.unwrap();
+    there.stream.write_all(b"through").await.unwrap();
+    there.stream.close().await.unwrap();
+    let (from, mut here) = tunnels.next().await.unwrap();
+    assert_eq!(from, alice.id);
+    let mut read = Vec::new();
+    here.stream.read_to_end(&mut read).await.unwrap();
+    assert_eq!(read, b"through");
+    drop((here, there));
+
+    // Nothing is in the way here: the hole that is punched opens, and the relay is left out.
+    for (from, to) in [(&alice, &bob), (&bob, &alice)] {
+        let begin = Instant::now();
+        while !matches!(from.network.route(to.id), Some(Route::Direct(_))) {
+            assert!(begin.elapsed() < PATIENCE, "{:?}", from.network.punches());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(from.network.punches().get(&to.id), Some(&Punch::Open));
+    }
+    bob.network.send(alice.id, b"directly".to_vec());
+    assert_eq!(alice.message().await, (bob.id, b"directly".to_vec()));
+}
+
+#[tokio::test]
+async fn who_is_not_known_to_be_reachable_passes_on_for_nobody() {
+    let [mut relay, mut bob] = members([1, 2]).await;
+    bob.connect(&mut relay).await;
+    let at = vec![Relay { node: relay.id, addrs: relay.addrs() }];
+    bob.network.set_standing(Standing { public: Vec::new(), relays: at });
+    // The same connection answers for longer than a reservation would take.
+    for n in 0..20 {
+        bob.network.send(relay.id, vec![n]);
+        assert_eq!(relay.message().await.1, [n]);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(bob.network.relays(), []);
+}
+
+#[tokio::test]
 async fn a_stranger_is_refused_and_a_former_member_is_cut_off() {
     let [mut alice, mut bob] = members([1, 2]).await;
     let mut mallory = Node::start(9).await;
     mallory.network.set_members([alice.id, mallory.id].into());
-    mallory.network.dial(alice.id, alice.addrs());
+    mallory.network.dial(alice.id, alice.addrs(), Vec::new());
     // The refusal comes after the handshake, so Mallory may think for a moment that she is
     // in.
     loop {
@@ -95,7 +158,7 @@ async fn a_stranger_is_refused_and_a_former_member_is_cut_off() {
     }
     mallory.network.send(alice.id, b"let me in".to_vec());
     mallory.undeliverable(alice.id).await;
-    alice.network.dial(mallory.id, mallory.addrs());
+    alice.network.dial(mallory.id, mallory.addrs(), Vec::new());
     let Event::DialFailed(peer, reason) = alice.event().await else { panic!("dialled a stranger") };
     assert_eq!((peer, reason.as_str()), (mallory.id, "not a member"));
     alice.network.send(mallory.id, b"psst".to_vec());
@@ -112,7 +175,7 @@ async fn a_stranger_is_refused_and_a_former_member_is_cut_off() {
 #[tokio::test]
 async fn whoever_answers_as_somebody_else_is_not_the_peer() {
     let [mut alice, bob, carol] = members([1, 2, 3]).await;
-    alice.network.dial(carol.id, bob.addrs());
+    alice.network.dial(carol.id, bob.addrs(), Vec::new());
     let Event::DialFailed(peer, reason) = alice.event().await else {
         panic!("took the wrong peer")
     };
@@ -174,7 +237,7 @@ async fn a_second_start_of_a_peer_takes_the_place_of_the_first() {
     // As after a crash: the old connection looks alive.
     let mut again = Node::start(2).await;
     again.network.set_members([alice.id].into());
-    again.network.dial(alice.id, alice.addrs());
+    again.network.dial(alice.id, alice.addrs(), Vec::new());
     again.connected(alice.id).await;
     alice.disconnected(again.id).await;
     bob.disconnected(alice.id).await;
@@ -201,7 +264,7 @@ async fn tcp_is_taken_where_udp_does_not_get_through() {
         let mut outer = tokio::net::TcpStream::connect(tcp).await.unwrap();
         tokio::io::copy_bidirectional(&mut inner, &mut outer).await
     });
-    alice.network.dial(bob.id, vec![front]);
+    alice.network.dial(bob.id, vec![front], Vec::new());
     assert_eq!(alice.connected(bob.id).await, front);
     bob.connected(alice.id).await;
     alice.network.send(bob.id, b"by TCP".to_vec());
@@ -319,7 +382,7 @@ impl Node {
     }
 
     async fn connect(&mut self, other: &mut Self) {
-        self.network.dial(other.id, other.addrs());
+        self.network.dial(other.id, other.addrs(), Vec::new());
         assert_eq!(self.connected(other.id).await, other.addrs()[0]);
         other.connected(self.id).await;
     }
@@ -330,10 +393,18 @@ impl Node {
 
     async fn connected(&mut self, peer: PeerId) -> SocketAddr {
         loop {
-            if let Event::Connected(who, addr) = self.event().await
+            if let Event::Connected(who, Route::Direct(addr)) = self.event().await
                 && who == peer
             {
                 return addr;
+            }
+        }
+    }
+
+    async fn route(&mut self) -> (PeerId, Route) {
+        loop {
+            if let Event::Connected(who, route) = self.event().await {
+                return (who, route);
             }
         }
     }

@@ -8,12 +8,14 @@
 //!
 //! Outgoing connections are pooled by peer, protocol and lane: whoever connects while
 //! another is connecting gets the same connection, a dead one is dialled again, and one
-//! that nobody asked for in a minute is let go of once its streams have ended.
+//! that nobody asked for in a minute is let go of once its streams have ended. One that came
+//! in can be pooled, too ([`Endpoint::adopt`]): a peer that cannot be dialled is asked to dial,
+//! and streams go both ways.
 
 use std::{
     collections::{BTreeMap, HashMap},
     fmt, io,
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     ops::Deref,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
@@ -26,8 +28,8 @@ use futures::{
 };
 use p2pit_protocol::{PeerId, identity::KeyPair};
 use quinn::{
-    ClientConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig,
-    VarInt,
+    ClientConfig, ConnectionError, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
+    TransportConfig, TransportErrorCode, VarInt,
     crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig},
     rustls::pki_types::CertificateDer,
 };
@@ -88,6 +90,11 @@ const MTU_MAX: u16 = 6000;
 /// Not looked up or verified by anybody: identities are in the certificates.
 const SERVER_NAME: &str = "p2pit";
 
+/// Spoken by nobody.
+const PROBE_ALPN: &[u8] = b"p2pit/probe";
+/// TLS's alert `no_application_protocol`.
+const NO_SUCH_PROTOCOL: u8 = 120;
+
 const CLOSE_DONE: VarInt = VarInt::from_u32(0);
 const CLOSE_REFUSED: VarInt = VarInt::from_u32(1);
 const CLOSE_WRONG_PEER: VarInt = VarInt::from_u32(2);
@@ -140,6 +147,7 @@ pub struct Endpoint {
 struct SharedState {
     quinn: quinn::Endpoint,
     local: PeerId,
+    identity: libp2p_identity::Keypair,
     protocols: Vec<(Protocol, ClientConfig)>,
     pool: Mutex<Pool>,
     slots: Arc<Slots>,
@@ -183,6 +191,7 @@ impl Endpoint {
         let shared = Arc::new(SharedState {
             quinn: quinn.clone(),
             local: PeerId(keypair.public()),
+            identity,
             protocols,
             pool: Mutex::default(),
             slots: Arc::default(),
@@ -260,6 +269,96 @@ impl Endpoint {
             }
         };
         dialling.await
+    }
+
+    /// The pooled connection with `peer`, if there is one that lives: nothing is dialled or
+    /// waited for.
+    pub fn pooled(&self, peer: PeerId, alpn: &[u8], lane: u8) -> Option<Connection> {
+        let known = self.shared.protocols.iter().find(|(protocol, _)| protocol.alpn == alpn)?;
+        let key = (peer, known.0.alpn, lane % LANES_MAX);
+        self.shared.pool().usable(&key)?.peek()?.clone().ok()
+    }
+
+    /// Pools a connection that came in: it is as good as one that was dialled. One that is in
+    /// the pool and lives stays.
+    pub fn adopt(&self, connection: Connection, alpn: &[u8], lane: u8) {
+        let known = self.shared.protocols.iter().find(|(protocol, _)| protocol.alpn == alpn);
+        let Some((protocol, _)) = known else { return };
+        let key = (connection.peer(), protocol.alpn, lane % LANES_MAX);
+        let mut pool = self.shared.pool();
+        let lives = |known: &Dialling| matches!(known.peek(), Some(Ok(_)));
+        if !pool.usable(&key).is_some_and(|known| lives(&known)) {
+            let ready = std::future::ready(Ok(connection)).boxed().shared();
+            // So that it can be seen without being waited for.
+            let _ = ready.clone().now_or_never();
+            pool.insert(key, ready);
+        }
+    }
+
+    /// Whether `peer` answers at the address of its door to one who comes from a port that
+    /// nothing was sent from before: so no NAT lets it through for old times' sake. The
+    /// connection is closed again.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn probe(
+        &self,
+        peer: PeerId,
+        addr: SocketAddr,
+        patience: Duration,
+    ) -> Result<(), String> {
+        match self.knock_anew(addr, DOOR.alpn, patience).await {
+            Ok(Some(found)) if found == peer => Ok(()),
+            Ok(_) => Err("somebody else answers there".to_owned()),
+            Err(Knocked::NotSpoken) => Err("it is no door".to_owned()),
+            Err(Knocked::Failed(reason)) => Err(reason),
+        }
+    }
+
+    /// As [`Self::probe`], of the control plane: whether anybody answers there who speaks QUIC.
+    /// It is asked for a protocol that nobody has, so that it is no connection to them.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn probe_control(&self, addr: SocketAddr, patience: Duration) -> Result<(), String> {
+        match self.knock_anew(addr, PROBE_ALPN, patience).await {
+            Ok(_) | Err(Knocked::NotSpoken) => Ok(()),
+            Err(Knocked::Failed(reason)) => Err(reason),
+        }
+    }
+
+    async fn knock_anew(
+        &self,
+        addr: SocketAddr,
+        alpn: &[u8],
+        patience: Duration,
+    ) -> Result<Option<PeerId>, Knocked> {
+        let mut tls = tls::client(&self.shared.identity).map_err(Knocked::failed)?;
+        tls.alpn_protocols = vec![alpn.to_vec()];
+        let crypto = QuicClientConfig::try_from(tls).map_err(Knocked::failed)?;
+        let config = ClientConfig::new(Arc::new(crypto));
+        let local = match addr {
+            SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+            SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+        };
+        let endpoint = quinn::Endpoint::client(local).map_err(Knocked::failed)?;
+        let connecting =
+            endpoint.connect_with(config, addr, SERVER_NAME).map_err(Knocked::failed)?;
+        let quinn = match timeout(patience, connecting).await {
+            Ok(Ok(quinn)) => quinn,
+            Ok(Err(ConnectionError::ConnectionClosed(closed)))
+                if closed.error_code == TransportErrorCode::crypto(NO_SUCH_PROTOCOL) =>
+            {
+                return Err(Knocked::NotSpoken);
+            }
+            Ok(Err(reason)) => return Err(Knocked::failed(reason)),
+            Err(_elapsed) => return Err(Knocked::failed("no answer")),
+        };
+        let found = peer_of(&quinn);
+        quinn.close(CLOSE_DONE, b"probed");
+        // It has been told, or does not listen.
+        let _ = timeout(CLOSE_WAIT, endpoint.wait_idle()).await;
+        Ok(found)
     }
 
     /// The next connection from outside; `None` once the endpoint is closed.
@@ -475,6 +574,19 @@ impl Dial {
                 ))
             }
         }
+    }
+}
+
+/// Why a probe ended without a connection.
+enum Knocked {
+    /// Somebody answers, who does not speak the protocol.
+    NotSpoken,
+    Failed(String),
+}
+
+impl Knocked {
+    fn failed(reason: impl fmt::Display) -> Self {
+        Self::Failed(reason.to_string())
     }
 }
 
@@ -736,8 +848,6 @@ fn canonical(addr: SocketAddr) -> SocketAddr {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use quinn::ConnectionError;
-
     use super::*;
     use crate::transfer::{
         Pace,
@@ -850,6 +960,46 @@ mod tests {
         assert_eq!(error, ConnectError::NoAddress(peer(2)));
         let fresh = connect().await.unwrap();
         assert_ne!(first.stable_id(), fresh.stable_id());
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_came_in_is_used_to_ask_whoever_opened_it() {
+        let (alice, bob) = (bind(1, LOCAL), bind(2, LOCAL));
+        let out = alice.connect(peer(2), &[bob.local_addr().unwrap()], DATA.alpn).await.unwrap();
+        let taken_in = bob.accept().await.unwrap().connection;
+        assert!(bob.pooled(peer(1), DATA.alpn, 1).is_none());
+        bob.adopt(taken_in.clone(), DATA.alpn, 1);
+        // Nobody knows where Alice is, and nobody has to.
+        let back = bob.connect_lane(peer(1), &[], DATA.alpn, 1).await.unwrap();
+        assert_eq!(back.stable_id(), taken_in.stable_id());
+        assert_eq!(bob.pooled(peer(1), DATA.alpn, 1).unwrap().stable_id(), back.stable_id());
+        assert!(bob.pooled(peer(1), DATA.alpn, 0).is_none(), "of this lane alone");
+        let (mut send, _receive) = back.open_bi().await.unwrap();
+        write_message(&mut send, &"hello".to_owned()).await.unwrap();
+        let (_send, mut receive) = out.accept_bi().await.unwrap();
+        assert_eq!(read_message::<String>(&mut receive, 100).await.unwrap(), "hello");
+        out.close(CLOSE_DONE, b"");
+        back.closed().await;
+        assert!(bob.pooled(peer(1), DATA.alpn, 1).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_probe_finds_who_answers_and_nobody_else() {
+        let (alice, bob) = (bind(1, LOCAL), bind(2, LOCAL));
+        let at = bob.local_addr().unwrap();
+        let patience = Duration::from_millis(300);
+        alice.probe(peer(2), at, patience).await.unwrap();
+        let other = alice.probe(peer(3), at, patience).await.unwrap_err();
+        assert_eq!(other, "somebody else answers there");
+        alice.probe_control(at, patience).await.unwrap();
+        for _ in 0..2 {
+            assert!(bob.accept().now_or_never().flatten().is_some(), "a door was knocked at");
+        }
+        assert!(bob.accept().now_or_never().is_none(), "what is not spoken is no connection");
+        let silent = UdpSocket::bind(LOCAL).unwrap();
+        let silent = silent.local_addr().unwrap();
+        assert_eq!(alice.probe(peer(2), silent, patience).await.unwrap_err(), "no answer");
+        assert_eq!(alice.probe_control(silent, patience).await.unwrap_err(), "no answer");
     }
 
     #[tokio::test]

@@ -158,6 +158,22 @@ pub struct Advert {
     pub control: Vec<SocketAddr>,
     /// Where the data plane and the door listen.
     pub data: Vec<SocketAddr>,
+    /// Whether others can dial it there.
+    pub reach: Reach,
+    /// Members that pass on for it while they cannot.
+    pub relays: Vec<PeerId>,
+}
+
+/// Whether other nodes can dial a node, as those that tried have told it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reach {
+    /// Nobody has tried.
+    #[default]
+    Unknown,
+    /// They can.
+    Open,
+    /// Not all can: it is behind a NAT or a firewall.
+    Behind,
 }
 
 /// A keeper's announcement of a job: how a job is found from anywhere.

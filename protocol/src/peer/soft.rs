@@ -11,7 +11,7 @@ use crate::{
     identity::{Domain, SignedBytes},
     inventory::{Capacity, board::CLOCK_TOLERANCE_MS},
     job::{KEEPERS_MAX, State},
-    message::{Advert, Head, Message, Piece, Soft, WANT_MAX},
+    message::{Advert, Head, Message, Piece, Reach, Soft, WANT_MAX},
     peer::Event,
     reconcile::{ItemId, Items, Sum},
     record::{self, Kept},
@@ -57,6 +57,8 @@ pub(super) struct SoftState {
     next_reconcile_ms: u64,
     control: Vec<core::net::SocketAddr>,
     data: Vec<core::net::SocketAddr>,
+    reach: Reach,
+    relays: Vec<PeerId>,
     items: Items,
     pub(super) turns: Turns,
     adverts: BTreeMap<PeerId, ItemId>,
@@ -78,6 +80,8 @@ impl SoftState {
             next_reconcile_ms: 0,
             control: Vec::new(),
             data: Vec::new(),
+            reach: Reach::Unknown,
+            relays: Vec::new(),
             items: Items::default(),
             turns: Turns::default(),
             adverts: BTreeMap::new(),
@@ -92,6 +96,13 @@ impl SoftState {
     ) {
         if self.control != control || self.data != data {
             (self.control, self.data) = (control, data);
+            self.changed = true;
+        }
+    }
+
+    pub(super) fn set_reach(&mut self, reach: Reach, relays: Vec<PeerId>) {
+        if self.reach != reach || self.relays != relays {
+            (self.reach, self.relays) = (reach, relays);
             self.changed = true;
         }
     }
@@ -380,6 +391,8 @@ impl Peer {
             free_ram_mib: usage.2,
             control: self.soft.control.clone(),
             data: self.soft.data.clone(),
+            reach: self.soft.reach,
+            relays: self.soft.relays.clone(),
         };
         self.soft.advertised = Some(usage);
         let signed = SignedBytes::sign(&self.key, Domain::Advert, wire::encode(&advert));

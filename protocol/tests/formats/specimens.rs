@@ -21,7 +21,7 @@ use p2pit_protocol::{
         Accept, Adopt, Advert, AttemptView, Bid, Call, CallFate, ClockReading, Command, Commit,
         CopyState, Decline, GpuState, GpuView, Head, HoldView, Install, JobFilter, JobView, Key,
         LeaseAsk, LeaseGrant, Message, NodeView, Offer, PinRefusal, Promise, RankReport, RankView,
-        Renewal, Reply, Report, Soft, Start, Verdict, WaitView, Wanted, Watch, blinded,
+        Reach, Renewal, Reply, Report, Soft, Start, Verdict, WaitView, Wanted, Watch, blinded,
     },
     peer::Slot,
     reconcile::{Items, Sum},
@@ -839,6 +839,8 @@ fn advert() -> Advert {
         free_ram_mib: 196_608,
         control: vec!["192.0.2.4:4001".parse().unwrap()],
         data: vec!["[2001:db8::4]:4002".parse().unwrap()],
+        reach: Reach::Behind,
+        relays: vec![node(1), node(2)],
     }
 }
 
@@ -850,10 +852,13 @@ fn put_soft(tray: &mut Tray) {
         not_free: Vec::new(),
         control: Vec::new(),
         data: Vec::new(),
+        reach: Reach::Unknown,
+        relays: Vec::new(),
         ..advert()
     };
     tray.put("advert", "node", &advert());
     tray.put("advert", "client", &client);
+    tray.put("advert", "open", &Advert { reach: Reach::Open, relays: Vec::new(), ..advert() });
     tray.put("head", "birth", &head(State::Waiting));
     tray.put("head", "done", &head(State::Done));
     let signed_advert = SignedBytes::sign(&node_key(4), Domain::Advert, wire::encode(&advert()));

@@ -31,7 +31,7 @@ use p2pit_protocol::{
     identity::{Domain, KeyPair, SignedBytes},
     inventory::{Capacity, Gpu, GpuUuid},
     job::{Attempt, Ending, JobSpec, Outcome, Rank, RankEnd, State},
-    message::{Advert, Message, Soft},
+    message::{Advert, Message, Reach, Soft},
     peer::{Config, Event, Slot, Transmit},
     roster::{Roster, Statement},
     sabotage::Sabotage,
@@ -533,6 +533,8 @@ impl Gangs {
             not_free: Vec::new(),
             control: Vec::new(),
             data: Vec::new(),
+            reach: Reach::Unknown,
+            relays: Vec::new(),
         };
         Soft::advert(SignedBytes::sign(&key_of(who), Domain::Advert, wire::encode(&advert)))
     }
