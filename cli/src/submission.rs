@@ -15,7 +15,7 @@ use p2pit_node::{
 use p2pit_protocol::{
     BlobId, JobId, PeerId,
     identity::{Domain, SignedBytes},
-    job::{self, Command, Continued, Grace, JobSpec, Policy, VerifiedSpec},
+    job::{self, Command, Continued, Grace, JobSpec, KEEP_EVERY_MS, Policy, VerifiedSpec},
     request::Request,
 };
 
@@ -132,6 +132,7 @@ pub(crate) async fn submit(
         retries: wish.retries,
         policy: wish.policy,
         lost_after_ms: wish.lost_after_ms,
+        keep_every_ms: KEEP_EVERY_MS,
         nonce: random()?,
         submitted_at_ms: wall_ms(),
         keepers: planned.keepers,

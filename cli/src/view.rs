@@ -271,8 +271,12 @@ impl Job {
             retried,
             policy,
             lost_after_ms,
+            keep_every_ms: _,
             outcome,
             attempt,
+            saved: _,
+            removed: _,
+            holds: _,
         } = view;
         let ranks = attempt.ranks.iter().map(|rank| Rank {
             rank: rank.rank.0,
@@ -284,7 +288,7 @@ impl Job {
             cpu_cores: rank.grant.cpu_cores,
             ram_mib: rank.grant.ram_mib,
             state: rank.state,
-            end: rank.end.clone(),
+            end: rank.end.as_deref().cloned(),
         });
         Self {
             id: *job,
@@ -443,6 +447,7 @@ pub(crate) mod samples {
             retried: 1,
             policy: Policy::Restart,
             lost_after_ms: 86_400_000,
+            keep_every_ms: 60_000,
             outcome,
             attempt: AttemptView {
                 number: Attempt(1),
@@ -460,6 +465,9 @@ pub(crate) mod samples {
                     end: None,
                 }],
             },
+            saved: Vec::new(),
+            removed: None,
+            holds: Vec::new(),
         }
     }
 

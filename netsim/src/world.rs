@@ -702,7 +702,10 @@ impl World {
                 self.happenings.push(Happening::Wounded { job, by, pinned });
             }
             Event::StoreRefused { reason } => self.refuse_store(at, &reason),
-            Event::RecordChanged { .. } | Event::RosterChanged | Event::BoardChanged { .. } => {}
+            Event::CopiesChanged { .. }
+            | Event::RecordChanged { .. }
+            | Event::RosterChanged
+            | Event::BoardChanged { .. } => {}
         }
     }
 
@@ -863,7 +866,11 @@ pub fn job_of(message: &Message) -> Option<JobId> {
         | Message::Look { job, .. }
         | Message::Seen { job, .. }
         | Message::Elsewhere { job, .. }
-        | Message::Adopted { job, .. } => Some(*job),
+        | Message::Adopted { job, .. }
+        | Message::Save { job, .. }
+        | Message::SaveHeld { job, .. }
+        | Message::AskCopies { job, .. }
+        | Message::Copies { job, .. } => Some(*job),
         Message::Promise(promise) => Some(promise.job),
         Message::Accept(accept) => Some(accept.job),
         Message::Adopt(adopt) => Some(JobId::of(&adopt.spec.bytes)),
@@ -927,6 +934,11 @@ fn describe(message: &Message) -> String {
         Message::Adopt(adopt) => format!("adopt {}", adopt.attempt),
         Message::Adopted { attempt, term, .. } => format!("adopted {attempt}, term {term}"),
         Message::EndRecorded { attempt, rank, .. } => format!("end-recorded {attempt}.{rank}"),
+        Message::Save { attempt, rank, seq, .. } | Message::SaveHeld { attempt, rank, seq, .. } => {
+            format!("{} {attempt}.{rank}, number {seq}", message.name())
+        }
+        Message::AskCopies { attempt, .. } => format!("ask-copies {attempt}"),
+        Message::Copies { attempt, ranks, .. } => format!("copies {attempt}: {ranks:?}"),
         other => other.name().to_owned(),
     }
 }

@@ -217,6 +217,12 @@ impl Workspace {
         self.dir.join(LOG_NAME)
     }
 
+    /// The size of the log now; 0 where there is none.
+    #[must_use]
+    pub fn log_bytes(&self) -> u64 {
+        std::fs::metadata(self.log_path()).map_or(0, |metadata| metadata.len())
+    }
+
     /// Adds lines to the rank's log.
     pub fn log(&self, speaker: Speaker, text: &str) -> io::Result<()> {
         append_to_log(&self.log_path(), &speaker.to_string(), text)

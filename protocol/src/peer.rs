@@ -13,6 +13,7 @@
 //! [`Peer::restore`], says [`Peer::restored`], and then calls [`Peer::resume`] with the
 //! processes that still live.
 
+mod copies;
 mod keep;
 mod outbox;
 mod random;
@@ -47,6 +48,7 @@ use self::{
 use crate::{
     BlobId, BootId, JobId, Now, PeerId, PoolId, StatementId, StoreId,
     bidder::{Bidder, Terms, WorkId},
+    copies::Copies,
     door::{self, DoorBook},
     identity::{KeyPair, SignedBytes},
     inventory::{Board, Capacity, GpuUuid},
@@ -147,6 +149,11 @@ pub enum Event {
         /// The rank.
         id: WorkId,
     },
+    /// What this node is to hold of a job may be another: see [`Peer::copies_wanted`].
+    CopiesChanged {
+        /// The job.
+        job: JobId,
+    },
     /// A record kept here has a new value.
     RecordChanged {
         /// The job.
@@ -222,6 +229,7 @@ pub struct Peer {
     registers: Registers,
     stewards: Stewards,
     bidder: Bidder,
+    copies: Copies,
     soft: SoftState,
     submissions: BTreeMap<JobId, Submission>,
     births: BTreeMap<JobId, Birth>,
@@ -279,6 +287,7 @@ impl Peer {
             ),
             stewards: Stewards::new(me, config.boot, config.sabotage),
             bidder: Bidder::new(me, config.boot, hold_prefix, config.sabotage),
+            copies: Copies::default(),
             sabotage: config.sabotage,
             soft,
             submissions: BTreeMap::new(),
@@ -815,6 +824,10 @@ impl Peer {
             | Message::Renewed { .. }
             | Message::Look { .. }
             | Message::Seen { .. } => self.handle_record(from, message, now),
+            Message::Save { .. }
+            | Message::SaveHeld { .. }
+            | Message::AskCopies { .. }
+            | Message::Copies { .. } => self.handle_copies(from, message, now),
             Message::Soft(item) => {
                 self.handle_soft(item, now);
             }

@@ -64,6 +64,11 @@ fn explain(verdict: &Verdict, names: &Names) -> (&'static str, String) {
         Verdict::NoAnswer => ("silent", "it was asked and has not answered yet".to_owned()),
         Verdict::Unreachable => ("unreachable", String::new()),
         Verdict::NotCalled => ("not called", "enough others were".to_owned()),
+        Verdict::Has(1) => ("has", "the results of one process".to_owned()),
+        Verdict::Has(n) => ("has", format!("the results of {n} processes")),
+        Verdict::Copies(1) => ("copies", "the results of one process".to_owned()),
+        Verdict::Copies(n) => ("copies", format!("the results of {n} processes")),
+        Verdict::CannotHold(reason) => ("cannot hold", reason.clone()),
     }
 }
 

@@ -344,7 +344,7 @@ fn resources(ranks: &[Rank]) -> Value {
 fn rank(rank: &Rank) -> Value {
     let Rank { rank, group, process, node, node_id, gpus, cpu_cores, ram_mib, state, end } = rank;
     let end = end.as_ref();
-    let RankEnd { ending, result, keep, artifacts, note, at_ms } = match end {
+    let RankEnd { ending, result, keep, artifacts, note, log_bytes, at_ms } = match end {
         Some(end) => end,
         None => &RankEnd::bare(p2pit_protocol::job::Ending::NeverStarted, 0),
     };
@@ -366,6 +366,7 @@ fn rank(rank: &Rank) -> Value {
         "keep": keep,
         "artifacts": artifacts,
         "note": note,
+        "log_bytes": ended(json!(log_bytes)),
     })
 }
 

@@ -318,6 +318,13 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
         Event::StopProcess { id, reason } => shared.work.stop(shared, id, reason),
         Event::Discard { id } => shared.work.discard(shared, id),
         Event::EndRecorded { id } => shared.work.forget(shared, id),
+        Event::CopiesChanged { job } => {
+            let Some(peer) = &mut state.peer else { return };
+            if peer.copies_wanted(job).is_some() {
+                let reason = "this version of p2pit makes no copies yet".to_owned();
+                peer.cannot_copy(job, reason, clock::now());
+            }
+        }
         Event::RecordChanged { job } => {
             if let Some(changed) = state.watched.get(&job) {
                 changed.send_modify(|count| *count += 1);

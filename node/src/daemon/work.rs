@@ -463,13 +463,17 @@ async fn end_unknown(id: WorkId, running: Running) {
 async fn finish(shared: &Arc<Shared>, id: WorkId, ended: executor::Ended) {
     let workspace = shared.workspace(id);
     let (store, job_dir) = (shared.store.clone(), shared.job_dir(id.job));
-    let gathered = tokio::task::spawn_blocking(move || match read_spec(&job_dir) {
-        Ok(spec) => workspace.collect(&store, &spec),
-        Err(reason) => Collected { note: Some(format!("{reason:#}")), ..Collected::default() },
+    let gathered = tokio::task::spawn_blocking(move || {
+        let collected = match read_spec(&job_dir) {
+            Ok(spec) => workspace.collect(&store, &spec),
+            Err(reason) => Collected { note: Some(format!("{reason:#}")), ..Collected::default() },
+        };
+        // Now that nothing more is written: what a copy must have.
+        (collected, workspace.log_bytes())
     });
-    let collected = gathered.await.unwrap_or_else(|e| {
+    let (collected, log_bytes) = gathered.await.unwrap_or_else(|e| {
         let note = Some(format!("results could not be gathered: {e}"));
-        Collected { note, ..Collected::default() }
+        (Collected { note, ..Collected::default() }, ended.log.bytes)
     });
     let end = RankEnd {
         ending: ending_of(ended.ending),
@@ -477,6 +481,7 @@ async fn finish(shared: &Arc<Shared>, id: WorkId, ended: executor::Ended) {
         keep: collected.keep,
         artifacts: collected.artifacts,
         note: join_notes([collected.note, ended.log.trouble, ended.unsaved]),
+        log_bytes,
         at_ms: ended.wall_ms,
     };
     let gpus = shared.act(move |peer, _| peer.gpus_of(id)).await.unwrap_or_default();
@@ -541,7 +546,11 @@ pub(super) async fn sweep(shared: &Arc<Shared>) {
 
 async fn fail(shared: &Arc<Shared>, id: WorkId, reason: String) {
     warn!(job = %id.job, rank = %id.rank, reason, "could not be started");
-    let end = RankEnd::bare(Ending::FailedToStart { reason }, clock::now().wall_ms);
+    let mut end = RankEnd::bare(Ending::FailedToStart { reason }, clock::now().wall_ms);
+    let workspace = shared.workspace(id);
+    // It tells how the preparation went. Where it cannot be measured there is none to be copied.
+    end.log_bytes =
+        tokio::task::spawn_blocking(move || workspace.log_bytes()).await.unwrap_or_default();
     shared.work.discard(shared, id);
     report(shared, id, end).await;
 }

@@ -483,6 +483,7 @@ impl Node {
             retries: 0,
             policy: Policy::Continue,
             lost_after_ms: LOST_AFTER_MS,
+            keep_every_ms: 0,
             nonce: [3; 16],
             submitted_at_ms: 0,
             keepers: vec![(peer(1), StoreId([0; 16]))],
