@@ -19,6 +19,7 @@ use std::{
     time::Duration,
 };
 
+use p2pit_protocol::record::KEEP_MS;
 use serde::{Deserialize, Deserializer, de};
 use thiserror::Error;
 
@@ -59,6 +60,14 @@ pub struct Settings {
     pub upload: Option<Rate>,
     /// How fast blobs may be fetched from other nodes. Default: no limit.
     pub download: Option<Rate>,
+    /// Bytes of disk that p2pit may take on this machine: blobs, copies and directories of jobs
+    /// together. Default: whatever leaves 5 % of the file system free, at most 5 GiB.
+    pub storage: Option<u64>,
+    /// How long what a finished job left stays here. Default: 30 days, for as long as its
+    /// record is kept.
+    pub keep_done: Duration,
+    /// How long what nobody needs any more can be had back. Default: 24 h.
+    pub trash: Duration,
     /// What is logged, as `tracing` filter directives. Default: `info`.
     pub log: String,
 }
@@ -89,6 +98,12 @@ pub struct PartialSettings {
     pub upload: Option<Rate>,
     #[serde(deserialize_with = "text")]
     pub download: Option<Rate>,
+    #[serde(deserialize_with = "text")]
+    pub storage: Option<MemorySize>,
+    #[serde(deserialize_with = "text")]
+    pub keep_done: Option<Period>,
+    #[serde(deserialize_with = "text")]
+    pub trash: Option<Period>,
     pub log: Option<String>,
 }
 
@@ -169,6 +184,9 @@ impl PartialSettings {
             client_idle: self.client_idle.or(other.client_idle),
             upload: self.upload.or(other.upload),
             download: self.download.or(other.download),
+            storage: self.storage.or(other.storage),
+            keep_done: self.keep_done.or(other.keep_done),
+            trash: self.trash.or(other.trash),
             log: self.log.or(other.log),
         }
     }
@@ -199,6 +217,8 @@ impl Settings {
             within(key, period.unwrap_or(Period(default)), Period(bounds.0)..=Period(bounds.1))
                 .map(|period| period.0)
         };
+        let storage =
+            given.storage.map(|size| within("storage", size, STORAGE_MIN..=STORAGE_MAX));
         let rate = |key, rate: Option<Rate>| {
             rate.map(|rate| within(key, rate, RATE_MIN..=RATE_MAX)).transpose()
         };
@@ -228,6 +248,9 @@ impl Settings {
             )?,
             upload: rate("upload", given.upload)?,
             download: rate("download", given.download)?,
+            storage: storage.transpose()?.map(|size| size.0),
+            keep_done: period("keep_done", given.keep_done, KEEP_DONE, (KEEP_DONE_MIN, KEEP_DONE))?,
+            trash: period("trash", given.trash, TRASH, (Duration::ZERO, TRASH_MAX))?,
             log: given.log.unwrap_or_else(|| "info".to_owned()),
         })
     }
@@ -342,6 +365,16 @@ const PEERS_MAX: usize = 64;
 /// Below it a transfer would be taken for a dead one.
 const RATE_MIN: Rate = Rate(64 << 10);
 const RATE_MAX: Rate = Rate(64 << 40);
+
+/// Below it hardly a job fits.
+const STORAGE_MIN: MemorySize = MemorySize(64 << 20);
+const STORAGE_MAX: MemorySize = MemorySize(1 << 50);
+
+/// As long as records are kept: without its record nobody finds what a job left.
+const KEEP_DONE: Duration = Duration::from_millis(KEEP_MS);
+const KEEP_DONE_MIN: Duration = Duration::from_secs(1);
+const TRASH: Duration = Duration::from_secs(24 * 3600);
+const TRASH_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 
 const CPUS_MAX: u32 = 4096;
 const MEMORY_MIN: MemorySize = MemorySize(64 << 20);

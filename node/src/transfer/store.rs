@@ -109,6 +109,11 @@ impl BlobStore {
         Self::open_with(dir, Upkeep::default())
     }
 
+    /// As [`Self::open`]; blobs are relied on for this long instead of [`RELIED`].
+    pub fn open_for(dir: &Path, relied: Duration) -> Result<Self, Error> {
+        Self::open_with(dir, Upkeep::default().relied_for(relied))
+    }
+
     fn open_with(dir: &Path, upkeep: Upkeep) -> Result<Self, Error> {
         let (tmp, partial) = (dir.join(TMP), dir.join(PARTIAL));
         create_private_dir(&tmp)?;

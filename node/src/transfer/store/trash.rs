@@ -40,8 +40,8 @@ use crate::transfer::tree::{MANIFEST_BYTES_MAX, Tree};
 /// For how long at least who was told that a blob is here may rely on that, although nothing
 /// names it.
 pub const RELIED: Duration = Duration::from_secs(3600);
-/// A file whose time is younger is not touched again.
-const TOUCH_EVERY: Duration = Duration::from_secs(300);
+/// A file whose time is younger than this part of that is not touched again.
+const TOUCH_PART: u32 = 12;
 /// A file from further in the future was written under a clock that was wrong.
 const FUTURE_MAX: Duration = Duration::from_secs(300);
 
@@ -50,6 +50,8 @@ type Clock = Box<dyn Fn() -> SystemTime + Send + Sync>;
 /// What keeps relied-on blobs from a sweep.
 pub(super) struct Upkeep {
     clock: Clock,
+    /// See [`RELIED`].
+    relied: Duration,
     /// Shared by who relies on a blob; a sweep that moves one away has it alone.
     gate: RwLock<()>,
     uses: Arc<Mutex<BTreeMap<u64, SystemTime>>>,
@@ -73,10 +75,20 @@ impl Upkeep {
     pub(super) fn with_clock(clock: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
         Self {
             clock: Box::new(clock),
+            relied: RELIED,
             gate: RwLock::default(),
             uses: Arc::default(),
             has_trash: AtomicBool::new(false),
         }
+    }
+
+    /// Blobs are relied on for this long.
+    pub(super) fn relied_for(self, relied: Duration) -> Self {
+        Self { relied, ..self }
+    }
+
+    fn touch_every(&self) -> Duration {
+        self.relied / TOUCH_PART
     }
 
     pub(super) fn set_has_trash(&self, has_trash: bool) {
@@ -86,8 +98,8 @@ impl Upkeep {
     /// What was relied on before may go, if nothing names it.
     fn cutoff(&self) -> SystemTime {
         let ago = |time: SystemTime, by| time.checked_sub(by).unwrap_or(SystemTime::UNIX_EPOCH);
-        let old = ago((self.clock)(), RELIED);
-        let oldest = lock(&self.uses).values().min().map(|begun| ago(*begun, TOUCH_EVERY));
+        let old = ago((self.clock)(), self.relied);
+        let oldest = lock(&self.uses).values().min().map(|begun| ago(*begun, self.touch_every()));
         oldest.map_or(old, |begun| begun.min(old))
     }
 }
@@ -200,7 +212,7 @@ impl BlobStore {
         let _shared = self.share();
         match fs::metadata(&path) {
             Ok(metadata) if metadata.is_file() => {
-                let is_fresh = metadata.modified()? + TOUCH_EVERY > (upkeep.clock)();
+                let is_fresh = metadata.modified()? + upkeep.touch_every() > (upkeep.clock)();
                 if !is_fresh {
                     self.touch(&path)?;
                 }
