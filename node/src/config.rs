@@ -551,6 +551,9 @@ mod tests {
              gpu_read_every: 5s\n\
              client_idle: 2min 30s\n\
              upload: 100Mbit/s\n\
+             storage: 200GiB\n\
+             keep_done: 7d\n\
+             trash: 12h\n\
              log: p2pit=debug\n",
         )
         .unwrap();
@@ -564,6 +567,9 @@ mod tests {
         assert_eq!(settings.gpu_read_every, Duration::from_secs(5));
         assert_eq!(settings.client_idle, Duration::from_secs(150));
         assert_eq!((settings.upload, settings.download), (Some(Rate(12_500_000)), None));
+        assert_eq!(settings.storage, Some(200 << 30));
+        let hours = |hours: u64| Duration::from_secs(hours * 3600);
+        assert_eq!((settings.keep_done, settings.trash), (hours(7 * 24), hours(12)));
         assert_eq!(settings.log, "p2pit=debug");
     }
 
@@ -575,6 +581,8 @@ mod tests {
             assert_eq!(settings.gpus, GpuOption::Auto);
             assert_eq!(settings.listen.to_string(), "0.0.0.0:0");
             assert!(settings.mdns && !settings.client && settings.peers.is_empty());
+            assert_eq!(settings.storage, None);
+            assert_eq!((settings.keep_done, settings.trash), (KEEP_DONE, TRASH));
         }
     }
 
@@ -613,6 +621,8 @@ mod tests {
             ("cpus: [1]\n", vec!["cpus", "a text or a whole number"]),
             ("name: [\n", vec!["line"]),
             ("client: perhaps\n", vec!["client", "a boolean", "line 1"]),
+            ("storage: 200\n", vec!["storage", "`200`", "unit", "line 1"]),
+            ("trash: 1\nkeep_done: long\n", vec!["trash", "`1`", "`30s`", "line 1"]),
             ("- name\n", vec!["expected settings as `key: value` lines"]),
         ] {
             let error = PartialSettings::from_yaml(text).unwrap_err();
@@ -636,6 +646,9 @@ mod tests {
             ("memory: 1m", "`memory` is 1m; it must be from 64m to 64t"),
             ("gpu_read_every: 1h", "`gpu_read_every` is 1h; it must be from 1s to 8s"),
             ("upload: 1k/s", "`upload` is 1k/s; it must be from 64k/s to 64t/s"),
+            ("storage: 1m", "`storage` is 1m; it must be from 64m to 1024t"),
+            ("keep_done: 31days", "`keep_done` is 1month 13h 26m 24s; it must be from 1s to 30days"),
+            ("trash: 40days", "`trash` is 1month 9days 13h 26m 24s; it must be from 0s to 30days"),
             ("client_idle: 0s", "`client_idle` is 0s; it must be from 1s to 1day"),
         ] {
             assert_eq!(resolved(text).unwrap_err().to_string(), message);

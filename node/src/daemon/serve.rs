@@ -24,11 +24,11 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::{Shared, files, push, work};
+use super::{Shared, files, push, space, work};
 use crate::{
     api::{
         is_disk_full,
-        types::{GpuReading, JobFiles, Surveyed},
+        types::{self, GpuReading, JobFiles, Surveyed},
     },
     gpu,
     transfer::{
@@ -64,6 +64,9 @@ pub(crate) enum Request {
     /// The signed `Job`: what do you have of its record, whose keepers are lost? →
     /// `Result<Surveyed, String>`.
     Survey(SignedBytes),
+    /// The signed spec of a job that the asker had a part in: was what it left removed? →
+    /// `Option<Certificate>` of the newest value of its record that is known to be chosen.
+    Removal(SignedBytes),
     /// A signed `ForceRecover`: go on from what you have → `Result<(), String>`.
     Recover(SignedBytes),
 }
@@ -73,6 +76,7 @@ pub(crate) enum Request {
 pub(crate) struct UserAnswer {
     pub(crate) reply: Reply,
     pub(crate) readings: Vec<GpuReading>,
+    pub(crate) space: Option<types::Space>,
 }
 
 /// Whether what was asked follows.
@@ -231,6 +235,10 @@ async fn answer(
             frame::write_message(&mut send, &Gate::Open).await?;
             give(shared, allowed, asks, &mut send).await?;
         }
+        Request::Removal(spec) => {
+            let removal = space::removal(shared, spec).await?;
+            frame::write_message(&mut send, &removal).await?;
+        }
         Request::Survey(signed) => {
             let surveyed = survey(shared, signed).await.map_err(|e| format!("{e:#}"));
             frame::write_message(&mut send, &surveyed).await?;
@@ -295,11 +303,11 @@ async fn deny(mut send: quinn::SendStream, reason: anyhow::Error) -> anyhow::Res
 /// Carry out a user's request here.
 pub(crate) async fn user(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow::Result<UserAnswer> {
     let reply = shared.act(move |peer, now| peer.handle_user_request(&signed, now)).await?;
-    let readings = match &reply {
-        Reply::Node(_) => readings(shared),
-        _ => Vec::new(),
+    let (readings, space) = match &reply {
+        Reply::Node(_) => (readings(shared), Some(space::describe(shared))),
+        _ => (Vec::new(), None),
     };
-    Ok(UserAnswer { reply, readings })
+    Ok(UserAnswer { reply, readings, space })
 }
 
 fn readings(shared: &Shared) -> Vec<GpuReading> {

@@ -104,7 +104,7 @@ impl fmt::Display for NoRoom {
     }
 }
 
-type Relief = Box<dyn Fn() + Send + Sync>;
+type Relief = Box<dyn Fn(u64) + Send + Sync>;
 
 /// Counters and limits of one store.
 #[derive(Default)]
@@ -175,9 +175,9 @@ impl BlobStore {
         *self.inner.room.limits() = Some(limits);
     }
 
-    /// What is called where the trash alone does not make the room that is wanted, to find
-    /// more that can go; it returns once that is done.
-    pub fn set_relief(&self, relief: impl Fn() + Send + Sync + 'static) {
+    /// What is called where the trash alone does not make the room that is wanted, with how
+    /// many bytes that are, to find more that can go; it returns once that is done.
+    pub fn set_relief(&self, relief: impl Fn(u64) + Send + Sync + 'static) {
         // Once per store: a second would be of another daemon.
         let _ = self.inner.room.relief.set(Box::new(relief));
     }
@@ -237,7 +237,7 @@ impl BlobStore {
         purge()?;
         let Some(lack) = self.lacks(bytes) else { return Ok(()) };
         let Some(relief) = self.inner.room.relief.get() else { return Err(refused(lack)) };
-        relief();
+        relief(lack.wanted);
         purge()?;
         self.lacks(bytes).map_or(Ok(()), |lack| Err(refused(lack)))
     }

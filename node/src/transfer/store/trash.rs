@@ -127,6 +127,7 @@ pub struct Reach {
     blobs: HashSet<BlobId>,
     /// Roots whose lists of files went bad here, and why they cannot be read.
     unreadable: Vec<(BlobId, String)>,
+    is_given_up: bool,
 }
 
 impl Reach {
@@ -134,7 +135,8 @@ impl Reach {
     #[must_use]
     pub fn begin(store: &BlobStore) -> Self {
         let (blobs, unreadable) = (HashSet::new(), Vec::new());
-        Self { store: store.clone(), _since: store.begin_use(), blobs, unreadable }
+        let (store, _since) = (store.clone(), store.begin_use());
+        Self { store, _since, blobs, unreadable, is_given_up: false }
     }
 
     /// Adds a tree and all that it names, as far as it is here. What is not a tree names
@@ -157,6 +159,11 @@ impl Reach {
                 self.unreadable.push((root, reason));
             }
         }
+    }
+
+    /// It is not known what else there is: nothing is swept.
+    pub fn give_up(&mut self) {
+        self.is_given_up = true;
     }
 
     /// Trees of which it is not known what they name; while there are any, nothing is swept.
@@ -300,7 +307,7 @@ impl BlobStore {
             step()?;
             swept.brought_back += u64::from(self.has(&id));
         }
-        if !reach.unreadable.is_empty() {
+        if !reach.unreadable.is_empty() || reach.is_given_up {
             return Ok(swept);
         }
         self.each_live(|path, _, is_blob| {

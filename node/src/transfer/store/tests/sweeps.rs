@@ -595,7 +595,8 @@ mod limits {
         it.time.pass(LATER);
         let relieved = Arc::new(AtomicU64::new(0));
         let (store, times) = (it.store.clone(), Arc::clone(&relieved));
-        it.store.set_relief(move || {
+        it.store.set_relief(move |wanted| {
+            assert!((1..=800 << 10).contains(&wanted));
             times.fetch_add(1, Ordering::SeqCst);
             store.sweep(&Reach::begin(&store)).unwrap();
         });
