@@ -217,8 +217,7 @@ impl Settings {
             within(key, period.unwrap_or(Period(default)), Period(bounds.0)..=Period(bounds.1))
                 .map(|period| period.0)
         };
-        let storage =
-            given.storage.map(|size| within("storage", size, STORAGE_MIN..=STORAGE_MAX));
+        let storage = given.storage.map(|size| within("storage", size, STORAGE_MIN..=STORAGE_MAX));
         let rate = |key, rate: Option<Rate>| {
             rate.map(|rate| within(key, rate, RATE_MIN..=RATE_MAX)).transpose()
         };
@@ -647,7 +646,10 @@ mod tests {
             ("gpu_read_every: 1h", "`gpu_read_every` is 1h; it must be from 1s to 8s"),
             ("upload: 1k/s", "`upload` is 1k/s; it must be from 64k/s to 64t/s"),
             ("storage: 1m", "`storage` is 1m; it must be from 64m to 1024t"),
-            ("keep_done: 31days", "`keep_done` is 1month 13h 26m 24s; it must be from 1s to 30days"),
+            (
+                "keep_done: 31days",
+                "`keep_done` is 1month 13h 26m 24s; it must be from 1s to 30days",
+            ),
             ("trash: 40days", "`trash` is 1month 9days 13h 26m 24s; it must be from 0s to 30days"),
             ("client_idle: 0s", "`client_idle` is 0s; it must be from 1s to 1day"),
         ] {

@@ -261,7 +261,9 @@ const fn sweep_every() -> Duration {
 }
 
 /// The store of a daemon.
-pub(super) fn open_store(dir: &std::path::Path) -> Result<BlobStore, crate::transfer::store::Error> {
+pub(super) fn open_store(
+    dir: &std::path::Path,
+) -> Result<BlobStore, crate::transfer::store::Error> {
     #[cfg(debug_assertions)]
     if let ms @ 1.. = crate::config::env::for_tests(crate::config::env::SWEEP_MS) {
         return BlobStore::open_for(dir, Duration::from_millis(u64::try_from(ms).unwrap_or(1)));

@@ -38,8 +38,9 @@ fn below(dir: &Path, seen: &mut BTreeSet<(u64, u64)>) -> io::Result<u64> {
             if metadata.is_dir() {
                 dirs.push(entry.path());
             }
-            let is_other_name =
-                metadata.nlink() > 1 && !metadata.is_dir() && !seen.insert((metadata.dev(), metadata.ino()));
+            let is_other_name = metadata.nlink() > 1
+                && !metadata.is_dir()
+                && !seen.insert((metadata.dev(), metadata.ino()));
             if !is_other_name {
                 total += metadata.blocks() * 512;
             }
