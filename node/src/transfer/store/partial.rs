@@ -1,7 +1,7 @@
 //! Blobs that arrive in ranges.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
@@ -224,6 +224,13 @@ impl BlobStore {
         self.inner.room.live_changed(room_of_both(&path) - before);
         self.unmark_damaged(&partial.id)?;
         Ok(true)
+    }
+
+    /// The files that somebody is at; of others it is forgotten what is there.
+    pub(super) fn partials_in_use(&self) -> BTreeSet<PathBuf> {
+        let mut partials = self.partials();
+        partials.retain(|_, slot| is_in_use(slot));
+        partials.keys().map(|(id, size)| partial_path(&self.inner.root, id, *size)).collect()
     }
 
     fn partials(&self) -> MutexGuard<'_, BTreeMap<(BlobId, u64), PartialSlot>> {

@@ -33,7 +33,6 @@ use p2pit_protocol::BlobId;
 use super::{
     BlobStore, DAMAGED, Error, OUTBOARD, PARTIAL, TRASH, create_private_dir,
     room::{room_at, room_of},
-    sweep,
 };
 use crate::transfer::tree::{MANIFEST_BYTES_MAX, Tree};
 
@@ -437,14 +436,24 @@ impl BlobStore {
         }
     }
 
-    /// Removes parts of blobs that nobody went on with for so long.
+    /// Removes parts of blobs that nobody went on with for so long, and is not at now.
     pub fn sweep_partials(&self, kept: Duration) -> Result<(), Error> {
-        let dir = self.inner.root.join(PARTIAL);
-        let before = total_below(&dir)?;
-        sweep(&dir, kept)?;
-        let gone = before - total_below(&dir)?;
-        self.inner.room.partial_changed(-gone.max(0));
-        Ok(())
+        let now = (self.inner.upkeep.clock)();
+        let busy = self.partials_in_use();
+        each_file_below(&self.inner.root.join(PARTIAL), &mut |path, metadata| {
+            let age = metadata.modified().map(|at| now.duration_since(at).unwrap_or_default());
+            if age.map_err(Error::io("read", path))? < kept
+                || busy.contains(&path.with_extension(""))
+            {
+                return Ok(());
+            }
+            match fs::remove_file(path) {
+                Ok(()) => self.inner.room.partial_changed(-room_of(metadata)),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(Error::io("remove", path)(e)),
+            }
+            Ok(())
+        })
     }
 
     /// Calls `act` for every file of a blob or its outboard, and says which of both it is.
@@ -495,15 +504,6 @@ impl BlobStore {
 
 fn blob_at(path: &Path) -> Option<BlobId> {
     path.file_name()?.to_str()?.parse().ok()
-}
-
-fn total_below(dir: &Path) -> Result<i64, Error> {
-    let mut total = 0;
-    each_file_below(dir, &mut |_, metadata| {
-        total += room_of(metadata);
-        Ok(())
-    })?;
-    Ok(total)
 }
 
 /// Calls `act` for every file below `dir`, if there is such a directory. What goes away

@@ -196,6 +196,41 @@ fn whatever_is_relied_on_while_a_transfer_goes_on_stays_until_it_is_over() {
     assert!(!it.is_live(&early));
 }
 
+#[test]
+fn parts_that_nobody_goes_on_with_go_while_the_store_is_open() {
+    let it = Fixture::new();
+    let size = 2 * GROUP_BYTES;
+    let [left, wanted] = [b"left", b"want"].map(|content| {
+        let partial = it.store.partial(&BlobId::of(content), size).unwrap();
+        partial.data.write_all_at(&numbers(9_000), 0).unwrap();
+        partial
+    });
+    // As a transfer leaves it.
+    let left = {
+        let id = BlobId::of(b"left");
+        drop(left);
+        id
+    };
+    it.time.pass(PARTIAL_KEPT + DAY);
+    // The clock of the store is ahead of that of the files.
+    let now = it.time.now();
+    for entry in fs::read_dir(it.dir.path().join("blobs/partial")).unwrap() {
+        let file = fs::File::open(entry.unwrap().path()).unwrap();
+        file.set_modified(now - PARTIAL_KEPT).unwrap();
+    }
+    it.store.census().unwrap();
+    it.store.sweep_partials(PARTIAL_KEPT + DAY).unwrap();
+    assert!(it.store.has_partial(&left, size));
+    it.store.sweep_partials(PARTIAL_KEPT).unwrap();
+    assert!(!it.store.has_partial(&left, size) && it.store.has_partial(&BlobId::of(b"want"), size));
+    it.assert_counted();
+    // Who begins anew finds nothing of it.
+    let anew = it.store.partial(&left, size).unwrap();
+    assert_eq!(anew.missing(), Ranges::all(size));
+    assert!(it.store.has_partial(&left, size));
+    drop(wanted);
+}
+
 /// What can happen between two steps of a sweep that is about to take a blob, and whether the
 /// blob has to be in its place afterwards.
 type Between = (&'static str, fn(&Fixture, &BlobId), bool);
@@ -204,7 +239,7 @@ const BETWEEN: [Between; 6] = [
     ("nothing", |_, _| {}, false),
     ("asked for", |it, id| assert!(it.store.has(id)), true),
     ("read", |it, id| drop(it.store.read(id, 1 << 20).unwrap()), true),
-    ("written", |it, _| drop(it.store.put_bytes(b"x").unwrap()), true),
+    ("written", |it, id| assert_eq!(it.store.put_bytes(b"x").unwrap(), *id), true),
     ("made durable", |it, id| it.store.persist([id]).unwrap(), true),
     ("gone bad", |it, id| it.store.remove(id).unwrap(), false),
 ];
