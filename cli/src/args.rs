@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
-    completion, cp, daemon, demo, doctor, download, invite, job, join, leave, log, ls, run, show,
-    status, stop, why,
+    completion, cp, daemon, demo, doctor, download, invite, job, join, leave, log, ls, rm, run,
+    show, status, stop, why,
 };
 
 /// Lab workstations as one pool with nobody in charge: submit jobs from anywhere, run them
@@ -75,6 +75,7 @@ pub(crate) enum Command {
     Show(show::Args),
     Why(why::Args),
     Stop(stop::Args),
+    Rm(rm::Args),
     Job(job::Args),
     Ls(ls::Args),
     Cp(cp::Args),

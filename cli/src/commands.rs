@@ -12,6 +12,7 @@ pub(crate) mod join;
 pub(crate) mod leave;
 pub(crate) mod log;
 pub(crate) mod ls;
+pub(crate) mod rm;
 pub(crate) mod run;
 pub(crate) mod show;
 pub(crate) mod status;
@@ -121,6 +122,7 @@ async fn dispatch(Cli { globals, command }: Cli, out: &Output) -> anyhow::Result
         Command::Why(args) => why::run(globals, out, args).await,
         Command::Job(args) => job::run(globals, out, args).await,
         Command::Stop(args) => stop::run(globals, out, args).await,
+        Command::Rm(args) => rm::run(globals, out, args).await,
         Command::Ls(args) => ls::run(globals, out, args).await,
         Command::Cp(args) => cp::run(globals, out, args).await,
         Command::Download(args) => download::run(globals, out, args).await,

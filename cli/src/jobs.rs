@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
     names::Names,
-    output::Output,
+    output::{Output, iso8601},
     problem::Problem,
     session::{Session, accepted, unexpected},
     view::{Job, Jobs, Usage, eligible_keepers},
@@ -32,6 +32,8 @@ pub(crate) struct Gathered {
     pub(crate) silent: Vec<String>,
     /// Nodes that a job's keepers can be chosen from.
     pub(crate) eligible: usize,
+    /// Nodes that have no room for more content.
+    pub(crate) full: Vec<String>,
 }
 
 /// Every live job and `filter.done_max` finished ones: first those that run, then those
@@ -69,7 +71,9 @@ pub(crate) async fn gather(session: &Session, filter: JobFilter) -> anyhow::Resu
     let jobs = arrange(&jobs_of(&answers), &names, done_max as usize);
     let jobs = Jobs { now_ms: audience.wall_ms, jobs };
     let eligible = eligible_keepers(&nodes);
-    Ok(Gathered { pool: audience.pool, names, jobs, silent, eligible })
+    let is_full = |node: &&NodeInfo| node.full && !node.client && node.reach != "offline";
+    let full = nodes.iter().filter(is_full).map(|node| node.name.clone()).collect();
+    Ok(Gathered { pool: audience.pool, names, jobs, silent, eligible, full })
 }
 
 /// Adds what the GPUs of running jobs say.
@@ -269,10 +273,23 @@ impl Found {
         session: &Session,
         command: &Command,
     ) -> anyhow::Result<JobView> {
-        match self.ask(session, command).await? {
-            Reply::Granted(view) => Ok(*view),
-            _ => Err(unexpected().into()),
+        let view = match self.ask(session, command).await? {
+            Reply::Granted(view) => *view,
+            _ => return Err(unexpected().into()),
+        };
+        if let Some(removed) = view.removed {
+            let short = &self.resolved.short;
+            let by = Names::load(&session.client).await?.user(removed.by);
+            let at = iso8601(removed.at_ms);
+            return Err(Problem::request(format!(
+                "what job {short} left was removed by {by} at {at}"
+            ))
+            .hint(format!(
+                "`p2pit rm {short} --undo` brings it back as long as it is in the nodes' trash"
+            ))
+            .into());
         }
+        Ok(view)
     }
 }
 
@@ -473,7 +490,7 @@ mod tests {
 
     fn answer(node: PeerId, reply: Option<Reply>) -> anyhow::Result<Answer> {
         let error = reply.is_none().then(|| format!("{node} cannot be reached"));
-        Ok(Answer { node, reply, error, readings: Vec::new() })
+        Ok(Answer { node, reply, error, readings: Vec::new(), space: None })
     }
 
     #[test]
@@ -538,6 +555,7 @@ mod tests {
             reply: is_there.then(|| Reply::Jobs(Vec::new())),
             error: None,
             readings: Vec::new(),
+            space: None,
         };
         let kept =
             [(JobId([1; 32]), vec![peer(1), peer(2)]), (JobId([2; 32]), vec![peer(2), peer(3)])];

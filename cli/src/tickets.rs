@@ -173,7 +173,7 @@ fn of_node(peer: p2pit_protocol::PeerId, addrs: &[SocketAddr], max: usize) -> Ve
 
 #[cfg(test)]
 mod tests {
-    use p2pit_node::api::types::Journalled;
+    use p2pit_node::api::types::{Journalled, Space};
     use p2pit_protocol::{
         StoreId, UserId, identity::PublicKey, inventory::Capacity, roster::DeviceId, roster::Leave,
     };
@@ -210,6 +210,7 @@ mod tests {
             locked_gpus: Vec::new(),
             wall_ms: 0,
             journal: Journalled { entries: 0, fsyncs: 0 },
+            space: Space::default(),
             warnings: Vec::new(),
         }
     }
@@ -229,6 +230,7 @@ mod tests {
             free_cpu_cores: 0,
             free_ram_mib: 0,
             owner_only: None,
+            full: false,
             control: Vec::new(),
             data: addrs(&[&format!("127.0.0.1:{n}"), &format!("10.0.0.{n}:{n}")]),
             dialled: Reach::Unknown,

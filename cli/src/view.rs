@@ -1,6 +1,6 @@
 //! What is shown, as values with names instead of ids. How it is shown is `output`'s.
 
-use p2pit_node::api::types::{GpuReading, Me, NodeInfo, UserInfo};
+use p2pit_node::api::types::{GpuReading, Me, NodeInfo, Space, UserInfo};
 use p2pit_protocol::{
     BlobId, JobId, PeerId, UserId,
     inventory::Gpu,
@@ -42,6 +42,8 @@ pub(crate) struct Job {
     pub(crate) term: u64,
     /// Its record was restored without the majority of its keepers.
     pub(crate) recovered: bool,
+    /// What it left was given up: by whom, and when.
+    pub(crate) removed: Option<(String, u64)>,
     pub(crate) retries: u32,
     pub(crate) retried: u32,
     pub(crate) policy: Policy,
@@ -103,6 +105,8 @@ pub(crate) struct Overview {
     pub(crate) jobs: Jobs,
     /// Nodes that a job's keepers can be chosen from.
     pub(crate) eligible: usize,
+    /// Those that have no room for more content.
+    pub(crate) full: Vec<String>,
 }
 
 /// This node and the user of this command.
@@ -124,6 +128,8 @@ pub(crate) struct Node {
     pub(crate) gpus: Vec<NodeGpu>,
     /// As the node itself said just now; `None` where it could not be asked.
     pub(crate) live: Option<Live>,
+    /// As above.
+    pub(crate) space: Option<Space>,
     pub(crate) error: Option<String>,
 }
 
@@ -292,7 +298,7 @@ impl Job {
             outcome,
             attempt,
             saved: _,
-            removed: _,
+            removed,
             holds: _,
         } = view;
         let ranks = attempt.ranks.iter().map(|rank| Rank {
@@ -334,6 +340,7 @@ impl Job {
             steward: names.node(*steward),
             term: *term,
             recovered: *recovered,
+            removed: removed.map(|removed| (names.user(removed.by), removed.at_ms)),
             retries: *retries,
             retried: *retried,
             policy: *policy,
@@ -539,6 +546,7 @@ pub(crate) mod samples {
             free_cpu_cores: 0,
             free_ram_mib: 0,
             owner_only: None,
+            full: false,
             control: Vec::new(),
             data: Vec::new(),
             dialled: p2pit_protocol::message::Reach::Unknown,

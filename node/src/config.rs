@@ -19,6 +19,7 @@ use std::{
     time::Duration,
 };
 
+use p2pit_protocol::record::KEEP_MS;
 use serde::{Deserialize, Deserializer, de};
 use thiserror::Error;
 
@@ -59,6 +60,14 @@ pub struct Settings {
     pub upload: Option<Rate>,
     /// How fast blobs may be fetched from other nodes. Default: no limit.
     pub download: Option<Rate>,
+    /// Bytes of disk that p2pit may take on this machine: blobs, copies and directories of jobs
+    /// together. Default: whatever leaves 5 % of the file system free, at most 5 GiB.
+    pub storage: Option<u64>,
+    /// How long what a finished job left stays here. Default: 30 days, for as long as its
+    /// record is kept.
+    pub keep_done: Duration,
+    /// How long what nobody needs any more can be had back. Default: 24 h.
+    pub trash: Duration,
     /// What is logged, as `tracing` filter directives. Default: `info`.
     pub log: String,
 }
@@ -89,6 +98,12 @@ pub struct PartialSettings {
     pub upload: Option<Rate>,
     #[serde(deserialize_with = "text")]
     pub download: Option<Rate>,
+    #[serde(deserialize_with = "text")]
+    pub storage: Option<MemorySize>,
+    #[serde(deserialize_with = "text")]
+    pub keep_done: Option<Period>,
+    #[serde(deserialize_with = "text")]
+    pub trash: Option<Period>,
     pub log: Option<String>,
 }
 
@@ -169,6 +184,9 @@ impl PartialSettings {
             client_idle: self.client_idle.or(other.client_idle),
             upload: self.upload.or(other.upload),
             download: self.download.or(other.download),
+            storage: self.storage.or(other.storage),
+            keep_done: self.keep_done.or(other.keep_done),
+            trash: self.trash.or(other.trash),
             log: self.log.or(other.log),
         }
     }
@@ -199,6 +217,7 @@ impl Settings {
             within(key, period.unwrap_or(Period(default)), Period(bounds.0)..=Period(bounds.1))
                 .map(|period| period.0)
         };
+        let storage = given.storage.map(|size| within("storage", size, STORAGE_MIN..=STORAGE_MAX));
         let rate = |key, rate: Option<Rate>| {
             rate.map(|rate| within(key, rate, RATE_MIN..=RATE_MAX)).transpose()
         };
@@ -228,6 +247,9 @@ impl Settings {
             )?,
             upload: rate("upload", given.upload)?,
             download: rate("download", given.download)?,
+            storage: storage.transpose()?.map(|size| size.0),
+            keep_done: period("keep_done", given.keep_done, KEEP_DONE, (KEEP_DONE_MIN, KEEP_DONE))?,
+            trash: period("trash", given.trash, TRASH, (Duration::ZERO, TRASH_MAX))?,
             log: given.log.unwrap_or_else(|| "info".to_owned()),
         })
     }
@@ -342,6 +364,16 @@ const PEERS_MAX: usize = 64;
 /// Below it a transfer would be taken for a dead one.
 const RATE_MIN: Rate = Rate(64 << 10);
 const RATE_MAX: Rate = Rate(64 << 40);
+
+/// Below it hardly a job fits.
+const STORAGE_MIN: MemorySize = MemorySize(64 << 20);
+const STORAGE_MAX: MemorySize = MemorySize(1 << 50);
+
+/// As long as records are kept: without its record nobody finds what a job left.
+const KEEP_DONE: Duration = Duration::from_millis(KEEP_MS);
+const KEEP_DONE_MIN: Duration = Duration::from_secs(1);
+const TRASH: Duration = Duration::from_secs(24 * 3600);
+const TRASH_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 
 const CPUS_MAX: u32 = 4096;
 const MEMORY_MIN: MemorySize = MemorySize(64 << 20);
@@ -518,6 +550,9 @@ mod tests {
              gpu_read_every: 5s\n\
              client_idle: 2min 30s\n\
              upload: 100Mbit/s\n\
+             storage: 200GiB\n\
+             keep_done: 7d\n\
+             trash: 12h\n\
              log: p2pit=debug\n",
         )
         .unwrap();
@@ -531,6 +566,9 @@ mod tests {
         assert_eq!(settings.gpu_read_every, Duration::from_secs(5));
         assert_eq!(settings.client_idle, Duration::from_secs(150));
         assert_eq!((settings.upload, settings.download), (Some(Rate(12_500_000)), None));
+        assert_eq!(settings.storage, Some(200 << 30));
+        let hours = |hours: u64| Duration::from_secs(hours * 3600);
+        assert_eq!((settings.keep_done, settings.trash), (hours(7 * 24), hours(12)));
         assert_eq!(settings.log, "p2pit=debug");
     }
 
@@ -542,6 +580,8 @@ mod tests {
             assert_eq!(settings.gpus, GpuOption::Auto);
             assert_eq!(settings.listen.to_string(), "0.0.0.0:0");
             assert!(settings.mdns && !settings.client && settings.peers.is_empty());
+            assert_eq!(settings.storage, None);
+            assert_eq!((settings.keep_done, settings.trash), (KEEP_DONE, TRASH));
         }
     }
 
@@ -580,6 +620,8 @@ mod tests {
             ("cpus: [1]\n", vec!["cpus", "a text or a whole number"]),
             ("name: [\n", vec!["line"]),
             ("client: perhaps\n", vec!["client", "a boolean", "line 1"]),
+            ("storage: 200\n", vec!["storage", "`200`", "unit", "line 1"]),
+            ("trash: 1\nkeep_done: long\n", vec!["trash", "`1`", "`30s`", "line 1"]),
             ("- name\n", vec!["expected settings as `key: value` lines"]),
         ] {
             let error = PartialSettings::from_yaml(text).unwrap_err();
@@ -603,6 +645,12 @@ mod tests {
             ("memory: 1m", "`memory` is 1m; it must be from 64m to 64t"),
             ("gpu_read_every: 1h", "`gpu_read_every` is 1h; it must be from 1s to 8s"),
             ("upload: 1k/s", "`upload` is 1k/s; it must be from 64k/s to 64t/s"),
+            ("storage: 1m", "`storage` is 1m; it must be from 64m to 1024t"),
+            (
+                "keep_done: 31days",
+                "`keep_done` is 1month 13h 26m 24s; it must be from 1s to 30days",
+            ),
+            ("trash: 40days", "`trash` is 1month 9days 13h 26m 24s; it must be from 0s to 30days"),
             ("client_idle: 0s", "`client_idle` is 0s; it must be from 1s to 1day"),
         ] {
             assert_eq!(resolved(text).unwrap_err().to_string(), message);

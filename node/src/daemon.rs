@@ -20,6 +20,7 @@ pub(crate) mod push;
 mod reach;
 mod saves;
 pub(crate) mod serve;
+pub(crate) mod space;
 pub(crate) mod standing;
 mod work;
 
@@ -42,8 +43,8 @@ use p2pit_protocol::{
     bidder::WorkId,
     identity::{KeyPair, SignedBytes},
     inventory::{Capacity, Gpu, GpuUuid},
-    job::VerifiedSpec,
-    message::Advert,
+    job::{State, VerifiedSpec},
+    message::{Advert, Head},
     peer::Slot,
     roster::Roster,
     wire,
@@ -148,6 +149,8 @@ pub(crate) struct Shared {
     requests: AtomicUsize,
     last_request_ms: AtomicU64,
     served: files::Served,
+    /// Apart: the store asks it for room.
+    pub(crate) space: Arc<space::Space>,
     gpu_locks: Mutex<Vec<GpuLock>>,
     /// GPUs that only a supervisor of an earlier daemon has locked: not for new jobs.
     unlocked_gpus: Mutex<BTreeSet<GpuUuid>>,
@@ -256,7 +259,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         warn!(note, "journal");
     }
     let (key, _) = load_or_create_key(&home.node_key(), KeyKind::Node)?;
-    let store = BlobStore::open(&home.blobs())?;
+    let store = space::open_store(&home.blobs())?;
     let index = Store::open(&home.index())?;
     let on_demand = idle_exit.is_some();
     let source = if on_demand || settings.client {
@@ -326,6 +329,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         requests: AtomicUsize::new(0),
         last_request_ms: AtomicU64::new(clock::now().boot_ms),
         served: files::Served::default(),
+        space: Arc::default(),
         gpu_locks: Mutex::new(locks),
         unlocked_gpus: Mutex::new(unlocked),
     });
@@ -333,6 +337,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
     tokio::spawn(addresses::keep_writing(Arc::clone(&shared)));
     let mut core = tokio::spawn(core::run(Arc::clone(&shared), journal, received));
     resume(&shared, std::mem::take(&mut recovered.entries)).await?;
+    space::begin(&shared).await?;
     tokio::spawn(serve::accept(Arc::clone(&shared)));
     tokio::spawn(reach::tend(Arc::clone(&shared)));
     tokio::spawn(standing::watch(Arc::clone(&shared)));
@@ -399,7 +404,11 @@ async fn resume(shared: &Arc<Shared>, entries: Entries) -> anyhow::Result<()> {
     drop(entries);
     peer.restored().map_err(unreadable)?;
     for (_, kept) in peer.records().map(|(job, kept)| (*job, kept.clone())).collect::<Vec<_>>() {
-        for tree in kept.spec.inputs().filter(|tree| shared.store.has(tree)) {
+        // Of finished ones it does not matter any more, and there may be many.
+        if kept.value.body.state() == State::Done {
+            continue;
+        }
+        for tree in kept.spec.inputs().filter(|tree| space::is_whole(&shared.store, *tree)) {
             peer.tree_stored(tree);
         }
     }
@@ -774,6 +783,7 @@ impl Shared {
 
     pub(crate) fn warnings(&self) -> Vec<String> {
         let mut warnings = lock(&self.warnings).clone();
+        warnings.extend(self.space.warnings());
         for (node, reason) in &*lock(&self.shut_out) {
             warnings.push(format!("{} does not let this node in: {reason}", self.label(*node)));
         }
@@ -1028,6 +1038,12 @@ async fn signal() -> anyhow::Result<&'static str> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing is done under these locks that can stop half way.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Who keeps a job by its announcement, the one that made it first: it drove the job then.
+pub(crate) fn keepers_of(head: &Head) -> Vec<PeerId> {
+    let others = head.keepers.iter().filter(|keeper| **keeper != head.keeper);
+    std::iter::once(&head.keeper).chain(others).copied().collect()
 }
 
 /// The roster of the pool, as the core has it now.

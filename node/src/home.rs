@@ -205,6 +205,11 @@ impl Home {
         self.path.join("copies")
     }
 
+    /// Directories of jobs that were given up, until their time is over.
+    pub fn trash(&self) -> PathBuf {
+        self.path.join("trash")
+    }
+
     pub fn run(&self) -> PathBuf {
         self.path.join("run")
     }

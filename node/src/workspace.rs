@@ -50,6 +50,7 @@ use p2pit_protocol::{
 use thiserror::Error;
 use tracing::warn;
 
+pub(crate) use self::remove::tree as remove_tree;
 pub use self::{
     collect::{Collected, FilesError, LiveFiles},
     remove::Residue,

@@ -201,6 +201,18 @@ impl Bidder {
         self.book.blinded_trees.insert(blinded(tree));
     }
 
+    /// See [`crate::Peer::forget_trees`].
+    pub(crate) fn forget_trees(&mut self, is_kept: impl Fn(BlobId) -> bool) {
+        let Book { local_trees, blinded_trees, .. } = &mut self.book;
+        local_trees.retain(|tree| {
+            let stays = is_kept(*tree);
+            if !stays {
+                blinded_trees.remove(&blinded(*tree));
+            }
+            stays
+        });
+    }
+
     pub(crate) fn poll_timeout(&self) -> Option<(u64, &'static str)> {
         self.timers.next().map(|(at_ms, timer)| {
             let reason = match timer {

@@ -423,6 +423,13 @@ impl Peer {
         self.finish(now);
     }
 
+    /// Whether this node has no room for more content. What it has to hold already stays its
+    /// duty; others are chosen for what is new, where there are any.
+    pub fn set_full(&mut self, full: bool, now: Now) {
+        self.soft.set_full(full);
+        self.finish(now);
+    }
+
     /// Processes that are not the pool's compute on these GPUs.
     pub fn set_foreign(&mut self, gpus: Vec<GpuUuid>, now: Now) {
         self.bidder.set_foreign(gpus, now, &mut self.out);
@@ -449,6 +456,12 @@ impl Peer {
     /// This tree, with every blob of it, is here and durable.
     pub fn tree_stored(&mut self, tree: BlobId) {
         self.bidder.tree_stored(tree);
+    }
+
+    /// Of the trees that were said to be here only those stay for which `is_kept` says so:
+    /// of the others blobs may go from now on.
+    pub fn forget_trees(&mut self, is_kept: impl Fn(BlobId) -> bool) {
+        self.bidder.forget_trees(is_kept);
     }
 
     /// Code and data of a rank are in place, with a free port and this node's address; or

@@ -188,7 +188,7 @@ fn describe(
 }
 
 /// What somebody at a terminal says; nobody elsewhere says yes.
-async fn confirm() -> anyhow::Result<bool> {
+pub(super) async fn confirm() -> anyhow::Result<bool> {
     if !std::io::stdin().is_terminal() {
         return Ok(false);
     }

@@ -184,7 +184,7 @@ fn describe(mut info: NodeInfo, isolation: String, answer: Answer, names: &Names
             NodeGpu { gpu: gpu.clone(), state, job: None, reading: None }
         });
         let gpus = gpus.collect();
-        return view::Node { info, isolation, gpus, live: None, error };
+        return view::Node { info, isolation, gpus, live: None, space: None, error };
     };
     let NodeView { node: _, gpus, cpu_cores, ram_mib, owner_only, holds, standing } = live;
     info.owner_only.clone_from(owner_only);
@@ -201,7 +201,7 @@ fn describe(mut info: NodeInfo, isolation: String, answer: Answer, names: &Names
         holds: holds.iter().map(|hold| names.job(hold.job)).collect(),
         standing: standing.len(),
     };
-    view::Node { info, isolation, gpus, live: Some(live), error }
+    view::Node { info, isolation, gpus, live: Some(live), space: answer.space, error }
 }
 
 /// By name, with this node's own place among the others.

@@ -60,8 +60,8 @@ async fn gather(session: &Session) -> anyhow::Result<Gathered> {
     let filter = JobFilter { owner: None, done_max: DONE_MAX };
     let mut gathered = jobs::gather(session, filter).await?;
     jobs::read_usage(session, &mut gathered).await?;
-    let jobs::Gathered { jobs, silent, eligible, .. } = gathered;
-    Ok(Gathered { overview: Overview { jobs, eligible }, silent })
+    let jobs::Gathered { jobs, silent, eligible, full, .. } = gathered;
+    Ok(Gathered { overview: Overview { jobs, eligible, full }, silent })
 }
 
 /// An empty list says little where nobody could be asked.

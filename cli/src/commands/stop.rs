@@ -74,7 +74,7 @@ async fn stop(session: &Session, out: &Output, text: &str) -> anyhow::Result<()>
 }
 
 /// How a command ends that did several things.
-fn worst(results: &[anyhow::Result<()>]) -> Status {
+pub(super) fn worst(results: &[anyhow::Result<()>]) -> Status {
     let status = |result: &anyhow::Result<()>| match result {
         Ok(()) => Status::DONE,
         Err(reason) => explain(reason).0,

@@ -1,7 +1,7 @@
 //! Tables and lines for people.
 
 use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
-use p2pit_node::api::types::{Checkup, Finding, GpuReading, NodeInfo, Severity, UserInfo};
+use p2pit_node::api::types::{Checkup, Finding, GpuReading, NodeInfo, Severity, Space, UserInfo};
 use p2pit_protocol::{
     inventory::Gpu,
     job::{Command, Outcome, Policy, RankState, Source, State},
@@ -60,6 +60,7 @@ impl Format for Human {
         fields.add("Isolation", me.isolation.clone());
         fields.add("Listens on", addresses(&me.control));
         fields.add("Data on", addresses(&me.data));
+        fields.add("Disk", disk_text(&me.space));
         fields.add("Home", me.home.clone());
         fields.add("Daemon", format!("process {}, version {}", me.pid, me.version));
         for text in me.locked_gpus.iter().chain(&me.warnings) {
@@ -80,6 +81,9 @@ impl Format for Human {
                 notes.push("offers nothing now".to_owned());
             } else if info.owner_only.is_some() {
                 notes.push("owner's jobs only".to_owned());
+            }
+            if info.full && !info.client {
+                notes.push("disk full".to_owned());
             }
             let is_known = info.advert_age_s.is_some() && !info.client;
             // What is known of it is as old as that.
@@ -146,6 +150,11 @@ impl Format for Human {
                 node.error.clone().unwrap_or_else(|| "it cannot be reached".to_owned()),
             ),
         }
+        match &node.space {
+            Some(space) => fields.add("Disk", disk_text(space)),
+            None if info.full => fields.add("Disk", "full".to_owned()),
+            None => {}
+        }
         fields.add("Listens on", addresses(&info.control));
         fields.add("Data on", addresses(&info.data));
         let mut text = fields.text();
@@ -173,7 +182,7 @@ impl Format for Human {
         trimmed(&table)
     }
 
-    fn status(&self, Overview { jobs, eligible }: &Overview) -> String {
+    fn status(&self, Overview { jobs, eligible, full }: &Overview) -> String {
         let mut text = self.jobs(jobs);
         if pool_survives(*eligible) == 0 {
             let there = match eligible {
@@ -184,6 +193,13 @@ impl Format for Human {
             text.push_str(&format!(
                 "\nThis pool survives no loss of a node: it takes three that keep its jobs, and \
                  {there}.\n"
+            ));
+        }
+        if !full.is_empty() {
+            text.push_str(&format!(
+                "\nNo room for more content on {}: `p2pit show node:NAME` says what takes it, \
+                 `p2pit rm` removes what finished jobs left.\n",
+                plain(&full.join(", "))
             ));
         }
         text
@@ -224,6 +240,10 @@ impl Format for Human {
             let text = "its record was restored without most of its keepers: it may have missed \
                         changes";
             fields.add("Recovered", text.to_owned());
+        }
+        if let Some((by, at_ms)) = &job.removed {
+            let at = iso8601(*at_ms);
+            fields.add("Removed", format!("what it left, by {by} at {at}"));
         }
         let mut text = fields.text();
         text.push_str("History:\n");
@@ -609,6 +629,22 @@ fn runs_jobs_of(owner_only: Option<&str>) -> String {
     }
 }
 
+/// What p2pit takes of a disk, and what it may.
+fn disk_text(space: &Space) -> String {
+    let free = format!("{} of {} free", bytes(space.disk_free), bytes(space.disk_total));
+    if !space.is_counted {
+        return free;
+    }
+    let Space { blobs, jobs, copies, trash, .. } = *space;
+    let parts = [("content", blobs), ("jobs", jobs), ("copies", copies), ("trash", trash)];
+    let parts = parts.iter().filter(|(_, of)| *of > 0);
+    let parts: Vec<String> = parts.map(|(what, of)| format!("{what} {}", bytes(*of))).collect();
+    let of = space.quota.map(|quota| format!(" of {}", bytes(quota))).unwrap_or_default();
+    let full = if space.full { "; no room for more content" } else { "" };
+    let parts = if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) };
+    format!("{}{of} used{parts}; {free}{full}", bytes(space.used()))
+}
+
 fn addresses(addresses: &[std::net::SocketAddr]) -> String {
     let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
     if texts.is_empty() { "-".to_owned() } else { texts.join(" ") }
@@ -692,7 +728,7 @@ mod tests {
     fn status_says_in_a_line_that_a_small_pool_survives_no_loss() {
         let jobs = Jobs { now_ms: NOW_MS, jobs: vec![samples::job(State::Running, None)] };
         let last = |eligible: usize| {
-            let text = PLAIN.status(&Overview { jobs: jobs.clone(), eligible });
+            let text = PLAIN.status(&Overview { jobs: jobs.clone(), eligible, full: Vec::new() });
             text.lines().last().unwrap().to_owned()
         };
         let said = "This pool survives no loss of a node: it takes three that keep its jobs, and";
@@ -703,6 +739,32 @@ mod tests {
             (survives(2).as_str(), survives(7).as_str()),
             ("no loss of a node", "the loss of 2 nodes")
         );
+    }
+
+    #[test]
+    fn what_is_full_is_named_and_what_takes_room_is_told_apart() {
+        let jobs = Jobs { now_ms: NOW_MS, jobs: Vec::new() };
+        let full = vec!["n2".to_owned(), "n3".to_owned()];
+        let text = PLAIN.status(&Overview { jobs, eligible: 3, full });
+        assert!(text.contains("\nNo room for more content on n2, n3: `p2pit show node:NAME`"));
+        let space = Space {
+            blobs: 3 << 30,
+            trash: 1 << 30,
+            quota: Some(5 << 30),
+            disk_free: 1 << 30,
+            disk_total: 1 << 34,
+            full: true,
+            is_counted: true,
+            ..Space::default()
+        };
+        let said = "4.00 GiB of 5.00 GiB used (content 3.00 GiB, trash 1.00 GiB); 1.00 GiB of \
+                    16.0 GiB free; no room for more content";
+        assert_eq!(disk_text(&space), said);
+        let not_yet = Space { is_counted: false, ..space };
+        assert_eq!(disk_text(&not_yet), "1.00 GiB of 16.0 GiB free");
+        let mut node = samples::node(1, "online");
+        node.full = true;
+        assert!(PLAIN.nodes(&[node]).contains("online (disk full)"));
     }
 
     #[test]

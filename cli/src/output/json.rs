@@ -2,7 +2,9 @@
 //!
 //! What is shown is taken apart field by field, so that a new field is not forgotten.
 
-use p2pit_node::api::types::{Checkup, Finding, GpuReading, Me, NodeInfo, PoolInfo, UserInfo};
+use p2pit_node::api::types::{
+    Checkup, Finding, GpuReading, Me, NodeInfo, PoolInfo, Space, UserInfo,
+};
 use p2pit_protocol::{
     inventory::{Capacity, Gpu},
     job::{Change, Command, Outcome, RankEnd, Source},
@@ -44,6 +46,7 @@ impl Format for Json {
             locked_gpus,
             wall_ms,
             journal,
+            space: used,
             warnings,
         } = me;
         let pool = pool.as_ref().map(|PoolInfo { id, name, nodes, users }| {
@@ -84,6 +87,7 @@ impl Format for Json {
             "locked_gpus": locked_gpus,
             "time": iso8601(*wall_ms),
             "journal": journal,
+            "space": space(used),
             "warnings": warnings,
         }))
     }
@@ -97,7 +101,7 @@ impl Format for Json {
         pretty(&nodes.iter().map(node).collect())
     }
 
-    fn node(&self, Node { info, isolation, gpus, live, error }: &Node) -> String {
+    fn node(&self, Node { info, isolation, gpus, live, space: used, error }: &Node) -> String {
         let mut value = node(info);
         value["isolation"] = json!(isolation);
         value["gpus"] = gpus
@@ -121,6 +125,7 @@ impl Format for Json {
                 "standing_calls": standing,
             })
         });
+        value["space"] = used.as_ref().map_or(Value::Null, space);
         value["error"] = json!(error);
         pretty(&value)
     }
@@ -153,7 +158,7 @@ impl Format for Json {
     }
 
     /// An array, so each job says how many losses it survives, and `show me` it of the pool.
-    fn status(&self, Overview { jobs, eligible: _ }: &Overview) -> String {
+    fn status(&self, Overview { jobs, eligible: _, full: _ }: &Overview) -> String {
         self.jobs(jobs)
     }
 
@@ -287,6 +292,7 @@ fn job(job: &Job, now_ms: u64) -> Value {
         steward,
         term,
         recovered,
+        removed,
         retries,
         retried,
         policy,
@@ -328,6 +334,7 @@ fn job(job: &Job, now_ms: u64) -> Value {
         "steward": steward,
         "term": term,
         "recovered": recovered,
+        "removed": removed.as_ref().map(|(by, at_ms)| json!({ "by": by, "at": iso8601(*at_ms) })),
         "retries": retries,
         "retried": retried,
         "policy": policy.to_string(),
@@ -433,6 +440,7 @@ fn node(info: &NodeInfo) -> Value {
         free_cpu_cores,
         free_ram_mib,
         owner_only,
+        full,
         control,
         data,
         dialled,
@@ -462,10 +470,30 @@ fn node(info: &NodeInfo) -> Value {
         "ram_mib": ram_mib,
         "ram_mib_free": free_ram_mib,
         "owner_only": owner_only,
+        "full": full,
         "control": control,
         "data": data,
         "dialled": self::dialled(*dialled),
         "relays": relays,
+    })
+}
+
+fn space(space: &Space) -> Value {
+    let used = space.used();
+    let Space { blobs, jobs, copies, trash, quota, room, disk_free, disk_total, full, is_counted } =
+        space;
+    let counted = |bytes: u64| is_counted.then_some(bytes);
+    json!({
+        "used_bytes": counted(used),
+        "blobs_bytes": counted(*blobs),
+        "jobs_bytes": counted(*jobs),
+        "copies_bytes": counted(*copies),
+        "trash_bytes": counted(*trash),
+        "quota_bytes": quota,
+        "room_bytes": room,
+        "disk_free_bytes": disk_free,
+        "disk_total_bytes": disk_total,
+        "full": full,
     })
 }
 
@@ -526,7 +554,7 @@ mod tests {
                 samples::job(State::Done, Some(Outcome::Failed { code: 3 })),
             ],
         };
-        let overview = Overview { jobs: jobs.clone(), eligible: 1 };
+        let overview = Overview { jobs: jobs.clone(), eligible: 1, full: Vec::new() };
         for text in [Json.jobs(&jobs), Json.status(&overview)] {
             let value: Value = serde_json::from_str(&text).unwrap();
             let [running, failed] = &value.as_array().unwrap()[..] else { panic!("{text}") };

@@ -51,10 +51,11 @@ use crate::{
     daemon::{
         ASK_TIMEOUT, NoPeer, ReachError, Shared, ShutOut, doctor,
         fetch::{Blobs, Fetch as BlobFetch, FetchError, fetch as fetch_blobs},
+        keepers_of,
         logs::{self, LogReader},
         now, push,
         serve::{self, Gate, Request, UserAnswer, Views},
-        standing,
+        space, standing,
     },
     executor::Isolation,
     home::Home,
@@ -230,6 +231,7 @@ async fn describe(shared: &Arc<Shared>) -> Result<Me, Failure> {
         locked_gpus: shared.locked_gpus.clone(),
         wall_ms: now().wall_ms,
         journal: Journalled { entries: shared.journal.entries(), fsyncs: shared.journal.groups() },
+        space: space::describe(shared),
         warnings: shared.warnings(),
     })
 }
@@ -318,6 +320,7 @@ async fn nodes(State(shared): State<Arc<Shared>>) -> Answered<Vec<NodeInfo>> {
                     free_cpu_cores: advert.as_ref().map_or(0, |a| a.free_cpu_cores),
                     free_ram_mib: advert.as_ref().map_or(0, |a| a.free_ram_mib),
                     owner_only: advert.as_ref().and_then(|a| a.owner_only.clone()),
+                    full: advert.as_ref().is_some_and(|a| a.full),
                     control: advert.as_ref().map(|a| a.control.clone()).unwrap_or_default(),
                     data: advert.as_ref().map(|a| a.data.clone()).unwrap_or_default(),
                     dialled: advert.as_ref().map(|a| a.reach).unwrap_or_default(),
@@ -511,6 +514,8 @@ async fn carry(
     let spec = VerifiedSpec::verify(signed.clone())?;
     let job = spec.job;
     let keepers: Vec<PeerId> = spec.spec.keepers.iter().map(|(keeper, _)| *keeper).collect();
+    // What was found to be here when the command asked stays here.
+    let _in_use = shared.store.begin_use();
     // To the end, whether or not anybody waits for it.
     let _under_way = shared.begin_submission(job, keepers.clone());
     let report = |pushed: push::Pushed| {
@@ -634,12 +639,6 @@ async fn resolve(
     }
 }
 
-/// Who keeps a job by its announcement, the one that made it first: it drove the job then.
-fn keepers_of(head: &p2pit_protocol::message::Head) -> Vec<PeerId> {
-    let others = head.keepers.iter().filter(|keeper| **keeper != head.keeper);
-    core::iter::once(&head.keeper).chain(others).copied().collect()
-}
-
 /// In the same order otherwise: who is off is waited for last.
 fn connected_first(
     mut keepers: Vec<PeerId>,
@@ -726,12 +725,14 @@ async fn ask(State(shared): State<Arc<Shared>>, Json(ask): Json<Ask>) -> Answere
                     reply: Some(answer.reply),
                     error: None,
                     readings: answer.readings,
+                    space: answer.space,
                 },
                 Err(reason) => Answer {
                     node,
                     reply: None,
                     error: Some(format!("{reason:#}")),
                     readings: Vec::new(),
+                    space: None,
                 },
             }
         }

@@ -135,8 +135,42 @@ pub struct Me {
     pub wall_ms: u64,
     /// What the journal wrote since the daemon started.
     pub journal: Journalled,
+    /// What takes room here.
+    pub space: Space,
     /// What the owner should know: clock, disk, rebuilt indexes.
     pub warnings: Vec<String>,
+}
+
+/// What p2pit takes of a disk, in bytes, and what it may.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Space {
+    /// Content, of inputs and of what jobs left.
+    pub blobs: u64,
+    /// Directories of jobs that run or ran here.
+    pub jobs: u64,
+    /// Logs of ranks that ran elsewhere.
+    pub copies: u64,
+    /// What nobody needs any more, and can still be had back.
+    pub trash: u64,
+    /// `storage` of the configuration.
+    pub quota: Option<u64>,
+    /// What can still be brought, the trash given up.
+    pub room: u64,
+    /// Of the file system.
+    pub disk_free: u64,
+    pub disk_total: u64,
+    /// Others get new copies and inputs instead.
+    pub full: bool,
+    /// Before the first count all but the disk is 0.
+    pub is_counted: bool,
+}
+
+impl Space {
+    /// Everything that p2pit takes.
+    #[must_use]
+    pub fn used(&self) -> u64 {
+        self.blobs + self.jobs + self.copies + self.trash
+    }
 }
 
 /// One fsync serves all entries that wait for it.
@@ -235,6 +269,8 @@ pub struct NodeInfo {
     pub free_cpu_cores: u32,
     pub free_ram_mib: u64,
     pub owner_only: Option<String>,
+    /// Has no room for more content.
+    pub full: bool,
     pub control: Vec<SocketAddr>,
     pub data: Vec<SocketAddr>,
     /// Whether others can dial it.
@@ -390,6 +426,8 @@ pub struct Answer {
     pub error: Option<String>,
     /// To `Node`: readings that are not the protocol's business.
     pub readings: Vec<GpuReading>,
+    /// As above.
+    pub space: Option<Space>,
 }
 
 /// What a GPU's sensors say; `None` where it has no such sensor.

@@ -24,6 +24,10 @@ pub const LOG: &str = "P2PIT_LOG";
 /// Milliseconds by which the wall clock is off. Debug builds only: for tests.
 #[cfg(debug_assertions)]
 pub const CLOCK_OFFSET_MS: &str = "P2PIT_TEST_CLOCK_OFFSET_MS";
+/// Milliseconds between two sweeps of the store, and for which blobs are relied on. Debug builds
+/// only: for tests.
+#[cfg(debug_assertions)]
+pub const SWEEP_MS: &str = "P2PIT_TEST_SWEEP_MS";
 /// Added to the wire version said at doors. Debug builds only: for tests.
 #[cfg(debug_assertions)]
 pub const WIRE_OFFSET: &str = "P2PIT_TEST_WIRE_OFFSET";

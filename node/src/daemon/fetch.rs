@@ -102,13 +102,22 @@ pub(crate) async fn fetch<W: Future<Output = bool> + Send>(
     is_wanted: impl Fn() -> W + Sync,
 ) -> Result<(u64, u64), FetchError> {
     let Fetch { request, gated, sources, blobs } = fetch;
+    // However long it takes: what came stays.
+    let _in_use = shared.store.begin_use();
     let blobs = Arc::new(blobs);
     let mut total = (0, 0);
     for round in 0.. {
         let (store, asked) = (shared.store.clone(), Arc::clone(&blobs));
-        let missing = tokio::task::spawn_blocking(move || lacking(&store, &asked)).await;
-        let missing = missing.map_err(|e| FetchError::Here(e.into()))?;
-        let missing = missing.map_err(|e| FetchError::Here(e.into()))?;
+        let missing = tokio::task::spawn_blocking(move || {
+            let missing = lacking(&store, &asked)?;
+            if let Blobs::Known(_) = *asked {
+                // Rather before it travels than after.
+                store.fits(missing.iter().map(Wanted::bytes).sum())?;
+            }
+            anyhow::Ok(missing)
+        })
+        .await;
+        let missing = missing.map_err(|e| FetchError::Here(e.into()))?.map_err(FetchError::Here)?;
         let Some(first) = missing.first() else { break };
         if round == ROUNDS_MAX {
             let from = vec![("this node".to_owned(), "it is removed again and again".to_owned())];

@@ -69,6 +69,11 @@ impl Served {
         live.entry(job).or_default().extend(blobs);
     }
 
+    /// Nothing of a job is to be given any more.
+    pub(super) fn forget(&self, job: JobId) {
+        lock(&self.live).remove(&job);
+    }
+
     fn is_live(&self, job: JobId, blob: &BlobId) -> bool {
         lock(&self.live).get(&job).is_some_and(|blobs| blobs.contains(blob))
     }

@@ -229,6 +229,8 @@ pub(super) async fn take(
             "its list of files has {manifest_bytes} bytes; at most {MANIFEST_BYTES_MAX} are taken"
         );
     }
+    // However long it takes: what was found to be here stays.
+    let _in_use = shared.store.begin_use();
     let store = shared.store.clone();
     // A list that went bad here is as good as none: it is sent again, and not met halfway.
     let check = move || if store.has(&root) { store.check(&root) } else { Ok(()) };
@@ -253,7 +255,13 @@ async fn take_blobs(
     receive: &mut RecvStream,
 ) -> anyhow::Result<()> {
     let store = shared.store.clone();
-    let wanted = tokio::task::spawn_blocking(move || lacking(&store, &blobs)).await??;
+    let wanted = tokio::task::spawn_blocking(move || {
+        let wanted = lacking(&store, &blobs)?;
+        // Rather before it travels than after.
+        store.fits(wanted.iter().map(Wanted::bytes).sum())?;
+        anyhow::Ok(wanted)
+    })
+    .await??;
     let asks: Vec<Ask> = wanted.iter().map(|wanted| wanted.ask.clone()).collect();
     frame::write_message(send, &Gate::Open).await?;
     exchange::write_asks(send, &asks).await?;
@@ -292,6 +300,7 @@ impl Shared {
             store.persist(&ids).with_context(|| format!("tree {root} cannot be kept"))
         })
         .await??;
+        self.space.pushed(root);
         self.act(move |peer, _| peer.tree_stored(root)).await?;
         Ok(())
     }
@@ -303,6 +312,7 @@ impl Shared {
         root: BlobId,
         mut progress: impl FnMut(Pushed) + Send,
     ) -> anyhow::Result<Pushed> {
+        let _in_use = self.store.begin_use();
         let store = self.store.clone();
         let (manifest_bytes, blobs) = tokio::task::spawn_blocking(move || {
             anyhow::Ok((store.size(&root)?, blobs_of(&store, root)?))

@@ -27,13 +27,13 @@ use tracing::{debug, warn};
 use super::{
     Shared, files,
     logs::{self, LogReader},
-    push, work,
+    push, space, work,
 };
 use crate::{
     api::{
         is_disk_full,
         log::Parts,
-        types::{GpuReading, JobFiles, Surveyed},
+        types::{self, GpuReading, JobFiles, Surveyed},
     },
     gpu,
     network::Network,
@@ -88,6 +88,9 @@ pub(crate) enum Request {
     /// The signed `Job`: what do you have of its record, whose keepers are lost? →
     /// `Result<Surveyed, String>`.
     Survey(SignedBytes),
+    /// The signed spec of a job that the asker had a part in: was what it left removed? →
+    /// `Option<Certificate>` of the newest value of its record that is known to be chosen.
+    Removal(SignedBytes),
     /// A signed `ForceRecover`: go on from what you have → `Result<(), String>`.
     Recover(SignedBytes),
     /// From where do you see me, and can you dial me there? → [`Probed`].
@@ -125,6 +128,7 @@ pub(crate) struct Probed {
 pub(crate) struct UserAnswer {
     pub(crate) reply: Reply,
     pub(crate) readings: Vec<GpuReading>,
+    pub(crate) space: Option<types::Space>,
 }
 
 /// Whether what was asked follows.
@@ -360,6 +364,10 @@ async fn answer(
                 send.write_all(&chunk.bytes).await?;
             }
         }
+        Request::Removal(spec) => {
+            let removal = space::removal(shared, spec).await?;
+            frame::write_message(&mut send, &removal).await?;
+        }
         Request::Survey(signed) => {
             let surveyed = survey(shared, signed).await.map_err(|e| format!("{e:#}"));
             frame::write_message(&mut send, &surveyed).await?;
@@ -438,11 +446,11 @@ async fn deny(mut send: SendStream, reason: anyhow::Error) -> anyhow::Result<()>
 /// Carry out a user's request here.
 pub(crate) async fn user(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow::Result<UserAnswer> {
     let reply = shared.act(move |peer, now| peer.handle_user_request(&signed, now)).await?;
-    let readings = match &reply {
-        Reply::Node(_) => readings(shared),
-        _ => Vec::new(),
+    let (readings, space) = match &reply {
+        Reply::Node(_) => (readings(shared), Some(space::describe(shared))),
+        _ => (Vec::new(), None),
     };
-    Ok(UserAnswer { reply, readings })
+    Ok(UserAnswer { reply, readings, space })
 }
 
 fn readings(shared: &Shared) -> Vec<GpuReading> {

@@ -356,6 +356,8 @@ async fn prepare(
     assignment: &RankAssignment,
     certificate: Certificate,
 ) -> anyhow::Result<(u16, String)> {
+    // From the first of its inputs to the directories.
+    let _in_use = shared.store.begin_use();
     let is_wanted = async || shared.act(move |peer, _| peer.has_rank(id)).await.unwrap_or(false);
     let mut went_bad: Vec<String> = Vec::new();
     let prepared = loop {
@@ -538,7 +540,8 @@ async fn end_unknown(id: WorkId, running: Running) {
 /// Gather results and report; then remove the rest.
 async fn finish(shared: &Arc<Shared>, id: WorkId, ended: executor::Ended) {
     let workspace = shared.workspace(id);
-    let (store, job_dir) = (shared.store.clone(), shared.job_dir(id.job));
+    let _in_use = shared.store.begin_use();
+    let (store, job_dir) = (shared.store.for_results(), shared.job_dir(id.job));
     let gathered = tokio::task::spawn_blocking(move || {
         let collected = match read_spec(&job_dir) {
             Ok(spec) => workspace.collect(&store, &spec),

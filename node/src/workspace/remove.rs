@@ -37,7 +37,7 @@ pub struct Residue {
 const DEPTH_MAX: usize = 32;
 
 /// Removes the directory, file or link at `path`; nothing there is fine.
-pub(super) fn tree(path: &Path) -> Result<(), Residue> {
+pub(crate) fn tree(path: &Path) -> Result<(), Residue> {
     let residue = |errno: Errno| Residue { path: path.to_owned(), source: errno.into() };
     let state = match statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(state) => state,

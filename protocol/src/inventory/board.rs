@@ -131,7 +131,7 @@ impl Board {
     }
 
     /// Nodes that have what at least one of the wanted processes needs, those with room
-    /// first, then in an order of the job's own, so that jobs spread.
+    /// first and those whose disks are full last, then in an order of the job's own, so that jobs spread.
     #[must_use]
     pub fn candidates(&self, job: JobId, wanted: &[Wanted], now: Now) -> Vec<PeerId> {
         let wanted: Vec<_> = wanted.iter().map(|w| (w.group, w.count, &w.process)).collect();
@@ -145,10 +145,10 @@ impl Board {
             }
             let fits_now = fit_many(&wanted, &free_of(&posted.advert)).len();
             let order = blake3::hash(&[&job.0[..], &node.0.0[..]].concat());
-            ranked.push((usize::MAX - fits_now, *order.as_bytes(), *node));
+            ranked.push((posted.advert.full, usize::MAX - fits_now, *order.as_bytes(), *node));
         }
         ranked.sort_unstable();
-        ranked.into_iter().map(|(_, _, node)| node).collect()
+        ranked.into_iter().map(|(.., node)| node).collect()
     }
 }
 

@@ -154,6 +154,8 @@ pub struct Advert {
     pub free_cpu_cores: u32,
     /// See above.
     pub free_ram_mib: u64,
+    /// Has no room for more content: inputs, copies and results are better brought elsewhere.
+    pub full: bool,
     /// Where libp2p listens (QUIC and TCP on one port).
     pub control: Vec<SocketAddr>,
     /// Where the data plane and the door listen.

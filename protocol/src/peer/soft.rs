@@ -54,6 +54,8 @@ pub(super) struct SoftState {
     credit_ms: u64,
     /// What a client offers when it is none.
     pub(super) away: Capacity,
+    /// See [`Peer::set_full`].
+    full: bool,
     next_reconcile_ms: u64,
     control: Vec<core::net::SocketAddr>,
     data: Vec<core::net::SocketAddr>,
@@ -77,6 +79,7 @@ impl SoftState {
             last_advert_ms: None,
             credit_ms: ADVERT_BURST * ADVERT_MEAN_MS,
             away: Capacity::default(),
+            full: false,
             next_reconcile_ms: 0,
             control: Vec::new(),
             data: Vec::new(),
@@ -105,6 +108,11 @@ impl SoftState {
             (self.reach, self.relays) = (reach, relays);
             self.changed = true;
         }
+    }
+
+    pub(super) fn set_full(&mut self, full: bool) {
+        self.changed |= self.full != full;
+        self.full = full;
     }
 
     pub(super) fn heads(&self) -> impl Iterator<Item = &Head> {
@@ -389,6 +397,7 @@ impl Peer {
             not_free: usage.0.clone(),
             free_cpu_cores: usage.1,
             free_ram_mib: usage.2,
+            full: self.soft.full,
             control: self.soft.control.clone(),
             data: self.soft.data.clone(),
             reach: self.soft.reach,
@@ -483,7 +492,7 @@ mod tests {
         identity::KeyPair,
         inventory::{Capacity, Gpu, GpuUuid},
         message::{Piece, Soft},
-        peer::{Config, Slot, Transmit},
+        peer::{ADVERT_MEAN_MS, Config, Slot, Transmit},
         roster::testing::{Replica, WALL_MS, admit_node, claim, node_key},
         sabotage::Sabotage,
         time::Now,
@@ -553,5 +562,38 @@ mod tests {
         assert_eq!(other.propose_keepers(b"salt"), []);
         assert_eq!(away.feasible(&request), Ok(()));
         assert_eq!(away.dry_run(&request, NOW), []);
+    }
+
+    #[test]
+    fn a_node_without_room_says_so_and_is_a_keeper_only_where_no_other_is() {
+        let mut founder = Replica::founder();
+        for n in 2..=4 {
+            let claim = claim(founder.roster.pool(), 1, n, n);
+            founder.as_node(admit_node(claim, &format!("node{n}"))).unwrap();
+        }
+        let mut me = peer(&founder, &node_key(1), false);
+        me.set_offer(Capacity::new(Vec::new(), 4, 1024), None, NOW);
+        let mut others: Vec<Peer> = (2..=4).map(|n| peer(&founder, &node_key(n), false)).collect();
+        let mut at = NOW;
+        let mut proposed = |full: &[usize], me: &mut Peer| {
+            at = Now { boot_ms: at.boot_ms + ADVERT_MEAN_MS, wall_ms: at.wall_ms + ADVERT_MEAN_MS };
+            for (n, other) in others.iter_mut().enumerate() {
+                other.set_offer(Capacity::new(Vec::new(), 4, 1024), None, at);
+                other.set_full(full.contains(&n), at);
+                me.peer_connected(other.id(), at);
+                assert!(me.handle_gossip(advert_of(other, at), at));
+            }
+            let keepers = me.propose_keepers(b"salt");
+            assert_eq!(keepers.len(), 3);
+            let is_named = |other: &Peer| keepers.iter().position(|(node, _)| *node == other.id());
+            others.iter().map(is_named).collect::<Vec<_>>()
+        };
+        for n in 0..3 {
+            assert_eq!(proposed(&[n], &mut me)[n], None, "two others have room");
+        }
+        // There where there is no other, and last.
+        let places = proposed(&[0, 2], &mut me);
+        assert_eq!(places[1], Some(1));
+        assert!(places[0] == Some(2) || places[2] == Some(2));
     }
 }

@@ -74,7 +74,8 @@ pub(crate) fn propose(
     choose(Vec::new(), &all, wanted, board, me.0, roster)
 }
 
-/// Fill `chosen` up to `wanted`: reachable ones first, among them those of other owners.
+/// Fill `chosen` up to `wanted`: reachable ones first, among them those that have room, and
+/// among these those of other owners.
 fn choose(
     mut chosen: Vec<Keeper>,
     from: &[Keeper],
@@ -83,13 +84,14 @@ fn choose(
     me: PeerId,
     roster: &Roster,
 ) -> Vec<Keeper> {
+    let is_full = |node: PeerId| board.get(node).is_some_and(|posted| posted.advert.full);
     let owner = |node: PeerId| roster.state().nodes.get(&node).map(|node| node.owner);
     while chosen.len() < wanted {
         let owners: Vec<_> = chosen.iter().map(|(node, _)| owner(*node)).collect();
         let rest = from.iter().filter(|keeper| !chosen.iter().any(|(node, _)| *node == keeper.0));
         let best = rest.min_by_key(|(node, _)| {
             let reachable = *node == me || board.is_connected(*node);
-            (!reachable, *node != me, owners.contains(&owner(*node)))
+            (!reachable, is_full(*node), *node != me, owners.contains(&owner(*node)))
         });
         let Some(best) = best else { break };
         chosen.push(*best);

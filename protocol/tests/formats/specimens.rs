@@ -837,6 +837,7 @@ fn advert() -> Advert {
         ],
         free_cpu_cores: 24,
         free_ram_mib: 196_608,
+        full: true,
         control: vec!["192.0.2.4:4001".parse().unwrap()],
         data: vec!["[2001:db8::4]:4002".parse().unwrap()],
         reach: Reach::Behind,

@@ -531,6 +531,7 @@ impl Gangs {
             free_ram_mib: capacity.ram_mib,
             capacity,
             not_free: Vec::new(),
+            full: false,
             control: Vec::new(),
             data: Vec::new(),
             reach: Reach::Unknown,

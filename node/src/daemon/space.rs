@@ -1,0 +1,694 @@
+//! Room on the disk: what goes when nothing needs it any more, and what is refused.
+//!
+//! One task looks after it. Every hour, at the start, and when the store has no room for what
+//! comes, it finds out what is still named by anything ([`roots`]), has the store move the rest
+//! to its trash, and deletes what has been there for long enough. In between it moves the
+//! directories of jobs whose data was given up to a trash of their own ([`bin`]), puts them back
+//! where that was taken back, and tells the pool whether there is room.
+
+mod bin;
+mod roots;
+mod usage;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use p2pit_protocol::{
+    BlobId, JobId, PeerId,
+    job::{State, VerifiedSpec},
+    record::Certificate,
+};
+use tokio::sync::Notify;
+use tracing::{info, warn};
+
+use self::{
+    bin::Bin,
+    roots::{Dropped, Root, short},
+};
+use super::{NoPeer, Shared, clock, lock, push, serve::Request, work};
+use crate::{
+    api::types,
+    transfer::{
+        BlobStore,
+        store::{Limits, PARTIAL_KEPT, RELIED, Reach, amount},
+    },
+};
+
+/// Between two sweeps that nobody asked for.
+const SWEEP_EVERY: Duration = Duration::from_secs(3600);
+/// Between two looks at whether jobs were removed and whether there is room.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// How long several reasons to look are gathered.
+const GATHER: Duration = Duration::from_millis(100);
+/// Between two counts of directories, where a quota depends on them.
+const COUNT_EVERY: Duration = Duration::from_secs(300);
+/// How long content may wait for room.
+const RELIEF_WITHIN: Duration = Duration::from_secs(20);
+/// For so long after a sweep that found too little, no other is made for want of room.
+const FRUITLESS: Duration = Duration::from_secs(30);
+/// For how long a tree that was brought for a submission is kept for it.
+const PUSHED_KEPT: Duration = Duration::from_secs(24 * 3600);
+const PUSHED_MAX: usize = 100_000;
+/// A node with less room than this, or than this part of what it may take, is full.
+const FULL_BYTES: u64 = 1 << 30;
+const FULL_PART: u64 = 50;
+/// Clocks that part by more than this between two looks were set, or the machine slept.
+const CLOCK_STEP: Duration = Duration::from_secs(120);
+/// Jobs asked about in one look.
+const ASKS_MAX: usize = 16;
+/// How long a keeper may take to say whether a job was removed.
+const ASK_WITHIN: Duration = Duration::from_secs(10);
+
+/// What the node knows of its room.
+#[derive(Debug, Default)]
+pub(crate) struct Space {
+    /// Somebody needs room, or a job's data was given up.
+    wake: Notify,
+    need: Mutex<Need>,
+    relieved: Condvar,
+    /// Trees that submitters brought, which no record names yet.
+    pushed: Mutex<BTreeMap<BlobId, Instant>>,
+    counted: Mutex<Counted>,
+    /// What keeps sweeps from being made, for the owner.
+    warnings: Mutex<Vec<String>>,
+    /// What keepers said of jobs that are not kept here.
+    told: Mutex<BTreeMap<JobId, Told>>,
+}
+
+#[derive(Debug, Default)]
+struct Need {
+    wanted: Option<u64>,
+    /// Sweeps that were made for want of room.
+    sweeps: u64,
+    fruitless_at: Option<Instant>,
+}
+
+/// What the last walk found beside the blobs.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counted {
+    jobs: u64,
+    copies: u64,
+    bin: u64,
+    at: Option<Instant>,
+    full: bool,
+}
+
+/// What is known of a job that is not kept here.
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    /// Of the announcement that made this node ask, and of the value it was shown.
+    head: (u32, u64),
+    value: (u32, u64),
+    removed: bool,
+}
+
+impl Space {
+    /// Called where content finds no room: has the task find some, and returns once it has, or
+    /// cannot.
+    fn relieve(&self, wanted: u64) {
+        let mut need = lock(&self.need);
+        if need.fruitless_at.is_some_and(|at| at.elapsed() < FRUITLESS) {
+            return;
+        }
+        need.wanted = Some(need.wanted.unwrap_or(0).max(wanted));
+        let before = need.sweeps;
+        self.wake.notify_one();
+        // Who waits too long is refused; there may be room the next time.
+        drop(
+            self.relieved
+                .wait_timeout_while(need, RELIEF_WITHIN, |need| need.sweeps == before)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+    }
+
+    fn relief_is_over(&self, is_enough: bool) {
+        let mut need = lock(&self.need);
+        need.sweeps += 1;
+        need.fruitless_at = (!is_enough).then(Instant::now);
+        drop(need);
+        self.relieved.notify_all();
+    }
+
+    /// A submitter brought this tree: a record will name it.
+    pub(crate) fn pushed(&self, tree: BlobId) {
+        let mut pushed = lock(&self.pushed);
+        if pushed.len() >= PUSHED_MAX {
+            // Then what was relied on of late has to do.
+            pushed.clear();
+        }
+        pushed.insert(tree, Instant::now());
+    }
+
+    /// A record of a job that is over changed: its data may have been given up.
+    pub(crate) fn look(&self) {
+        self.wake.notify_one();
+    }
+
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        lock(&self.warnings).clone()
+    }
+}
+
+/// Bound the store, and begin to look after it.
+pub(super) async fn begin(shared: &Arc<Shared>) -> anyhow::Result<()> {
+    let whose = format!("node {}", shared.settings.name);
+    shared.store.set_limits(Limits { whose, quota: shared.settings.storage });
+    if shared.settings.storage.is_some() {
+        // Before anything comes: what is not counted is not bounded.
+        count(shared).await.context("what is stored here cannot be counted")?;
+    }
+    let space = Arc::clone(&shared.space);
+    shared.store.set_relief(move |wanted| space.relieve(wanted));
+    tokio::spawn(tend(Arc::clone(shared)));
+    Ok(())
+}
+
+async fn tend(shared: Arc<Shared>) {
+    let every = sweep_every();
+    let keep_done_ms = millis(shared.settings.keep_done);
+    // No pool yet; said when there is one.
+    let mut is_told = false;
+    let mut next = Instant::now();
+    let mut steady = Steady::new();
+    loop {
+        is_told = is_told
+            || shared.act(move |peer, now| peer.set_keep_done(keep_done_ms, now)).await.is_ok();
+        let has_gone = match settle_removed(&shared).await {
+            Ok(has_gone) => has_gone,
+            Err(reason) => {
+                warn!(reason = format!("{reason:#}"), "data of removed jobs stays");
+                false
+            }
+        };
+        let wanted = lock(&shared.space.need).wanted.take();
+        let is_due = Instant::now() >= next || has_gone;
+        if wanted.is_some() || is_due {
+            if is_due {
+                next = Instant::now() + every;
+            }
+            let done = if steady.is_trusted() {
+                tidy(&shared, wanted).await
+            } else {
+                Err(anyhow::anyhow!("the clock was set: it is waited for an hour"))
+            };
+            if let Err(reason) = &done
+                && !matches!(reason.downcast_ref(), Some(NoPeer::NoPool))
+            {
+                warn!(reason = format!("{reason:#}"), "nothing was swept");
+            }
+            if wanted.is_some() {
+                shared.space.relief_is_over(done.unwrap_or(false));
+            }
+        }
+        look_at_room(&shared).await;
+        tokio::select! {
+            // Jobs end in numbers: one look is for all of them.
+            () = shared.space.wake.notified() => tokio::time::sleep(GATHER).await,
+            () = tokio::time::sleep(LOOK_EVERY.min(every)) => {}
+        }
+        steady.look();
+    }
+}
+
+/// The times of files are worth nothing as long as a clock that was set is not past them.
+struct Steady {
+    last: p2pit_protocol::Now,
+    not_before: Option<Instant>,
+}
+
+impl Steady {
+    fn new() -> Self {
+        Self { last: clock::now(), not_before: None }
+    }
+
+    fn look(&mut self) {
+        self.observe(clock::now());
+    }
+
+    fn observe(&mut self, now: p2pit_protocol::Now) {
+        let passed_ms = now.boot_ms.saturating_sub(self.last.boot_ms);
+        let expected_ms = self.last.wall_ms.saturating_add(passed_ms);
+        if now.wall_ms > expected_ms.saturating_add(millis(CLOCK_STEP)) {
+            self.not_before = Some(Instant::now() + RELIED);
+        }
+        self.last = now;
+    }
+
+    fn is_trusted(&self) -> bool {
+        self.not_before.is_none_or(|at| Instant::now() >= at)
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(debug_assertions)]
+fn sweep_every() -> Duration {
+    match crate::config::env::for_tests(crate::config::env::SWEEP_MS) {
+        0 => SWEEP_EVERY,
+        ms => Duration::from_millis(u64::try_from(ms).unwrap_or_default()),
+    }
+}
+
+#[cfg(not(debug_assertions))]
+const fn sweep_every() -> Duration {
+    SWEEP_EVERY
+}
+
+/// The store of a daemon.
+pub(super) fn open_store(
+    dir: &std::path::Path,
+) -> Result<BlobStore, crate::transfer::store::Error> {
+    #[cfg(debug_assertions)]
+    if let ms @ 1.. = crate::config::env::for_tests(crate::config::env::SWEEP_MS) {
+        return BlobStore::open_for(dir, Duration::from_millis(u64::try_from(ms).unwrap_or(1)));
+    }
+    BlobStore::open(dir)
+}
+
+/// One round of all that makes room; whether there is enough of it, where somebody waits for
+/// some.
+async fn tidy(shared: &Arc<Shared>, wanted: Option<u64>) -> anyhow::Result<bool> {
+    let is_enough = |shared: &Shared| match wanted {
+        Some(wanted) => shared.store.room_left().is_none_or(|room| room >= wanted),
+        None => true,
+    };
+    expire(shared).await?;
+    sweep(shared, true).await?;
+    if !is_enough(shared) {
+        sweep(shared, false).await?;
+    }
+    let is_short = !is_enough(shared);
+    let (store, bin) = (shared.store.clone(), Bin::of(&shared.home));
+    let kept = shared.settings.trash;
+    tokio::task::spawn_blocking(move || {
+        store.purge(kept)?;
+        store.sweep_partials(PARTIAL_KEPT)?;
+        let kept = if is_short { Duration::ZERO } else { kept };
+        for residue in bin.purge(kept).context("the trash of jobs cannot be emptied")? {
+            warn!(residue, "a directory of a job that was given up stays");
+        }
+        anyhow::Ok(())
+    })
+    .await??;
+    count(shared).await?;
+    Ok(is_enough(shared))
+}
+
+/// Moves what nothing names to the trash; without inputs of finished jobs where so.
+async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Result<()> {
+    // Before anything is looked at: see `Reach`.
+    let mut reach = Reach::begin(&shared.store);
+    let keep_done_ms = millis(shared.settings.keep_done);
+    let pushed = fresh_pushed(shared);
+    let mut all = shared
+        .act(move |peer, now| {
+            let mut all = roots::of_peer(peer, keep_done_ms, now.wall_ms);
+            all.extend(pushed.into_iter().map(|tree| Root { tree, kind: roots::Kind::Pushed }));
+            if !keeps_finished_inputs {
+                all.retain(|root| !matches!(root.kind, roots::Kind::InputOfFinished(_)));
+            }
+            let kept: BTreeSet<BlobId> = all.iter().map(|root| root.tree).collect();
+            // Who hears from now on that a tree is here has had it looked at after this.
+            peer.forget_trees(|tree| kept.contains(&tree));
+            all
+        })
+        .await?;
+    let (home, store) = (shared.home.clone(), shared.store.clone());
+    let (swept, warnings) = tokio::task::spawn_blocking(move || {
+        let (on_disk, lists) = roots::on_disk(&home).context("directories of jobs")?;
+        all.extend(on_disk);
+        all.sort_unstable();
+        all.dedup_by_key(|root| root.tree);
+        all.iter().for_each(|root| reach.add_tree(root.tree));
+        let mut warnings: Vec<String> =
+            lists.iter().map(|list| unknown(Some(list.job), &list.reason)).collect();
+        for (tree, reason) in reach.unreadable() {
+            let root = all.iter().find(|root| root.tree == *tree);
+            let what = root.map_or_else(String::new, |root| root.kind.describe());
+            let reason = format!("the list of files of {what}, blob {tree}, is damaged ({reason})");
+            warnings.push(unknown(root.and_then(|root| root.kind.job()), &reason));
+        }
+        if !lists.is_empty() {
+            reach.give_up();
+        }
+        anyhow::Ok((store.sweep(&reach).context("the store cannot be swept")?, warnings))
+    })
+    .await??;
+    for warning in &warnings {
+        warn!(warning, "nothing is swept");
+    }
+    *lock(&shared.space.warnings) = warnings;
+    if swept.trashed > 0 || swept.brought_back > 0 {
+        info!(
+            trashed = swept.trashed,
+            bytes = swept.trashed_bytes,
+            brought_back = swept.brought_back,
+            "swept the store"
+        );
+    }
+    Ok(())
+}
+
+/// What the owner is told where it is not known what is needed.
+fn unknown(job: Option<JobId>, reason: &str) -> String {
+    let next = match job {
+        Some(job) => format!("; where the job is over, `p2pit rm {}` gives it up", short(job)),
+        None => String::new(),
+    };
+    format!("{reason}: what it names is not known, and so no unused file is deleted here{next}")
+}
+
+fn fresh_pushed(shared: &Shared) -> Vec<BlobId> {
+    let mut pushed = lock(&shared.space.pushed);
+    pushed.retain(|_, at| at.elapsed() < PUSHED_KEPT);
+    pushed.keys().copied().collect()
+}
+
+/// Walks everything, and puts the counters right.
+async fn count(shared: &Arc<Shared>) -> anyhow::Result<()> {
+    let (store, home) = (shared.store.clone(), shared.home.clone());
+    let (census, dirs) = tokio::task::spawn_blocking(move || {
+        let dirs = usage::of(&[home.jobs(), home.copies(), home.trash()])?;
+        anyhow::Ok((store.census()?, dirs))
+    })
+    .await??;
+    if let [jobs, copies, bin] = dirs[..] {
+        let mut counted = lock(&shared.space.counted);
+        *counted = Counted { jobs, copies, bin, at: Some(Instant::now()), full: counted.full };
+        shared.store.set_beside(jobs + copies + bin);
+    }
+    tracing::debug!(?census, "counted what is stored");
+    Ok(())
+}
+
+/// Tells the pool whether there is room, and counts again where a quota depends on it.
+async fn look_at_room(shared: &Arc<Shared>) {
+    let counted = *lock(&shared.space.counted);
+    let is_old = counted.at.is_none_or(|at| at.elapsed() > COUNT_EVERY);
+    if shared.settings.storage.is_some()
+        && is_old
+        && let Err(reason) = count(shared).await
+    {
+        warn!(reason = format!("{reason:#}"), "what is stored here cannot be counted");
+    }
+    let Some(room) = shared.store.room_left() else { return };
+    let total = shared.settings.storage.or_else(|| Some(shared.store.disk_bytes().ok()?.1));
+    let margin = FULL_BYTES.min(total.unwrap_or(0) / FULL_PART);
+    // Not back and forth with every blob that comes and goes.
+    let full = if counted.full { room < 2 * margin } else { room < margin };
+    if full != counted.full {
+        lock(&shared.space.counted).full = full;
+        if full {
+            warn!(room = amount(room), "there is hardly any room: others get copies and inputs");
+        } else {
+            info!(room = amount(room), "there is room again");
+        }
+    }
+    // Said again in any case: the pool may have been joined since.
+    let _ = shared.act(move |peer, now| peer.set_full(full, now)).await;
+}
+
+/// For people: what takes room here.
+pub(crate) fn describe(shared: &Shared) -> types::Space {
+    let used = shared.store.used();
+    let counted = *lock(&shared.space.counted);
+    let (disk_free, disk_total) = shared.store.disk_bytes().unwrap_or_default();
+    types::Space {
+        blobs: used.blobs + used.partial,
+        jobs: counted.jobs,
+        copies: counted.copies,
+        trash: used.trash + counted.bin,
+        quota: shared.settings.storage,
+        room: shared.store.room_left().unwrap_or(disk_free),
+        disk_free,
+        disk_total,
+        full: counted.full,
+        is_counted: counted.at.is_some(),
+    }
+}
+
+// ---- finished jobs ----------------------------------------------------------------------
+
+/// What is to become of a job's directories here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Stay,
+    Go(Dropped),
+    /// Its record is not here: what was announced of it, if anything, its keepers, and whether
+    /// it is over as far as is known.
+    Ask,
+}
+
+/// Moves directories of jobs that were removed to the trash, and those of jobs that were not
+/// after all back; whether any went.
+async fn settle_removed(shared: &Arc<Shared>) -> anyhow::Result<bool> {
+    let bin = Bin::of(&shared.home);
+    let listing = bin.clone();
+    let (here, away) = tokio::task::spawn_blocking(move || {
+        std::io::Result::Ok((listing.jobs()?, listing.removed()?))
+    })
+    .await?
+    .context("directories of jobs cannot be listed")?;
+    if here.is_empty() && away.is_empty() {
+        return Ok(false);
+    }
+    let live = shared.work.jobs();
+    let keep_done_ms = millis(shared.settings.keep_done);
+    let mut jobs = here.clone();
+    jobs.extend(&away);
+    jobs.sort_unstable();
+    jobs.dedup();
+    let judged = shared.act(move |peer, now| {
+        let judge = |job: JobId| {
+            if live.contains(&job) || peer.has_work(job) {
+                return (job, Fate::Stay);
+            }
+            let fate = match peer.record(job) {
+                Some(kept) => {
+                    match roots::is_given_up(&kept.value.body, keep_done_ms, now.wall_ms) {
+                        // What is not known to be chosen may come to nothing.
+                        Some(why) if kept.chosen => Fate::Go(why),
+                        Some(_) | None => Fate::Stay,
+                    }
+                }
+                None => Fate::Ask,
+            };
+            (job, fate)
+        };
+        jobs.into_iter().map(judge).collect::<Vec<_>>()
+    });
+    let judged = match judged.await {
+        Ok(judged) => judged,
+        Err(NoPeer::NoPool) => return Ok(false),
+        Err(ending @ NoPeer::Ending) => return Err(ending.into()),
+    };
+    let asked = ask_about(shared, &judged).await?;
+    let mut gone = false;
+    for (job, fate) in judged {
+        let fate = match fate {
+            Fate::Ask => match asked.get(&job) {
+                Some(true) => Fate::Go(Dropped::Removed),
+                Some(false) => Fate::Stay,
+                None => continue,
+            },
+            fate => fate,
+        };
+        match fate {
+            Fate::Go(why) if here.binary_search(&job).is_ok() => {
+                gone |= give_up(shared, job, why).await?;
+            }
+            Fate::Stay if away.binary_search(&job).is_ok() => {
+                let bin = bin.clone();
+                let back = tokio::task::spawn_blocking(move || bin.take_back(job)).await?;
+                if back.with_context(|| format!("job {} cannot be put back", short(job)))? {
+                    info!(%job, "what it left is back");
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(gone)
+}
+
+/// Moves a job's directories to the trash; whether there were any.
+async fn give_up(shared: &Arc<Shared>, job: JobId, why: Dropped) -> anyhow::Result<bool> {
+    let (bin, copies) = (Bin::of(&shared.home), shared.home.copies());
+    let (moved, ranks) = tokio::task::spawn_blocking(move || {
+        let ranks = work::rank_dirs(&copies.join(job.to_string())).unwrap_or_default();
+        std::io::Result::Ok((bin.put(job, why)?, ranks))
+    })
+    .await?
+    .with_context(|| format!("what job {} left cannot be moved to the trash", short(job)))?;
+    if moved {
+        info!(%job, ?why, "what it left is in the trash");
+        let lost = move |peer: &mut p2pit_protocol::Peer, now| {
+            for (attempt, rank, _) in ranks {
+                peer.copy_lost(job, attempt, rank, now);
+            }
+        };
+        // The daemon is ending if nobody listens; the next one reads what there is.
+        let _ = shared.act(lost).await;
+        shared.served.forget(job);
+    }
+    Ok(moved)
+}
+
+/// Moves what finished jobs left here to the trash once it is too old.
+async fn expire(shared: &Arc<Shared>) -> anyhow::Result<()> {
+    let bin = Bin::of(&shared.home);
+    let (listing, home) = (bin.clone(), shared.home.clone());
+    let ages = tokio::task::spawn_blocking(move || {
+        let jobs = listing.jobs()?;
+        std::io::Result::Ok(jobs.into_iter().map(|job| (job, age(&home, job))).collect::<Vec<_>>())
+    })
+    .await??;
+    let live = shared.work.jobs();
+    let keep_done = shared.settings.keep_done;
+    // By its record `settle_removed` judges.
+    let expired = shared
+        .act(move |peer, _| {
+            let goes = |job: JobId| {
+                let announced = peer.heads().find(|head| head.job == job);
+                let may_go_on = announced.is_some_and(|head| head.state != State::Done);
+                peer.record(job).is_none()
+                    && !may_go_on
+                    && !peer.has_work(job)
+                    && !live.contains(&job)
+            };
+            let old = ages.into_iter().filter(|(_, age)| *age >= keep_done);
+            old.map(|(job, _)| job).filter(|job| goes(*job)).collect::<Vec<_>>()
+        })
+        .await?;
+    for job in expired {
+        give_up(shared, job, Dropped::Expired).await?;
+    }
+    Ok(())
+}
+
+/// How long ago anything was written into the directories of a job's ranks, apart from what is
+/// the job's own.
+fn age(home: &crate::home::Home, job: JobId) -> Duration {
+    let mut youngest = Duration::MAX;
+    for kind in [home.jobs(), home.copies()] {
+        let ranks = work::rank_dirs(&kind.join(job.to_string())).unwrap_or_default();
+        for (_, _, dir) in ranks {
+            let files = std::fs::read_dir(&dir).into_iter().flatten().flatten();
+            let files = files.filter_map(|file| file.metadata().ok());
+            let own = std::fs::metadata(&dir).into_iter();
+            for modified in files.chain(own).filter_map(|it| it.modified().ok()) {
+                youngest = youngest.min(modified.elapsed().unwrap_or_default());
+            }
+        }
+    }
+    // Of a directory without ranks nothing is known: it goes with the next that is.
+    if youngest == Duration::MAX { Duration::ZERO } else { youngest }
+}
+
+/// What keepers say of jobs that are not kept here: whether what they left was removed. Asked
+/// where an announcement is news.
+async fn ask_about(
+    shared: &Arc<Shared>,
+    judged: &[(JobId, Fate)],
+) -> anyhow::Result<BTreeMap<JobId, bool>> {
+    let unknown: BTreeSet<JobId> =
+        judged.iter().filter(|(_, fate)| *fate == Fate::Ask).map(|(job, _)| *job).collect();
+    if unknown.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    let wanted = unknown.clone();
+    let heads = shared
+        .act(move |peer, _| {
+            let heads = peer.heads().filter(|head| wanted.contains(&head.job));
+            let done = heads.filter(|head| head.state == State::Done);
+            done.map(|head| (head.job, (head.epoch, head.seq), super::keepers_of(head)))
+                .collect::<Vec<_>>()
+        })
+        .await?;
+    let is_news = |job: &JobId, head: (u32, u64)| {
+        lock(&shared.space.told).get(job).is_none_or(|told| told.head < head)
+    };
+    let news = heads.into_iter().filter(|(job, head, _)| is_news(job, *head));
+    for (job, head, keepers) in news.take(ASKS_MAX) {
+        if let Some((value, removed)) = ask_keepers(shared, job, keepers).await? {
+            let mut told = lock(&shared.space.told);
+            let known = told.entry(job).or_insert(Told { head, value, removed });
+            if known.value <= value {
+                *known = Told { head: head.max(known.head), value, removed };
+            }
+        }
+    }
+    let mut told = lock(&shared.space.told);
+    told.retain(|job, _| unknown.contains(job));
+    Ok(told.iter().map(|(job, told)| (*job, told.removed)).collect())
+}
+
+/// The newest value that a keeper proves: its epoch and number, and whether it says that what
+/// the job left was removed. `None` where nobody says.
+async fn ask_keepers(
+    shared: &Arc<Shared>,
+    job: JobId,
+    keepers: Vec<PeerId>,
+) -> anyhow::Result<Option<((u32, u64), bool)>> {
+    let home = shared.home.clone();
+    let spec = tokio::task::spawn_blocking(move || {
+        let dirs = [home.jobs().join(job.to_string()), home.copies().join(job.to_string())];
+        let in_bin = [home.trash().join("jobs"), home.trash().join("copies")]
+            .map(|dir| dir.join(format!("{job}.removed")));
+        dirs.into_iter().chain(in_bin).find_map(|dir| work::read_spec(&dir).ok())
+    })
+    .await?;
+    // Of a rank that was never prepared.
+    let Some(spec) = spec else { return Ok(None) };
+    for keeper in keepers.into_iter().filter(|keeper| *keeper != shared.id()) {
+        let question = Request::Removal(spec.signed.clone());
+        let answer: Option<Certificate> =
+            match shared.ask_within(keeper, &question, ASK_WITHIN).await {
+                Ok(answer) => answer,
+                // Another may be there.
+                Err(_) => continue,
+            };
+        let Some(certificate) = answer else { continue };
+        let spec = spec.clone();
+        let value = shared.act(move |peer, _| peer.check_certificate(&certificate, &spec)).await?;
+        match value {
+            Ok(value) if value.body.state() == State::Done => {
+                return Ok(Some(((value.epoch, value.seq), value.body.removed.is_some())));
+            }
+            Ok(_) => {}
+            Err(reason) => warn!(%keeper, %job, reason, "what it says of a job is not proved"),
+        }
+    }
+    Ok(None)
+}
+
+/// What proves to another node whether what a job left was removed; nothing where that is not
+/// known here. Whoever shows the spec had a part in the job.
+pub(super) async fn removal(
+    shared: &Arc<Shared>,
+    spec: p2pit_protocol::identity::SignedBytes,
+) -> anyhow::Result<Option<Certificate>> {
+    let spec = tokio::task::spawn_blocking(move || VerifiedSpec::verify(spec)).await??;
+    let job = spec.job;
+    Ok(shared
+        .act(move |peer, _| {
+            let kept = peer.record(job).filter(|kept| kept.chosen)?;
+            Some(kept.certificate.clone())
+        })
+        .await?)
+}
+
+/// Whether all of a tree is here.
+pub(super) fn is_whole(store: &BlobStore, tree: BlobId) -> bool {
+    store.has(&tree)
+        && push::blobs_of(store, tree)
+            .is_ok_and(|blobs| blobs.iter().all(|(blob, _)| store.has(blob)))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,163 @@
+//! Directories of jobs that were given up, until their time is over.
+//!
+//! ```text
+//! <home>/trash/jobs/JOB.removed      what jobs/JOB was
+//! <home>/trash/copies/JOB.expired    what copies/JOB was
+//! ```
+//!
+//! A directory is here or in its place, by one rename. All calls block.
+
+use std::{
+    fs::{self, DirBuilder, File, FileTimes},
+    io,
+    os::unix::fs::DirBuilderExt as _,
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
+
+use p2pit_protocol::JobId;
+
+use super::roots::{Dropped, jobs_in, names_in};
+use crate::{home::Home, workspace::remove_tree};
+
+/// The two directories that have one for each job.
+pub(super) const KINDS: [&str; 2] = ["jobs", "copies"];
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub(super) struct Bin {
+    home: Home,
+}
+
+fn ending(why: Dropped) -> &'static str {
+    match why {
+        Dropped::Removed => "removed",
+        Dropped::Expired => "expired",
+    }
+}
+
+impl Bin {
+    pub(super) fn of(home: &Home) -> Self {
+        Self { home: home.clone() }
+    }
+
+    fn place(&self, kind: &str, job: JobId) -> PathBuf {
+        self.home.path().join(kind).join(job.to_string())
+    }
+
+    fn dir(&self, kind: &str) -> PathBuf {
+        self.home.trash().join(kind)
+    }
+
+    /// The jobs that have anything in its place.
+    pub(super) fn jobs(&self) -> io::Result<Vec<JobId>> {
+        let mut jobs = Vec::new();
+        for kind in KINDS {
+            jobs.extend(jobs_in(&self.home.path().join(kind))?);
+        }
+        jobs.sort_unstable();
+        jobs.dedup();
+        Ok(jobs)
+    }
+
+    /// The jobs that were removed and can be had back.
+    pub(super) fn removed(&self) -> io::Result<Vec<JobId>> {
+        let mut jobs = Vec::new();
+        for kind in KINDS {
+            for name in names_in(&self.dir(kind))? {
+                let job = name.strip_suffix(".removed").and_then(|job| job.parse::<JobId>().ok());
+                jobs.extend(job);
+            }
+        }
+        jobs.sort_unstable();
+        jobs.dedup();
+        Ok(jobs)
+    }
+
+    /// Moves what there is of a job here; whether that was anything.
+    pub(super) fn put(&self, job: JobId, why: Dropped) -> io::Result<bool> {
+        let mut moved = false;
+        for kind in KINDS {
+            let (from, dir) = (self.place(kind, job), self.dir(kind));
+            if !from.is_dir() {
+                continue;
+            }
+            DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+            let to = dir.join(format!("{job}.{}", ending(why)));
+            // What was brought back and given up again: the older one has had its time.
+            remove_tree(&to).map_err(|residue| residue.source)?;
+            let now = SystemTime::now();
+            File::open(&from)?.set_times(FileTimes::new().set_modified(now))?;
+            fs::rename(&from, &to)?;
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// Puts what was removed of a job back into its place; whether that was anything.
+    pub(super) fn take_back(&self, job: JobId) -> io::Result<bool> {
+        let mut moved = false;
+        for kind in KINDS {
+            let from = self.dir(kind).join(format!("{job}.{}", ending(Dropped::Removed)));
+            let to = self.place(kind, job);
+            // A copy that was begun anew meanwhile stays what it is.
+            if from.is_dir() && !to.exists() {
+                fs::rename(&from, &to)?;
+                moved = true;
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Deletes what has been here for so long; what cannot be deleted is named.
+    pub(super) fn purge(&self, kept: Duration) -> io::Result<Vec<String>> {
+        let mut residues = Vec::new();
+        for kind in KINDS {
+            let dir = self.dir(kind);
+            for name in names_in(&dir)? {
+                let path = dir.join(name);
+                let age = fs::symlink_metadata(&path)?.modified()?.elapsed().unwrap_or_default();
+                if age >= kept
+                    && let Err(residue) = remove_tree(&path)
+                {
+                    residues.push(format!("{residue}: {}", residue.source));
+                }
+            }
+        }
+        Ok(residues)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_put_there_can_be_had_back_until_it_is_purged() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::open_or_create(&dir.path().join("home")).unwrap();
+        let bin = Bin::of(&home);
+        let [one, two] = [1, 2].map(|n| JobId([n; 32]));
+        for job in [one, two] {
+            for kind in KINDS {
+                let rank = bin.place(kind, job).join("1-0");
+                fs::create_dir_all(&rank).unwrap();
+                fs::write(rank.join("log"), "said").unwrap();
+            }
+        }
+        assert_eq!(bin.jobs().unwrap(), [one, two]);
+        assert!(bin.put(one, Dropped::Removed).unwrap());
+        assert!(bin.put(two, Dropped::Expired).unwrap());
+        assert!(!bin.put(one, Dropped::Removed).unwrap());
+        assert_eq!((bin.jobs().unwrap(), bin.removed().unwrap()), (vec![], vec![one]));
+        assert!(bin.take_back(one).unwrap() && !bin.take_back(one).unwrap());
+        assert!(!bin.take_back(two).unwrap(), "what expired stays away");
+        assert_eq!(fs::read_to_string(bin.place("copies", one).join("1-0/log")).unwrap(), "said");
+        // Removed again: its time begins again, too.
+        bin.put(one, Dropped::Removed).unwrap();
+        assert!(bin.purge(Duration::from_secs(60)).unwrap().is_empty());
+        assert_eq!(bin.removed().unwrap(), [one]);
+        assert!(bin.purge(Duration::ZERO).unwrap().is_empty());
+        assert!(bin.removed().unwrap().is_empty() && !bin.take_back(one).unwrap());
+    }
+}

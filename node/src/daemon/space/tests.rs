@@ -1,0 +1,64 @@
+use std::thread;
+
+use p2pit_protocol::Now;
+
+use super::*;
+
+#[test]
+fn who_needs_room_waits_for_a_sweep_and_is_not_kept_where_the_last_found_none() {
+    let space = Arc::new(Space::default());
+    let waiting = Arc::clone(&space);
+    let waits = thread::spawn(move || waiting.relieve(7));
+    while lock(&space.need).wanted.is_none() {
+        thread::yield_now();
+    }
+    let wanted = lock(&space.need).wanted.take();
+    assert_eq!(wanted, Some(7));
+    assert!(!waits.is_finished());
+    space.relief_is_over(false);
+    waits.join().unwrap();
+    // Nobody is there to sweep, and nobody is asked.
+    space.relieve(9);
+    assert_eq!(lock(&space.need).wanted, None);
+}
+
+#[test]
+fn the_times_of_files_are_not_trusted_for_an_hour_after_the_clock_was_set_forward() {
+    let mut steady = Steady { last: Now { boot_ms: 0, wall_ms: 1_000_000 }, not_before: None };
+    // Slow, set back, asleep with the wall clock going on as the boot clock does.
+    for (boot_ms, wall_ms) in
+        [(10_000, 1_010_000), (20_000, 900_000), (8_020_000, 8_900_000), (8_030_000, 8_999_999)]
+    {
+        steady.observe(Now { boot_ms, wall_ms });
+        assert!(steady.is_trusted(), "{boot_ms}");
+    }
+    steady.observe(Now { boot_ms: 8_040_000, wall_ms: 99_000_000 });
+    assert!(!steady.is_trusted());
+    steady.observe(Now { boot_ms: 8_050_000, wall_ms: 99_010_000 });
+    assert!(!steady.is_trusted());
+}
+
+#[test]
+fn what_keeps_sweeps_from_being_made_is_told_with_the_next_step() {
+    let job = JobId([1; 32]);
+    let said = unknown(Some(job), "the list is damaged");
+    let next = format!("`p2pit rm {}`", short(job));
+    assert!(said.contains("no unused file is deleted") && said.contains(&next), "{said}");
+    assert!(!unknown(None, "x").contains("p2pit rm"));
+}
+
+#[test]
+fn a_tree_is_whole_where_all_that_it_names_is_here() {
+    use crate::transfer::tree::{Entry, Kind, Tree, TreePath};
+    let dir = tempfile::tempdir().unwrap();
+    let store = BlobStore::open(&dir.path().join("blobs")).unwrap();
+    let blob = BlobId::of(b"content");
+    let kind = Kind::File { blob, size: 7, executable: false };
+    let entry = Entry { path: TreePath::from_bytes("f").unwrap(), kind };
+    let manifest = Tree::new(vec![entry]).unwrap().encode().unwrap();
+    assert!(!is_whole(&store, BlobId::of(&manifest)));
+    let tree = store.put_bytes(&manifest).unwrap();
+    assert!(!is_whole(&store, tree));
+    store.put_bytes(b"content").unwrap();
+    assert!(is_whole(&store, tree));
+}

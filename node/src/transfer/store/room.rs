@@ -1,0 +1,354 @@
+//! How much the store takes, and how much it may.
+//!
+//! Counters go along with every change; [`BlobStore::census`] walks the store and puts them
+//! right. What is counted is what files take on the disk, so that holes are free. Whoever
+//! brings content asks first, and is refused where the limits are reached although all that
+//! could go is gone: first the trash, then what [`BlobStore::set_relief`] finds.
+
+use std::{
+    fmt, fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    },
+};
+
+use rustix::fs::statvfs;
+
+use super::{BlobStore, Error, PARTIAL, TMP, TRASH, trash};
+
+/// Of the file system, what is left to others where it is large enough, and at most that.
+const LEFT_FREE_PERCENT: u64 = 5;
+const LEFT_FREE_BYTES_MAX: u64 = 5 << 30;
+/// Files take whole blocks.
+const BLOCK_BYTES: u64 = 4096;
+
+/// What a store may take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Whose store it is, for messages: a node, by its name.
+    pub whose: String,
+    /// Bytes that it may take together with what is [beside](BlobStore::set_beside) it; by
+    /// itself it takes whatever leaves some of the file system free.
+    pub quota: Option<u64>,
+}
+
+/// What takes room, in bytes of disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Used {
+    pub blobs: u64,
+    pub trash: u64,
+    /// Of blobs that are still arriving.
+    pub partial: u64,
+    /// Of the node's other directories, as it last said.
+    pub beside: u64,
+}
+
+impl Used {
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.blobs + self.trash + self.partial + self.beside
+    }
+}
+
+/// What a walk of the store found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Census {
+    /// How many.
+    pub blobs: u64,
+    pub bytes: u64,
+    pub trash_bytes: u64,
+    pub partial_bytes: u64,
+    /// By how much the counters were wrong.
+    pub drift_bytes: u64,
+}
+
+/// Content that goes beyond what the store may take.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub struct NoRoom {
+    whose: String,
+    store: PathBuf,
+    wanted: u64,
+    bound: Bound,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Bound {
+    Quota { quota: u64, used: u64 },
+    Disk { free: u64, left: u64 },
+}
+
+impl fmt::Display for NoRoom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { whose, store, wanted, bound } = self;
+        let (wanted, store) = (amount(*wanted), store.display());
+        match bound {
+            Bound::Quota { quota, used } => write!(
+                f,
+                "No space left on {whose}: p2pit may use {} there (`storage` in its config.yaml) \
+                 and uses {}, so that {wanted} more in {store} do not fit; `p2pit rm` removes \
+                 what finished jobs left",
+                amount(*quota),
+                amount(*used),
+            ),
+            Bound::Disk { free, left } => write!(
+                f,
+                "No space left on {whose}: the disk of {store} has {} free, of which p2pit leaves \
+                 {} to others, so that {wanted} more do not fit",
+                amount(*free),
+                amount(*left),
+            ),
+        }
+    }
+}
+
+type Relief = Box<dyn Fn(u64) + Send + Sync>;
+
+/// Counters and limits of one store.
+#[derive(Default)]
+pub(super) struct Room {
+    limits: Mutex<Option<Limits>>,
+    relief: OnceLock<Relief>,
+    live: AtomicI64,
+    trash: AtomicI64,
+    partial: AtomicI64,
+    beside: AtomicI64,
+    /// Promised to content that is being written.
+    reserved: AtomicI64,
+}
+
+impl fmt::Debug for Room {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Room").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+impl Room {
+    pub(super) fn live_changed(&self, by: i64) {
+        self.live.fetch_add(by, Ordering::Relaxed);
+    }
+
+    pub(super) fn trash_changed(&self, by: i64) {
+        self.trash.fetch_add(by, Ordering::Relaxed);
+    }
+
+    pub(super) fn partial_changed(&self, by: i64) {
+        self.partial.fetch_add(by, Ordering::Relaxed);
+    }
+
+    fn used(&self) -> Used {
+        let bytes = |counter: &AtomicI64| {
+            u64::try_from(counter.load(Ordering::Relaxed)).unwrap_or_default()
+        };
+        Used {
+            blobs: bytes(&self.live),
+            trash: bytes(&self.trash),
+            partial: bytes(&self.partial),
+            beside: bytes(&self.beside),
+        }
+    }
+
+    fn limits(&self) -> MutexGuard<'_, Option<Limits>> {
+        // Whole between any two of its statements.
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Room that was promised to content; it is taken back with this.
+#[derive(Debug)]
+pub(super) struct Reserved<'a> {
+    room: &'a Room,
+    bytes: i64,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.room.reserved.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+impl BlobStore {
+    /// What content may take from now on. Without limits it may take the disk.
+    pub fn set_limits(&self, limits: Limits) {
+        *self.inner.room.limits() = Some(limits);
+    }
+
+    /// What is called where the trash alone does not make the room that is wanted, with how
+    /// many bytes that are, to find more that can go; it returns once that is done.
+    pub fn set_relief(&self, relief: impl Fn(u64) + Send + Sync + 'static) {
+        // Once per store: a second would be of another daemon.
+        let _ = self.inner.room.relief.set(Box::new(relief));
+    }
+
+    /// What the node's other directories take, which count for the quota.
+    pub fn set_beside(&self, bytes: u64) {
+        self.inner.room.beside.store(signed(bytes), Ordering::Relaxed);
+    }
+
+    /// What takes room now, as counted.
+    #[must_use]
+    pub fn used(&self) -> Used {
+        self.inner.room.used()
+    }
+
+    /// Bytes that can still be brought, the trash given up; `None` without limits.
+    pub fn room_left(&self) -> Option<u64> {
+        let limits = self.inner.room.limits().clone()?;
+        let used = self.used();
+        // What cannot be asked has room: who writes there finds out.
+        let of_disk =
+            self.disk().map_or(u64::MAX, |disk| (disk.free + used.trash).saturating_sub(disk.left));
+        let of_quota =
+            limits.quota.map_or(u64::MAX, |quota| quota.saturating_sub(used.total() - used.trash));
+        Some(of_disk.min(of_quota))
+    }
+
+    /// Bytes of the file system that are free, and what it has in all.
+    pub fn disk_bytes(&self) -> io::Result<(u64, u64)> {
+        self.disk().map(|disk| (disk.free, disk.total))
+    }
+
+    /// A promise of room, of none yet.
+    pub(super) fn reserved(&self) -> Reserved<'_> {
+        Reserved { room: &self.inner.room, bytes: 0 }
+    }
+
+    /// Promises room for so many bytes more.
+    pub(super) fn reserve_more(&self, reserved: &mut Reserved<'_>, bytes: u64) -> io::Result<()> {
+        // Content that arrives at the same time sees each other's promises.
+        reserved.bytes += signed(bytes);
+        self.inner.room.reserved.fetch_add(signed(bytes), Ordering::Relaxed);
+        self.fits(0)
+    }
+
+    /// Whether so many bytes more fit, once all that can go is gone; may take seconds where
+    /// they do not.
+    ///
+    /// # Errors
+    /// [`NoRoom`], as an error of a full disk.
+    pub fn fits(&self, bytes: u64) -> io::Result<()> {
+        if self.is_lenient || self.lacks(bytes).is_none() {
+            return Ok(());
+        }
+        let refused = |lack| io::Error::new(io::ErrorKind::StorageFull, lack);
+        let purge = || self.purge_until(|| self.lacks(bytes).is_none()).map_err(io::Error::other);
+        purge()?;
+        let Some(lack) = self.lacks(bytes) else { return Ok(()) };
+        let Some(relief) = self.inner.room.relief.get() else { return Err(refused(lack)) };
+        relief(lack.wanted);
+        purge()?;
+        self.lacks(bytes).map_or(Ok(()), |lack| Err(refused(lack)))
+    }
+
+    /// Whether the limits are reached now.
+    pub fn is_short(&self) -> bool {
+        self.lacks(0).is_some()
+    }
+
+    fn lacks(&self, bytes: u64) -> Option<NoRoom> {
+        let room = &self.inner.room;
+        let limits = room.limits();
+        let Limits { whose, quota } = limits.as_ref()?;
+        let reserved = u64::try_from(room.reserved.load(Ordering::Relaxed)).unwrap_or_default();
+        let wanted = bytes.saturating_add(reserved);
+        let lack = |bound| {
+            let (whose, store) = (whose.clone(), self.inner.root.clone());
+            Some(NoRoom { whose, store, wanted, bound })
+        };
+        let used = room.used().total();
+        if let Some(quota) = *quota
+            && used.saturating_add(wanted) > quota
+        {
+            return lack(Bound::Quota { quota, used });
+        }
+        // See `room_left`.
+        let disk = self.disk().ok()?;
+        if disk.free < disk.left.saturating_add(wanted) {
+            return lack(Bound::Disk { free: disk.free, left: disk.left });
+        }
+        None
+    }
+
+    fn disk(&self) -> io::Result<Disk> {
+        let of = statvfs(&self.inner.root)?;
+        let total = of.f_blocks.saturating_mul(of.f_frsize);
+        let left = (total / 100).saturating_mul(LEFT_FREE_PERCENT).min(LEFT_FREE_BYTES_MAX);
+        Ok(Disk { free: of.f_bavail.saturating_mul(of.f_frsize), total, left })
+    }
+
+    /// Walks the store, and puts the counters right.
+    pub fn census(&self) -> Result<Census, Error> {
+        let room = &self.inner.room;
+        let before = room.used();
+        let mut census = Census::default();
+        self.each_live(|_, metadata, is_blob| {
+            census.bytes += signless(room_of(metadata));
+            census.blobs += u64::from(is_blob);
+            Ok(())
+        })?;
+        trash::each_file_below(&self.inner.root.join(TRASH), &mut |_, metadata| {
+            census.trash_bytes += signless(room_of(metadata));
+            Ok(())
+        })?;
+        for dir in [PARTIAL, TMP] {
+            trash::each_file_below(&self.inner.root.join(dir), &mut |_, metadata| {
+                census.partial_bytes += signless(room_of(metadata));
+                Ok(())
+            })?;
+        }
+        let now = room.used();
+        // What came behind the walk is counted as well: rather too much than too little.
+        let set = |counter: &AtomicI64, found: u64, before: u64, now: u64| {
+            let came = now.saturating_sub(before);
+            counter.store(signed(found.saturating_add(came)), Ordering::Relaxed);
+            found.abs_diff(before)
+        };
+        census.drift_bytes = set(&room.live, census.bytes, before.blobs, now.blobs)
+            + set(&room.trash, census.trash_bytes, before.trash, now.trash)
+            + set(&room.partial, census.partial_bytes, before.partial, now.partial);
+        Ok(census)
+    }
+}
+
+struct Disk {
+    free: u64,
+    total: u64,
+    /// What is left to others.
+    left: u64,
+}
+
+/// What a file takes: its blocks, and not those that the file system has set aside behind
+/// its end.
+pub(super) fn room_of(metadata: &fs::Metadata) -> i64 {
+    let length = metadata.len().div_ceil(BLOCK_BYTES).saturating_mul(BLOCK_BYTES);
+    signed(metadata.blocks().saturating_mul(512).min(length))
+}
+
+/// As [`room_of`], of what is at `path`, if anything.
+pub(super) fn room_at(path: &Path) -> i64 {
+    fs::symlink_metadata(path).map_or(0, |metadata| room_of(&metadata))
+}
+
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+fn signless(bytes: i64) -> u64 {
+    u64::try_from(bytes).unwrap_or_default()
+}
+
+/// Bytes as people read them: `1.5 GiB`.
+#[must_use]
+pub fn amount(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let mut unit = 0;
+    let mut shown = bytes as f64;
+    while shown >= 1024.0 && unit + 1 < UNITS.len() {
+        shown /= 1024.0;
+        unit += 1;
+    }
+    let digits = usize::from(unit > 0 && shown < 100.0);
+    format!("{shown:.digits$} {}", UNITS[unit])
+}
