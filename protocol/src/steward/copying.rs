@@ -231,8 +231,10 @@ impl Stewards {
             // They have just learnt that there is something to copy, and say so when they have.
             Vec::new()
         };
+        let without = cx.copies.without(kept, since_ms, scene);
         for keeper in to {
-            let ask = Message::AskCopies { job, attempt: kept.value.body.attempt };
+            let (attempt, without) = (kept.value.body.attempt, without.clone());
+            let ask = Message::AskCopies { job, attempt, without };
             cx.out.send(self.me, keeper, ask);
         }
         if retried { RESEND_MS } else { waited_ms.clamp(RESEND_MS, ASK_COPIES_MS_MAX) }
