@@ -482,7 +482,8 @@ impl World {
         for (job, values) in &self.ledger.chosen {
             let last = values.last().filter(|last| last.body.state() == State::Done);
             let lacking = last.and_then(|last| d2::lacking(&self.scene(), *job, &last.body));
-            if let Some((id, have, wanted)) = lacking {
+            // Where every disk that had it was lost, nobody can.
+            if let Some((id, have, wanted)) = lacking.filter(|(_, have, _)| *have > 0) {
                 left.push(format!("what {id:?} left is on {have} disks, not on {wanted}"));
             }
         }

@@ -219,7 +219,7 @@ impl World {
 
     /// Copies on a machine's disk go bad, and its daemon notices.
     pub fn lose_copies(&mut self, at: usize) {
-        if self.healed_ms.is_some() {
+        if self.healed_ms.is_some() || self.machines[at].still.is_some() {
             return;
         }
         // While a job still waits for its copies a loss may come too late for its steward.
@@ -228,7 +228,11 @@ impl World {
             let runs = self.ledger.executions.get(&(id.job, id.rank)).into_iter().flatten();
             runs.into_iter().any(|run| run.id == *id && self.machines[run.machine].peer == own)
         };
-        let done = |id: &&WorkId| !ran(id) && self.ledger.is_done(id.job);
+        let elsewhere = |id: &WorkId| {
+            let mut others = self.machines.iter().filter(|machine| machine.index != at);
+            others.any(|machine| machine.left.contains(id))
+        };
+        let done = |id: &&WorkId| !ran(id) && elsewhere(id) && self.ledger.is_done(id.job);
         let lost: Vec<WorkId> = self.machines[at].left.iter().filter(done).copied().collect();
         let name = self.machines[at].name();
         self.trace.say(self.now_ms, None, || format!("{name} loses {} copies", lost.len()));

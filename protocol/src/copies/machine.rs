@@ -108,6 +108,8 @@ pub(crate) enum Standing {
     UnderWay,
     /// Nobody who can be reached has all of them, since then, on the boot clock.
     Gone { since_ms: u64 },
+    /// Nobody has them, and nobody will: the disk they were on is lost.
+    Lost,
 }
 
 /// What this node knows of copies.
@@ -516,7 +518,7 @@ impl Copies {
         &mut self,
         from: PeerId,
         kept: &Kept,
-        attempt: Attempt,
+        (attempt, seq): (Attempt, u64),
         states: Vec<CopyState>,
         now: Now,
     ) {
@@ -534,7 +536,9 @@ impl Copies {
         }
         (told.attempt, told.at_ms) = (attempt, now.boot_ms);
         told.ranks.clear();
-        let mut cannot = None;
+        // A keeper that never had the record holds nothing of it.
+        let keeps = kept.keepers.iter().any(|(keeper, _)| *keeper == from);
+        let mut cannot = (keeps && seq == 0).then(|| "it does not have the record".to_owned());
         let named = |rank: Rank| body.ranks.iter().any(|record| record.assignment.rank == rank);
         for mut state in states.into_iter().take(COPIES_MAX) {
             if let Some(mut reason) = state.cannot.take() {
@@ -770,6 +774,8 @@ impl Copies {
         let should = copies_for(kept.keepers.len());
         let (runner, keepers) = (self.runner(record, scene), stores_of(kept, self.me, scene));
         let (mut all, mut have, mut possible, mut gone_ms) = (0, 0, 0, 0);
+        // Whether all are known to have nothing, and there is no disk any more that had it.
+        let mut hopeless = runner.is_none();
         for candidate in candidates(runner, &keepers) {
             all += 1;
             let complete =
@@ -778,18 +784,26 @@ impl Copies {
             if complete && reachable {
                 have += 1;
             } else if complete {
+                hopeless = false;
                 gone_ms = gone_ms.max(self.away_since(candidate));
             }
             let silent = !complete && self.is_silent(candidate, job, rank, since_ms, scene);
             let willing = complete || (!self.has_refused(job, candidate) && !silent);
-            if self.is_present(candidate, scene) && willing {
+            let present = self.is_present(candidate, scene);
+            if present && willing {
                 possible += 1;
             }
+            let answered = candidate == self.me || self.has_answered(candidate, kept, since_ms);
+            hopeless &= !present || answered;
         }
         if !self.sabotage.holds(Rule::DoneWaitsForCopies) || have >= should.min(possible).max(1) {
             return Standing::Enough { have, should: should.min(all) };
         }
-        if have == 0 { Standing::Gone { since_ms: gone_ms } } else { Standing::UnderWay }
+        match have {
+            0 if hopeless => Standing::Lost,
+            0 => Standing::Gone { since_ms: gone_ms },
+            _ => Standing::UnderWay,
+        }
     }
 
     /// Whom a steward asks what it holds of the attempt: the keepers and the nodes of the

@@ -161,7 +161,7 @@ impl Peer {
                 let node = body.ranks.iter().any(|rank| rank.assignment.node == from);
                 let lags = keeper && seq < kept.value.seq;
                 if attempt == body.attempt && (keeper || node) {
-                    self.copies.hear(from, kept, attempt, ranks, now);
+                    self.copies.hear(from, kept, (attempt, seq), ranks, now);
                 }
                 self.with_stewards(now, |stewards, cx| stewards.copies_heard(job, lags, cx));
             }

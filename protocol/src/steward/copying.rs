@@ -65,6 +65,7 @@ impl Sight<'_> {
                     }
                     lost.push(record.assignment.rank);
                 }
+                Standing::Lost => lost.push(record.assignment.rank),
             }
         }
         for record in &mut body.ranks {
@@ -114,7 +115,7 @@ impl Sight<'_> {
             match self.copies.standing(self.kept, record, since_ms, self.scene) {
                 Standing::Enough { .. } => {}
                 Standing::UnderWay => waits += 1,
-                Standing::Gone { .. } => gone += 1,
+                Standing::Gone { .. } | Standing::Lost => gone += 1,
             }
         }
         let of = body.ranks.len();
