@@ -503,8 +503,9 @@ impl Copies {
             states.entry(order.rank).or_insert_with(|| blank(order.rank)).under_way = true;
         }
         if cannot.is_some() {
+            // Said of all that is not here, and at least once.
             states.entry(Rank(0)).or_insert_with(|| blank(Rank(0)));
-            for state in states.values_mut().filter(|state| !state.complete) {
+            for state in states.values_mut().filter(|state| !state.complete || state.rank.0 == 0) {
                 state.cannot.clone_from(&cannot);
             }
         }
