@@ -267,11 +267,20 @@ impl Stewards {
         }
     }
 
-    /// Somebody said what it holds of a job.
-    pub(crate) fn copies_heard(&mut self, job: JobId, cx: &mut Context<'_>) {
-        if self.drives.get(&job).is_some_and(|drive| drive.copies_since_ms.is_some()) {
-            self.advance(job, cx);
+    /// Somebody said what it holds of a job; whether it keeps the record and lacks the latest
+    /// value, by which it would know what there is to copy.
+    pub(crate) fn copies_heard(&mut self, job: JobId, lags: bool, cx: &mut Context<'_>) {
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        let Some(since_ms) = drive.copies_since_ms else { return };
+        let due_ms = drive.shown_ms.max(since_ms).saturating_add(RESEND_MS);
+        if lags && drive.proposal.is_none() && due_ms <= cx.now.boot_ms && self.acts(job, cx) {
+            // What is chosen is accepted once more, by all of them.
+            if let Some(drive) = self.drives.get_mut(&job) {
+                drive.shown_ms = cx.now.boot_ms;
+            }
+            cx.registers.read(job, cx.now);
         }
+        self.advance(job, cx);
     }
 
     /// Why a job waits.
@@ -495,6 +504,11 @@ impl Stewards {
         drive.observed.heard.insert(from, cx.now.boot_ms);
         if let RankReport::Ended(RankEnd { ending: Ending::FailedToStart { .. }, .. }) = &report {
             drive.observed.failed.insert(from);
+        }
+        if is_end {
+            let scene = Scene { board: cx.board, roster: cx.roster, now: cx.now };
+            let store = cx.copies.store_of(from, scene);
+            drive.observed.stores.entry(rank).or_insert(store);
         }
         let ready = matches!(report, RankReport::Prepared { .. });
         drive.observed.hear(rank, report);
@@ -736,6 +750,7 @@ impl Stewards {
                         assignment,
                         state: RankState::Assigned,
                         end: None,
+                        store: None,
                     })
                     .collect();
                 body.start = None;
@@ -1197,6 +1212,7 @@ fn apply_reports(body: &mut Body, observed: &Observed) {
         {
             rank.state = RankState::Ended;
             rank.end = Some(end.clone());
+            rank.store = observed.stores.get(&id).copied().flatten();
         }
     }
     let texts = ENDS_BYTES_MAX / body.ranks.len().max(1);
