@@ -43,6 +43,8 @@ const CONNECTIONS_WANTED: usize = 48;
 const DOOR_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a node may take to answer a request that is not a stream.
 pub(crate) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same of one that is thought to be off: others are asked instead.
+const OFFLINE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between tries to reach the same member, at first and at most.
 const RETRY_MS: (u64, u64) = (500, 60_000);
 /// How often members out of reach are looked at.
@@ -279,15 +281,19 @@ async fn ask_control(
 impl Shared {
     /// A data-plane connection to a member.
     async fn connect(&self, peer: PeerId, lane: u8) -> Result<Connection, ReachError> {
-        let advertised = self
-            .act(move |p, _| p.board().get(peer).map(|posted| posted.advert.data.clone()))
+        let (advertised, is_online) = self
+            .act(move |p, _| {
+                let posted = p.board().get(peer).map(|posted| posted.advert.data.clone());
+                (posted, p.board().is_connected(peer))
+            })
             .await
-            .map_err(|e| ReachError::Unreachable(self.label(peer), e.into()))?
-            .unwrap_or_default();
+            .map_err(|e| ReachError::Unreachable(self.label(peer), e.into()))?;
+        let advertised = advertised.unwrap_or_default();
         let addrs = if advertised.is_empty() { cached_addresses(self, peer).1 } else { advertised };
-        self.endpoint
-            .connect_lane(peer, &addrs, DATA.alpn, lane)
+        let within = if is_online { ASK_TIMEOUT } else { OFFLINE_TIMEOUT };
+        timeout(within, self.endpoint.connect_lane(peer, &addrs, DATA.alpn, lane))
             .await
+            .map_err(|_| ReachError::Silent(self.label(peer)))?
             .map_err(|e| ReachError::Unreachable(self.label(peer), e.into()))
     }
 
