@@ -46,22 +46,20 @@ pub const fn copies_for(keepers: usize) -> usize {
 }
 
 /// Who may hold what the rank that ran on `node` left, the first before the others: that node,
-/// then the keepers.
-pub fn candidates(node: PeerId, keepers: &[PeerId]) -> impl Iterator<Item = PeerId> + '_ {
-    core::iter::once(node).chain(keepers.iter().copied().filter(move |keeper| *keeper != node))
+/// unless it is none any more, then the keepers.
+pub fn candidates(node: Option<PeerId>, keepers: &[PeerId]) -> impl Iterator<Item = PeerId> + '_ {
+    node.into_iter().chain(keepers.iter().copied().filter(move |keeper| Some(*keeper) != node))
 }
 
-/// Who should hold what the rank that ran on `node` left: the first candidates of whom
-/// `is_present` says so, as many as [`copies_for`] says.
+/// Who should hold what the rank that ran on `node` left: the first `should` candidates of whom
+/// `is_present` says so; see [`copies_for`].
 pub fn holders(
-    node: PeerId,
+    node: Option<PeerId>,
     keepers: &[PeerId],
+    should: usize,
     is_present: impl Fn(PeerId) -> bool,
 ) -> Vec<PeerId> {
-    candidates(node, keepers)
-        .filter(|candidate| is_present(*candidate))
-        .take(copies_for(keepers.len()))
-        .collect()
+    candidates(node, keepers).filter(|candidate| is_present(*candidate)).take(should).collect()
 }
 
 /// What this node has still to bring here of a job.

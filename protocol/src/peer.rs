@@ -287,7 +287,7 @@ impl Peer {
             ),
             stewards: Stewards::new(me, config.boot, config.sabotage),
             bidder: Bidder::new(me, config.boot, hold_prefix, config.sabotage),
-            copies: Copies::new(me, config.sabotage),
+            copies: Copies::new((me, config.store), config.sabotage),
             sabotage: config.sabotage,
             soft,
             submissions: BTreeMap::new(),

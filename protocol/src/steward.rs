@@ -267,11 +267,20 @@ impl Stewards {
         }
     }
 
-    /// Somebody said what it holds of a job.
-    pub(crate) fn copies_heard(&mut self, job: JobId, cx: &mut Context<'_>) {
-        if self.drives.get(&job).is_some_and(|drive| drive.copies_since_ms.is_some()) {
-            self.advance(job, cx);
+    /// Somebody said what it holds of a job; whether it keeps the record and lacks the latest
+    /// value, by which it would know what there is to copy.
+    pub(crate) fn copies_heard(&mut self, job: JobId, lags: bool, cx: &mut Context<'_>) {
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        let Some(since_ms) = drive.copies_since_ms else { return };
+        let due_ms = drive.shown_ms.max(since_ms).saturating_add(RESEND_MS);
+        if lags && drive.proposal.is_none() && due_ms <= cx.now.boot_ms && self.acts(job, cx) {
+            // What is chosen is accepted once more, by all of them.
+            if let Some(drive) = self.drives.get_mut(&job) {
+                drive.shown_ms = cx.now.boot_ms;
+            }
+            cx.registers.read(job, cx.now);
         }
+        self.advance(job, cx);
     }
 
     /// Why a job waits.
@@ -736,6 +745,7 @@ impl Stewards {
                         assignment,
                         state: RankState::Assigned,
                         end: None,
+                        store: None,
                     })
                     .collect();
                 body.start = None;
@@ -746,7 +756,7 @@ impl Stewards {
             }
             State::Preparing => self.next_of_preparing(drive, body, keepers, now),
             State::Starting => {
-                apply_reports(&mut body, observed);
+                apply_reports(&mut body, observed, sight);
                 apply_refusals(&mut body, observed, at_ms);
                 self.apply_losses(&mut body, drive, now);
                 if let Some(reason) = self.cannot_start(drive, &body, now) {
@@ -768,7 +778,7 @@ impl Stewards {
                 None
             }
             State::Running => {
-                apply_reports(&mut body, observed);
+                apply_reports(&mut body, observed, sight);
                 apply_refusals(&mut body, observed, at_ms);
                 self.apply_losses(&mut body, drive, now);
                 body.bound &= keepers > 2;
@@ -776,7 +786,7 @@ impl Stewards {
                 (body != *before).then_some((body, false))
             }
             State::Stopping | State::Cleaning => {
-                apply_reports(&mut body, observed);
+                apply_reports(&mut body, observed, sight);
                 apply_refusals(&mut body, observed, at_ms);
                 self.apply_losses(&mut body, drive, now);
                 let over = body.all_at_least(RankState::Ended);
@@ -1186,7 +1196,7 @@ pub(crate) fn dry_run(
 }
 
 /// Move ranks on as their nodes reported.
-fn apply_reports(body: &mut Body, observed: &Observed) {
+fn apply_reports(body: &mut Body, observed: &Observed, sight: &Sight<'_>) {
     for rank in &mut body.ranks {
         let id = rank.assignment.rank;
         if observed.running.contains(&id) && rank.state < RankState::Running {
@@ -1197,6 +1207,7 @@ fn apply_reports(body: &mut Body, observed: &Observed) {
         {
             rank.state = RankState::Ended;
             rank.end = Some(end.clone());
+            rank.store = sight.copies.store_of(rank.assignment.node, sight.scene);
         }
     }
     let texts = ENDS_BYTES_MAX / body.ranks.len().max(1);

@@ -7,13 +7,13 @@ use super::{
     SAVE_RESEND_MS_MAX, SaveOrder, candidates, copies_for, holders,
 };
 use crate::{
-    BlobId, JobId, Now, PeerId,
+    BlobId, JobId, Now, PeerId, StoreId,
     bidder::{Bidder, WorkId},
     inventory::Board,
     job::{Attempt, Rank, RankRecord, RankState, SAVED_MAX, Saved, State},
     message::{COPIES_MAX, CopyState, Message},
     peer::Outbox,
-    record::{Body, KEEP_MS, Kept},
+    record::{Body, KEEP_MS, Keeper, Kept},
     roster::Roster,
     sabotage::{Rule, Sabotage},
     steward::AWAY_MS,
@@ -24,6 +24,8 @@ use crate::{
 const SAVES_MAX: usize = 4_096;
 /// How long a steward waits to be told of part of what was copied.
 const TELL_MS: u64 = 1_000;
+/// How often the others are told that something cannot be copied here.
+const REFUSALS_TOLD: u32 = 3;
 /// The longest reason of another node's that is remembered, in bytes.
 const REASON_BYTES_MAX: usize = 256;
 
@@ -42,6 +44,16 @@ struct Held {
     save: Option<(u64, BlobId)>,
 }
 
+/// The keepers that are the stores that keep the record, as far as is known: a node that lost its
+/// disk knows nothing of it.
+fn stores_of(kept: &Kept, me: PeerId, scene: Scene<'_>) -> Vec<PeerId> {
+    let same = |(node, store): &&Keeper| {
+        let posted = scene.board.get(*node);
+        *node == me || posted.is_none_or(|posted| posted.advert.store == *store)
+    };
+    kept.keepers.iter().filter(same).map(|(node, _)| *node).collect()
+}
+
 /// What this node has to bring here of a job; see [`super::CopyOrder`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Duty {
@@ -55,6 +67,8 @@ pub(crate) struct Duty {
 struct Cannot {
     reason: String,
     until_ms: u64,
+    /// How often the others were told; of what this node cannot.
+    told: u32,
 }
 
 /// What another node said of its copies of an attempt, or this one.
@@ -94,12 +108,15 @@ pub(crate) enum Standing {
     UnderWay,
     /// Nobody who can be reached has all of them, since then, on the boot clock.
     Gone { since_ms: u64 },
+    /// Nobody has them, and nobody will: the disk they were on is lost.
+    Lost,
 }
 
 /// What this node knows of copies.
 #[derive(Debug, Clone)]
 pub(crate) struct Copies {
     me: PeerId,
+    store: StoreId,
     sabotage: Sabotage,
     /// See [`crate::Peer::set_keep_done`].
     pub(crate) keep_done_ms: u64,
@@ -117,12 +134,14 @@ pub(crate) struct Copies {
     saves: BTreeMap<WorkId, OwnSave>,
     /// Since when nodes are away, on the boot clock.
     away: BTreeMap<PeerId, u64>,
-    /// Who was present when that was last looked at.
-    present: BTreeSet<PeerId>,
+    /// Who was present when that was last looked at, with which store.
+    present: BTreeMap<PeerId, Option<StoreId>>,
     /// Since when this node looks, on the boot clock.
     began_ms: u64,
     /// Who is present may have changed.
     pub(crate) look_around: bool,
+    /// It is time to tell again what cannot be copied here.
+    repeats: bool,
     /// Jobs whose orders are to be thought over.
     dirty: BTreeSet<JobId>,
     /// Jobs of which something was copied since their stewards were told.
@@ -133,9 +152,10 @@ pub(crate) struct Copies {
 }
 
 impl Copies {
-    pub(crate) fn new(me: PeerId, sabotage: Sabotage) -> Self {
+    pub(crate) fn new((me, store): Keeper, sabotage: Sabotage) -> Self {
         Self {
             me,
+            store,
             sabotage,
             keep_done_ms: KEEP_MS,
             duties: BTreeMap::new(),
@@ -145,9 +165,10 @@ impl Copies {
             announced: BTreeMap::new(),
             saves: BTreeMap::new(),
             away: BTreeMap::new(),
-            present: BTreeSet::new(),
+            present: BTreeMap::new(),
             began_ms: 0,
             look_around: true,
+            repeats: false,
             dirty: BTreeSet::new(),
             news: BTreeSet::new(),
             overdue: BTreeSet::new(),
@@ -176,7 +197,7 @@ impl Copies {
         while let Some(timer) = self.timers.pop_due(now.boot_ms) {
             match timer {
                 Timer::Check => {
-                    self.look_around = true;
+                    (self.look_around, self.repeats) = (true, true);
                     self.forget_refusals(now);
                     self.timers.set(Timer::Check, now.after(COPIES_CHECK_MS));
                 }
@@ -186,6 +207,20 @@ impl Copies {
                 Timer::Save(id) => self.send_save(id, bidder, now, out),
             }
         }
+    }
+
+    /// Jobs that cannot be copied here of which the others are to be told again: the first time
+    /// may not have reached everybody.
+    pub(crate) fn to_repeat(&mut self) -> Vec<JobId> {
+        let due = core::mem::take(&mut self.repeats);
+        let mut jobs = Vec::new();
+        for (job, cannot) in self.cannot.iter_mut().filter(|_| due) {
+            if cannot.told < REFUSALS_TOLD {
+                cannot.told += 1;
+                jobs.push(*job);
+            }
+        }
+        jobs
     }
 
     /// Nodes that could not hold something are asked again after a while.
@@ -234,6 +269,24 @@ impl Copies {
         node == self.me || scene.board.is_connected(node)
     }
 
+    /// The store that `node` has, as far as is known.
+    pub(crate) fn store_of(&self, node: PeerId, scene: Scene<'_>) -> Option<StoreId> {
+        if node == self.me {
+            return Some(self.store);
+        }
+        scene.board.get(node).map(|posted| posted.advert.store)
+    }
+
+    /// The node that ran a rank, unless it lost its disk since.
+    fn runner(&self, record: &RankRecord, scene: Scene<'_>) -> Option<PeerId> {
+        let node = record.assignment.node;
+        let lost = match (record.store, self.store_of(node, scene)) {
+            (Some(then), Some(now)) => then != now,
+            (None, _) | (_, None) => false,
+        };
+        (!lost).then_some(node)
+    }
+
     /// Whether `node` counts for holding something.
     pub(crate) fn is_present(&self, node: PeerId, scene: Scene<'_>) -> bool {
         let posted = scene.board.get(node);
@@ -262,7 +315,8 @@ impl Copies {
     ) -> BTreeSet<JobId> {
         if core::mem::take(&mut self.look_around) {
             let nodes = scene.roster.state().nodes.keys();
-            let present = nodes.filter(|node| self.is_present(**node, scene)).copied().collect();
+            let present = nodes.filter(|node| self.is_present(**node, scene));
+            let present = present.map(|node| (*node, self.store_of(*node, scene))).collect();
             if present != self.present {
                 self.present = present;
                 self.dirty.extend(all);
@@ -328,7 +382,7 @@ impl Copies {
         if expired || body.removed.is_some() || self.cannot.contains_key(&job) {
             return None;
         }
-        let keepers: Vec<PeerId> = kept.keepers.iter().map(|(keeper, _)| *keeper).collect();
+        let keepers = stores_of(kept, self.me, scene);
         let may = |node: PeerId| self.is_present(node, scene) && !self.has_refused(job, node);
         let first = |keepers: &[PeerId], most| {
             keepers.iter().copied().filter(|node| may(*node)).take(most).any(|node| node == self.me)
@@ -340,8 +394,10 @@ impl Copies {
             State::Starting | State::Running | State::Stopping | State::Cleaning | State::Done
         );
         let ranks = body.ranks.iter().filter(|_| started).filter_map(|rank| {
-            let node = rank.assignment.node;
-            if node == self.me || !holders(node, &keepers, may).contains(&self.me) {
+            let should = copies_for(kept.keepers.len());
+            let runner = self.runner(rank, scene);
+            let is_mine = holders(runner, &keepers, should, may).contains(&self.me);
+            if runner == Some(self.me) || !is_mine {
                 return None;
             }
             self.rank_order(job, body, rank, &keepers)
@@ -376,7 +432,7 @@ impl Copies {
             return None;
         }
         let node = record.assignment.node;
-        let sources = candidates(node, keepers).filter(|source| *source != self.me).collect();
+        let sources = candidates(Some(node), keepers).filter(|source| *source != self.me).collect();
         Some(RankOrder { rank, attempt, node, sources, end, save, follow })
     }
 
@@ -420,7 +476,8 @@ impl Copies {
     }
 
     pub(crate) fn cannot(&mut self, job: JobId, reason: String, now: Now) {
-        self.cannot.insert(job, Cannot { reason, until_ms: now.after(CANNOT_MS) });
+        let told = self.cannot.get(&job).map_or(1, |cannot| cannot.told + 1);
+        self.cannot.insert(job, Cannot { reason, until_ms: now.after(CANNOT_MS), told });
         self.dirty.insert(job);
     }
 
@@ -461,7 +518,7 @@ impl Copies {
         &mut self,
         from: PeerId,
         kept: &Kept,
-        attempt: Attempt,
+        (attempt, seq): (Attempt, u64),
         states: Vec<CopyState>,
         now: Now,
     ) {
@@ -479,7 +536,9 @@ impl Copies {
         }
         (told.attempt, told.at_ms) = (attempt, now.boot_ms);
         told.ranks.clear();
-        let mut cannot = None;
+        // A keeper that never had the record holds nothing of it.
+        let keeps = kept.keepers.iter().any(|(keeper, _)| *keeper == from);
+        let mut cannot = (keeps && seq == 0).then(|| "it does not have the record".to_owned());
         let named = |rank: Rank| body.ranks.iter().any(|record| record.assignment.rank == rank);
         for mut state in states.into_iter().take(COPIES_MAX) {
             if let Some(mut reason) = state.cannot.take() {
@@ -499,7 +558,8 @@ impl Copies {
         told.cannot = cannot.map(|reason| {
             // Said again, it is not said of a longer time.
             let until_ms = told.cannot.as_ref().map(|cannot| cannot.until_ms);
-            Cannot { reason, until_ms: until_ms.unwrap_or_else(|| now.after(CANNOT_MS)) }
+            let until_ms = until_ms.unwrap_or_else(|| now.after(CANNOT_MS));
+            Cannot { reason, until_ms, told: 0 }
         });
         if news {
             self.dirty.insert(job);
@@ -532,6 +592,57 @@ impl Copies {
         due
     }
 
+    /// The steward counts on none of `without` for the copies of `kept`: they refused, or are
+    /// silent.
+    pub(crate) fn do_without(&mut self, kept: &Kept, without: &[PeerId], now: Now) {
+        let job = kept.spec.job;
+        for node in without.iter().take(kept.keepers.len()) {
+            let named = kept.keepers.iter().any(|(keeper, _)| keeper == node);
+            if !named || *node == self.me || self.has_refused(job, *node) {
+                continue;
+            }
+            let reason = "so the steward says".to_owned();
+            let cannot = Some(Cannot { reason, until_ms: now.after(CANNOT_MS), told: 0 });
+            let blank = Told {
+                attempt: kept.value.body.attempt,
+                at_ms: now.boot_ms,
+                ranks: BTreeMap::new(),
+                busy_ms: BTreeMap::new(),
+                cannot: None,
+            };
+            self.told.entry(job).or_default().entry(*node).or_insert(blank).cannot = cannot;
+            self.dirty.insert(job);
+        }
+    }
+
+    /// Whom a steward does not count on for copies: keepers that refused, or are silent since it
+    /// waits.
+    pub(crate) fn without(&self, kept: &Kept, since_ms: u64, scene: Scene<'_>) -> Vec<PeerId> {
+        let (job, attempt) = (kept.spec.job, kept.value.body.attempt);
+        let keepers = kept.keepers.iter().map(|(keeper, _)| *keeper);
+        let lacks = |node: PeerId| {
+            kept.value.body.ranks.iter().any(|record| {
+                let rank = record.assignment.rank;
+                let complete = self.state_of(node, job, attempt, rank).0;
+                !complete && self.is_silent(node, job, rank, since_ms, scene)
+            })
+        };
+        keepers.filter(|node| self.has_refused(job, *node) || lacks(*node)).collect()
+    }
+
+    /// Whether `node` has said nothing of a rank for too long to be waited for.
+    fn is_silent(
+        &self,
+        node: PeerId,
+        job: JobId,
+        rank: Rank,
+        since_ms: u64,
+        scene: Scene<'_>,
+    ) -> bool {
+        let heard_ms = since_ms.max(self.busy_since(node, job, rank));
+        node != self.me && heard_ms.saturating_add(AWAY_MS) < scene.now.boot_ms
+    }
+
     /// Tell who should know how this node stands to the copies of `kept`: the steward; all
     /// keepers, where something cannot be held here.
     pub(crate) fn tell(&self, kept: &Kept, out: &mut Outbox) {
@@ -542,8 +653,8 @@ impl Copies {
         let keepers = kept.keepers.iter().map(|(keeper, _)| *keeper);
         let to = keepers.filter(|keeper| refuses || (*keeper == body.steward && !over));
         for to in to {
-            let (attempt, ranks) = (body.attempt, ranks.clone());
-            out.send(self.me, to, Message::Copies { job, attempt, ranks });
+            let (attempt, seq, ranks) = (body.attempt, kept.value.seq, ranks.clone());
+            out.send(self.me, to, Message::Copies { job, attempt, seq, ranks });
         }
     }
 
@@ -660,32 +771,39 @@ impl Copies {
         scene: Scene<'_>,
     ) -> Standing {
         let (job, attempt, rank) = (kept.spec.job, kept.value.body.attempt, record.assignment.rank);
-        let (node, keepers) = (record.assignment.node, kept.keepers.len());
-        let should = copies_for(keepers);
-        let keepers: Vec<PeerId> = kept.keepers.iter().map(|(keeper, _)| *keeper).collect();
+        let should = copies_for(kept.keepers.len());
+        let (runner, keepers) = (self.runner(record, scene), stores_of(kept, self.me, scene));
         let (mut all, mut have, mut possible, mut gone_ms) = (0, 0, 0, 0);
-        for candidate in candidates(node, &keepers) {
+        // Whether all are known to have nothing, and there is no disk any more that had it.
+        let mut hopeless = runner.is_none();
+        for candidate in candidates(runner, &keepers) {
             all += 1;
-            let complete = candidate == node || self.state_of(candidate, job, attempt, rank).0;
+            let complete =
+                runner == Some(candidate) || self.state_of(candidate, job, attempt, rank).0;
             let reachable = self.is_reachable(candidate, scene);
             if complete && reachable {
                 have += 1;
             } else if complete {
+                hopeless = false;
                 gone_ms = gone_ms.max(self.away_since(candidate));
             }
-            let heard_ms = since_ms.max(self.busy_since(candidate, job, rank));
-            let silent = candidate != self.me
-                && !complete
-                && heard_ms.saturating_add(AWAY_MS) < scene.now.boot_ms;
+            let silent = !complete && self.is_silent(candidate, job, rank, since_ms, scene);
             let willing = complete || (!self.has_refused(job, candidate) && !silent);
-            if self.is_present(candidate, scene) && willing {
+            let present = self.is_present(candidate, scene);
+            if present && willing {
                 possible += 1;
             }
+            let answered = candidate == self.me || self.has_answered(candidate, kept, since_ms);
+            hopeless &= !present || answered;
         }
         if !self.sabotage.holds(Rule::DoneWaitsForCopies) || have >= should.min(possible).max(1) {
             return Standing::Enough { have, should: should.min(all) };
         }
-        if have == 0 { Standing::Gone { since_ms: gone_ms } } else { Standing::UnderWay }
+        match have {
+            0 if hopeless => Standing::Lost,
+            0 => Standing::Gone { since_ms: gone_ms },
+            _ => Standing::UnderWay,
+        }
     }
 
     /// Whom a steward asks what it holds of the attempt: the keepers and the nodes of the

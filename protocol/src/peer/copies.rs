@@ -137,24 +137,33 @@ impl Peer {
             Message::SaveHeld { job, attempt, rank, seq } => {
                 self.copies.acknowledged(from, WorkId { job, attempt, rank }, seq);
             }
-            Message::AskCopies { job, attempt } => {
+            Message::AskCopies { job, attempt, without } => {
+                if let Some(kept) = self.registers.get(job)
+                    && kept.value.body.steward == from
+                {
+                    self.copies.do_without(kept, &without, now);
+                    // What follows for this node is part of the answer.
+                    self.tend_copies(now);
+                }
                 let keeps = match self.registers.get(job) {
                     Some(kept) => kept.keepers.iter().any(|(keeper, _)| *keeper == from),
                     None => self.copies.has_save_for(job, from),
                 };
                 // Who may not know still hears that there is nothing to wait for.
                 let ranks = if keeps { self.copies.states(job, attempt) } else { Vec::new() };
-                self.out.send(self.me, from, Message::Copies { job, attempt, ranks });
+                let seq = self.registers.get(job).map_or(0, |kept| kept.value.seq);
+                self.out.send(self.me, from, Message::Copies { job, attempt, seq, ranks });
             }
-            Message::Copies { job, attempt, ranks } => {
+            Message::Copies { job, attempt, seq, ranks } => {
                 let Some(kept) = self.registers.get(job) else { return };
                 let body = &kept.value.body;
                 let keeper = kept.keepers.iter().any(|(keeper, _)| *keeper == from);
                 let node = body.ranks.iter().any(|rank| rank.assignment.node == from);
+                let lags = keeper && seq < kept.value.seq;
                 if attempt == body.attempt && (keeper || node) {
-                    self.copies.hear(from, kept, attempt, ranks, now);
-                    self.with_stewards(now, |stewards, cx| stewards.copies_heard(job, cx));
+                    self.copies.hear(from, kept, (attempt, seq), ranks, now);
                 }
+                self.with_stewards(now, |stewards, cx| stewards.copies_heard(job, lags, cx));
             }
             _ => {}
         }
@@ -169,6 +178,9 @@ impl Peer {
             if self.copies.consider(job, self.registers.get(job), scene) {
                 self.out.events.push_back(Event::CopiesChanged { job });
             }
+        }
+        for job in self.copies.to_repeat() {
+            self.tell_of_copies(job);
         }
         for job in self.copies.told_now(now) {
             self.tell_of_copies(job);

@@ -65,6 +65,7 @@ impl Sight<'_> {
                     }
                     lost.push(record.assignment.rank);
                 }
+                Standing::Lost => lost.push(record.assignment.rank),
             }
         }
         for record in &mut body.ranks {
@@ -114,7 +115,7 @@ impl Sight<'_> {
             match self.copies.standing(self.kept, record, since_ms, self.scene) {
                 Standing::Enough { .. } => {}
                 Standing::UnderWay => waits += 1,
-                Standing::Gone { .. } => gone += 1,
+                Standing::Gone { .. } | Standing::Lost => gone += 1,
             }
         }
         let of = body.ranks.len();
@@ -231,8 +232,10 @@ impl Stewards {
             // They have just learnt that there is something to copy, and say so when they have.
             Vec::new()
         };
+        let without = cx.copies.without(kept, since_ms, scene);
         for keeper in to {
-            let ask = Message::AskCopies { job, attempt: kept.value.body.attempt };
+            let (attempt, without) = (kept.value.body.attempt, without.clone());
+            let ask = Message::AskCopies { job, attempt, without };
             cx.out.send(self.me, keeper, ask);
         }
         if retried { RESEND_MS } else { waited_ms.clamp(RESEND_MS, ASK_COPIES_MS_MAX) }
