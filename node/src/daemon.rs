@@ -16,6 +16,7 @@ pub(crate) mod fetch;
 mod files;
 mod join;
 pub(crate) mod logs;
+pub(crate) mod parting;
 pub(crate) mod push;
 mod reach;
 mod saves;

@@ -42,9 +42,9 @@ use super::{
     log::Held,
     types::{
         Answer, ApiError, Ask, Audience, Checkup, DraftReply, DraftRequest, Fetch, Files, Found,
-        HandedOver, JobFiles, Join, Journalled, LanNode, Log, Logs, Me, NodeInfo, Plan, Planned,
-        PoolInfo, Pull, PullEvent, Recover, Resolve, Resolved, Submit, SubmitEvent, Survey,
-        Surveyed, Unsatisfiable, Uploaded, UserInfo, Watch, path,
+        HandedOver, JobFiles, Join, Journalled, LanNode, Log, Logs, Me, NodeInfo, Parting, Plan,
+        Planned, PoolInfo, Pull, PullEvent, Recover, Resolve, Resolved, Submit, SubmitEvent,
+        Survey, Surveyed, Unsatisfiable, Uploaded, UserInfo, Watch, path,
     },
 };
 use crate::{
@@ -53,7 +53,7 @@ use crate::{
         fetch::{Blobs, Fetch as BlobFetch, FetchError, fetch as fetch_blobs},
         keepers_of,
         logs::{self, LogReader},
-        now, push,
+        now, parting, push,
         serve::{self, Gate, Request, UserAnswer, Views},
         space, standing,
     },
@@ -128,6 +128,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .route(path::LAN, get(lan))
         .route(path::SHUTDOWN, post(shutdown))
         .route(path::HAND_OVER, post(hand_over))
+        .route(path::PARTING, post(part))
         .route(path::NODES, get(nodes))
         .route(path::USERS, get(users))
         .route(path::DRAFT, post(draft))
@@ -286,6 +287,11 @@ async fn shutdown(State(shared): State<Arc<Shared>>) -> Answered<BTreeMap<(), ()
 
 async fn hand_over(State(shared): State<Arc<Shared>>) -> Answered<HandedOver> {
     Ok(Json(shared.hand_over().await?))
+}
+
+async fn part(State(shared): State<Arc<Shared>>) -> Answered<Parting> {
+    let only_here = parting::only_here(&shared).await.map_err(Failure::broken)?;
+    Ok(Json(Parting { only_here, has_heirs: shared.has_heirs().await? }))
 }
 
 // ---- the pool -------------------------------------------------------------------------

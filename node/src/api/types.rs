@@ -34,6 +34,8 @@ pub mod path {
     /// POST → [`super::HandedOver`]: other keepers drive what this node drives, as before it
     /// leaves the pool.
     pub const HAND_OVER: &str = "/v1/hand-over";
+    /// POST → [`super::Parting`]: what of jobs only this node has; others are asked to copy it.
+    pub const PARTING: &str = "/v1/parting";
     /// GET → `Vec<`[`super::NodeInfo`]`>`.
     pub const NODES: &str = "/v1/nodes";
     /// GET → `Vec<`[`super::UserInfo`]`>`.
@@ -395,6 +397,21 @@ pub struct HandedOver {
     pub handed: usize,
     /// Still driven here: no other keeper could be reached.
     pub left: usize,
+}
+
+/// What would be lost with a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parting {
+    pub only_here: Vec<OnlyHere>,
+    /// Whether there is anybody who could hold it.
+    pub has_heirs: bool,
+}
+
+/// A job of which a node alone has what some of its processes left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OnlyHere {
+    pub job: JobId,
+    pub processes: usize,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -56,6 +56,8 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from
 const TRANSFERS_MAX: usize = 8;
 /// Taken of a log at a time.
 const CHUNK_BYTES: usize = 256 << 10;
+/// Inputs remembered.
+const KEPT_MAX: usize = 4_096;
 /// How long a node may take to say whether a log follows.
 const GATE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -69,6 +71,8 @@ pub(crate) struct Copies {
     shelf: Shelf,
     jobs: Mutex<BTreeMap<JobId, Job>>,
     transfers: Semaphore,
+    /// Inputs that were made safe from a loss of power since this daemon started.
+    kept: Mutex<BTreeSet<BlobId>>,
 }
 
 #[derive(Debug)]
@@ -80,7 +84,17 @@ struct Job {
 
 impl Copies {
     pub(crate) fn new(shelf: Shelf) -> Self {
-        Self { shelf, jobs: Mutex::default(), transfers: Semaphore::new(TRANSFERS_MAX) }
+        let (jobs, kept) = (Mutex::default(), Mutex::default());
+        Self { shelf, jobs, transfers: Semaphore::new(TRANSFERS_MAX), kept }
+    }
+
+    /// An input is safe from a loss of power.
+    pub(super) fn note_kept(&self, tree: BlobId) {
+        let mut kept = lock(&self.kept);
+        if kept.len() >= KEPT_MAX {
+            kept.clear();
+        }
+        kept.insert(tree);
     }
 
     pub(crate) fn shelf(&self) -> &Shelf {
@@ -499,7 +513,6 @@ async fn copy_trees(
     let shelf = &shared.copies.shelf;
     let mut held = shelf.held(id);
     let mut patience = Patience::new();
-    let mut failed = false;
     while let Some(wanted) = wanted(&mut orders, id) {
         let done = if let Some(end) = wanted.rank.end {
             let end = end_copy(&wanted.rank, &end);
@@ -524,10 +537,6 @@ async fn copy_trees(
         };
         match done {
             Ok(made) => {
-                if made.is_some() && std::mem::take(&mut failed) {
-                    let job = id.job;
-                    let _ = shared.act(move |peer, now| peer.can_copy(job, now)).await;
-                }
                 patience = Patience::new();
                 if let Some(end) = &held.end
                     && wanted.rank.end.as_ref().is_some_and(|it| end_copy(&wanted.rank, it) == *end)
@@ -540,7 +549,6 @@ async fn copy_trees(
             }
             Err(FetchError::Unwanted) => {}
             Err(FetchError::Here(reason)) => {
-                failed = true;
                 cannot(shared, id.job, &reason).await;
                 patience.wait(&mut orders).await;
             }
@@ -730,7 +738,7 @@ async fn hold_input<W: Future<Output = bool> + Send>(
         bring_as(shared, &request, sources, tree, None, is_wanted).await?;
         info!(job = short(spec.job), %tree, "copied an input");
     }
-    if is_input {
+    if is_input && !lock(&shared.copies.kept).contains(&tree) {
         shared.keep_tree(tree).await.map_err(FetchError::Here)?;
     }
     Ok(())

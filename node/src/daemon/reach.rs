@@ -45,6 +45,8 @@ const CONNECTIONS_WANTED: usize = 48;
 const DOOR_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a node may take to answer a request that is not a stream.
 pub(crate) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same of one that is thought to be off: others are asked instead.
+const OFFLINE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between tries to reach the same member, at first and at most.
 const RETRY_MS: (u64, u64) = (500, 60_000);
 /// How often members out of reach are looked at.
@@ -376,7 +378,10 @@ impl Shared {
         let network = self.network();
         let route = network.as_ref().and_then(|network| network.route(peer));
         let Some((network, route)) = network.zip(route) else {
-            return dialled.await.map(Path::Own).map_err(|e| unreachable(e.into()));
+            // It is mostly off.
+            let dialled = timeout(OFFLINE_TIMEOUT, dialled).await;
+            let dialled = dialled.map_err(|_| ReachError::Silent(self.label(peer)))?;
+            return dialled.map(Path::Own).map_err(|e| unreachable(e.into()));
         };
         debug!(%peer, ?route, "no connection of its own yet");
         let tunnel = Path::Tunnel(network);

@@ -27,7 +27,7 @@ use tracing::{debug, warn};
 use super::{
     Shared, files,
     logs::{self, LogReader},
-    push, space, work,
+    parting, push, space, work,
 };
 use crate::{
     api::{
@@ -85,6 +85,9 @@ pub(crate) enum Request {
     /// [`Gate`], the asks for what is missing, those blobs back; → [`Gate`] once everything
     /// is durable.
     Push { root: BlobId, manifest_bytes: u64 },
+    /// What did these jobs leave, and what of it have you? → `Vec<Left>`, at most
+    /// [`parting::JOBS_MAX`].
+    Left(Vec<JobId>),
     /// The signed `Job`: what do you have of its record, whose keepers are lost? →
     /// `Result<Surveyed, String>`.
     Survey(SignedBytes),
@@ -367,6 +370,10 @@ async fn answer(
         Request::Removal(spec) => {
             let removal = space::removal(shared, spec).await?;
             frame::write_message(&mut send, &removal).await?;
+        }
+        Request::Left(jobs) => {
+            let left = parting::answer(shared, jobs).await?;
+            frame::write_message(&mut send, &left).await?;
         }
         Request::Survey(signed) => {
             let surveyed = survey(shared, signed).await.map_err(|e| format!("{e:#}"));
