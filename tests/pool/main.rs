@@ -17,6 +17,7 @@ mod keepers;
 mod queue;
 mod requests;
 mod scripts;
+mod space;
 mod stopping;
 mod survival;
 mod transfers;
