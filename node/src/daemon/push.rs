@@ -57,7 +57,7 @@ pub(crate) async fn spread(
             shared.keep_tree(*tree).await?;
         }
     }
-    let others = keepers.iter().filter(|keeper| **keeper != me).copied().collect();
+    let others = with_room_first(shared, keepers.iter().filter(|keeper| **keeper != me)).await?;
     let needed = COPIES.min(keepers.len()) - usize::from(keepers.contains(&me));
     let (trees, bringer) = (Arc::<[BlobId]>::from(trees), Arc::clone(shared));
     let (travelled, mut travels) = mpsc::channel(TRAVELLED_MAX);
@@ -82,6 +82,22 @@ pub(crate) async fn spread(
         });
     }
     Ok(most)
+}
+
+/// In this order, those last that say that they have no room.
+async fn with_room_first(
+    shared: &Shared,
+    keepers: impl Iterator<Item = &PeerId>,
+) -> anyhow::Result<VecDeque<PeerId>> {
+    let mut keepers: Vec<PeerId> = keepers.copied().collect();
+    let asked = keepers.clone();
+    let full = shared.act(move |peer, _| {
+        let is_full = |node: &PeerId| peer.board().get(*node).is_some_and(|it| it.advert.full);
+        asked.into_iter().filter(is_full).collect::<Vec<_>>()
+    });
+    let full = full.await?;
+    keepers.sort_by_key(|keeper| full.contains(keeper));
+    Ok(keepers.into())
 }
 
 /// Brings everything to one keeper.

@@ -380,7 +380,12 @@ async fn may_read(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow::Result<(
     };
     let job_dir = shared.job_dir(job);
     if !job_dir.exists() {
-        bail!("job {} left nothing on this node", short(job));
+        let kept = humantime::format_duration(shared.settings.keep_done);
+        bail!(
+            "job {} left nothing on this node, or it is gone: what finished jobs left stays for \
+             {kept} here (`keep_done`)",
+            short(job)
+        );
     }
     let spec = tokio::task::spawn_blocking(move || work::read_spec(&job_dir)).await??;
     let owner = spec.spec.owner;

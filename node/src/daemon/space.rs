@@ -20,7 +20,7 @@ use anyhow::Context as _;
 use p2pit_protocol::{
     BlobId, JobId, PeerId,
     job::{State, VerifiedSpec},
-    record::Certificate,
+    record::{Certificate, Kept},
 };
 use tokio::sync::Notify;
 use tracing::{info, warn};
@@ -143,9 +143,15 @@ impl Space {
         pushed.insert(tree, Instant::now());
     }
 
-    /// A record of a job that is over changed: its data may have been given up.
-    pub(crate) fn look(&self) {
-        self.wake.notify_one();
+    /// This record is kept here, or changed: it keeps its inputs from now on; of a job that is
+    /// over, what it left may have been given up.
+    pub(crate) fn named(&self, kept: &Kept) {
+        let mut pushed = lock(&self.pushed);
+        pushed.retain(|tree, _| kept.spec.inputs().all(|input| input != *tree));
+        drop(pushed);
+        if kept.value.body.state() == State::Done {
+            self.wake.notify_one();
+        }
     }
 
     pub(crate) fn warnings(&self) -> Vec<String> {
