@@ -61,7 +61,11 @@ const CLOCK_STEP: Duration = Duration::from_secs(120);
 /// Jobs asked about in one look.
 const ASKS_MAX: usize = 16;
 /// How long a keeper may take to say whether a job was removed.
-const ASK_WITHIN: Duration = Duration::from_secs(10);
+const ASK_WITHIN: Duration = Duration::from_secs(3);
+/// After nobody could tell.
+const ASK_AGAIN: Duration = Duration::from_secs(60);
+/// A job is taken to be over for good, although not known to be so by a majority, after this.
+const SURELY_OVER_MS: u64 = 3_600_000;
 
 /// What the node knows of its room.
 #[derive(Debug, Default)]
@@ -77,6 +81,8 @@ pub(crate) struct Space {
     warnings: Mutex<Vec<String>>,
     /// What keepers said of jobs that are not kept here.
     told: Mutex<BTreeMap<JobId, Told>>,
+    /// When nobody could tell last.
+    untold: Mutex<BTreeMap<JobId, Instant>>,
 }
 
 #[derive(Debug, Default)]
@@ -444,10 +450,12 @@ pub(crate) fn describe(shared: &Shared) -> types::Space {
 /// What is to become of a job's directories here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
+    /// In their place, also where they were removed before.
     Stay,
     Go(Dropped),
-    /// Its record is not here: what was announced of it, if anything, its keepers, and whether
-    /// it is over as far as is known.
+    /// It is not sure yet: they are left where they are.
+    Unsure,
+    /// Its record is not here.
     Ask,
 }
 
@@ -476,13 +484,7 @@ async fn settle_removed(shared: &Arc<Shared>) -> anyhow::Result<bool> {
                 return (job, Fate::Stay);
             }
             let fate = match peer.record(job) {
-                Some(kept) => {
-                    match roots::is_given_up(&kept.value.body, keep_done_ms, now.wall_ms) {
-                        // What is not known to be chosen may come to nothing.
-                        Some(why) if kept.chosen => Fate::Go(why),
-                        Some(_) | None => Fate::Stay,
-                    }
-                }
+                Some(kept) => fate_of(kept, keep_done_ms, now.wall_ms),
                 None => Fate::Ask,
             };
             (job, fate)
@@ -520,6 +522,23 @@ async fn settle_removed(shared: &Arc<Shared>) -> anyhow::Result<bool> {
         }
     }
     Ok(gone)
+}
+
+/// What its record says of a job that nothing of runs here.
+fn fate_of(kept: &Kept, keep_done_ms: u64, wall_ms: u64) -> Fate {
+    let given_up = |wall_ms| roots::is_given_up(&kept.value.body, keep_done_ms, wall_ms);
+    match given_up(wall_ms) {
+        None => Fate::Stay,
+        // It goes no further than the trash, whatever comes of a value that this keeper has only
+        // accepted.
+        Some(Dropped::Removed) => Fate::Go(Dropped::Removed),
+        Some(Dropped::Expired)
+            if kept.chosen || given_up(wall_ms.saturating_sub(SURELY_OVER_MS)).is_some() =>
+        {
+            Fate::Go(Dropped::Expired)
+        }
+        Some(Dropped::Expired) => Fate::Unsure,
+    }
 }
 
 /// Moves a job's directories to the trash; whether there were any.
@@ -617,18 +636,25 @@ async fn ask_about(
         })
         .await?;
     let is_news = |job: &JobId, head: (u32, u64)| {
-        lock(&shared.space.told).get(job).is_none_or(|told| told.head < head)
+        let waits = lock(&shared.space.untold).get(job).is_some_and(|at| at.elapsed() < ASK_AGAIN);
+        !waits && lock(&shared.space.told).get(job).is_none_or(|told| told.head < head)
     };
-    let news = heads.into_iter().filter(|(job, head, _)| is_news(job, *head));
-    for (job, head, keepers) in news.take(ASKS_MAX) {
-        if let Some((value, removed)) = ask_keepers(shared, job, keepers).await? {
-            let mut told = lock(&shared.space.told);
-            let known = told.entry(job).or_insert(Told { head, value, removed });
-            if known.value <= value {
-                *known = Told { head: head.max(known.head), value, removed };
-            }
+    let news = heads.into_iter().filter(|(job, head, _)| is_news(job, *head)).take(ASKS_MAX);
+    let asks = news.map(|(job, head, keepers)| async move {
+        (job, head, ask_keepers(shared, job, keepers).await)
+    });
+    for (job, head, answer) in futures::future::join_all(asks).await {
+        let Some((value, removed)) = answer? else {
+            lock(&shared.space.untold).insert(job, Instant::now());
+            continue;
+        };
+        let mut told = lock(&shared.space.told);
+        let known = told.entry(job).or_insert(Told { head, value, removed });
+        if known.value <= value {
+            *known = Told { head: head.max(known.head), value, removed };
         }
     }
+    lock(&shared.space.untold).retain(|job, _| unknown.contains(job));
     let mut told = lock(&shared.space.told);
     told.retain(|job, _| unknown.contains(job));
     Ok(told.iter().map(|(job, told)| (*job, told.removed)).collect())
@@ -667,7 +693,9 @@ async fn ask_keepers(
                 return Ok(Some(((value.epoch, value.seq), value.body.removed.is_some())));
             }
             Ok(_) => {}
-            Err(reason) => warn!(%keeper, %job, reason, "what it says of a job is not proved"),
+            Err(reason) => {
+                tracing::debug!(%keeper, %job, reason, "what it says of a job is not proved");
+            }
         }
     }
     Ok(None)
@@ -682,9 +710,11 @@ pub(super) async fn removal(
     let spec = tokio::task::spawn_blocking(move || VerifiedSpec::verify(spec)).await??;
     let job = spec.job;
     Ok(shared
-        .act(move |peer, _| {
+        .act(move |peer, now| {
+            // After a start it may not be known yet; who asks again is told.
+            peer.make_sure_of_end(job, now);
             let kept = peer.record(job).filter(|kept| kept.chosen)?;
-            Some(kept.certificate.clone())
+            (!kept.certificate.receipts.is_empty()).then(|| kept.certificate.clone())
         })
         .await?)
 }

@@ -227,7 +227,7 @@ pub(super) fn short(job: JobId) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::{collections::BTreeSet, sync::Arc};
 
     use p2pit_protocol::{
@@ -284,7 +284,7 @@ mod tests {
     }
 
     /// A job whose one rank left a tree of each kind, and that began with a saved one.
-    fn kept(state: State) -> Kept {
+    pub(in crate::daemon::space) fn kept(state: State) -> Kept {
         let spec = spec();
         let mut value = Value::birth(&spec);
         let end = RankEnd {
