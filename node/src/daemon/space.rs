@@ -337,7 +337,12 @@ async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Res
         all.extend(on_disk);
         all.sort_unstable();
         all.dedup_by_key(|root| root.tree);
-        all.iter().for_each(|root| reach.add_tree(root.tree));
+        for root in &all {
+            match root.kind {
+                roots::Kind::InputOfFinished(_) => reach.add_tree_in_place(root.tree),
+                _ => reach.add_tree(root.tree),
+            }
+        }
         let mut warnings: Vec<String> =
             lists.iter().map(|list| unknown(Some(list.job), &list.reason)).collect();
         for (tree, reason) in reach.unreadable() {
