@@ -202,7 +202,7 @@ fn draw_task(options: &Options, capacities: &[Capacity], random: &mut Random) ->
             retries: 0,
             policy: Policy::Continue,
             lost_after_ms: LOST_AFTER_MS,
-            keep_every_ms: KEEP_EVERY_MS,
+            keep_every_ms: options.keep_every_ms,
         },
         keepers: Vec::new(),
         spec: None,

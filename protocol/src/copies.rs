@@ -5,14 +5,16 @@
 //! nor any traffic but the copy. The node around the peer carries out what
 //! [`crate::Peer::copies_wanted`] says, and tells what came of it.
 
-use std::{collections::BTreeMap, sync::Arc};
+mod machine;
+
+use std::sync::Arc;
+
+pub(crate) use machine::{Copies, Scene, Standing};
 
 use crate::{
-    BlobId, JobId, Now, PeerId,
-    bidder::WorkId,
+    BlobId, PeerId,
     job::{Attempt, Rank, Saved, VerifiedSpec},
-    message::CopyState,
-    record::{KEEP_MS, Link},
+    record::Link,
 };
 
 /// On how many nodes the log and the results of each rank are before the job is done, where so
@@ -24,6 +26,18 @@ pub const COPIES_OF_FIVE: usize = 3;
 pub const INPUT_HOLDERS: usize = 2;
 /// How long a node that said it cannot hold something is left out.
 pub const CANNOT_MS: u64 = 10 * 60_000;
+/// How often it is looked whether others should hold something now.
+pub const COPIES_CHECK_MS: u64 = 20_000;
+/// How often a copy of `keep/` is announced until enough nodes hold it, at first; each time twice
+/// as long, up to [`SAVE_RESEND_MS_MAX`].
+pub const SAVE_RESEND_MS: u64 = 2_000;
+/// See [`SAVE_RESEND_MS`].
+pub const SAVE_RESEND_MS_MAX: u64 = 60_000;
+/// How long a steward waits for what keepers hold before a job is tried again.
+pub const SAVES_WAIT_MS: u64 = 10_000;
+/// How the note of a rank begins whose results were given up: its node is gone, and nobody else
+/// has all of them.
+pub const NOT_COPIED: &str = "not copied before its node was gone";
 
 /// On how many nodes the results of a job are that so many nodes keep.
 #[must_use]
@@ -32,25 +46,23 @@ pub const fn copies_for(keepers: usize) -> usize {
 }
 
 /// Who may hold what the rank that ran on `node` left, the first before the others: that node,
-/// then the keepers.
-pub fn candidates(node: PeerId, keepers: &[PeerId]) -> impl Iterator<Item = PeerId> + '_ {
-    core::iter::once(node).chain(keepers.iter().copied().filter(move |keeper| *keeper != node))
+/// unless it is none any more, then the keepers.
+pub fn candidates(node: Option<PeerId>, keepers: &[PeerId]) -> impl Iterator<Item = PeerId> + '_ {
+    node.into_iter().chain(keepers.iter().copied().filter(move |keeper| Some(*keeper) != node))
 }
 
-/// Who should hold what the rank that ran on `node` left: the first candidates of whom
-/// `is_present` says so, as many as [`copies_for`] says.
+/// Who should hold what the rank that ran on `node` left: the first `should` candidates of whom
+/// `is_present` says so; see [`copies_for`].
 pub fn holders(
-    node: PeerId,
+    node: Option<PeerId>,
     keepers: &[PeerId],
+    should: usize,
     is_present: impl Fn(PeerId) -> bool,
 ) -> Vec<PeerId> {
-    candidates(node, keepers)
-        .filter(|candidate| is_present(*candidate))
-        .take(copies_for(keepers.len()))
-        .collect()
+    candidates(node, keepers).filter(|candidate| is_present(*candidate)).take(should).collect()
 }
 
-/// What this node is to hold of a job.
+/// What this node has still to bring here of a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CopyOrder {
     /// The job.
@@ -66,7 +78,7 @@ pub struct CopyOrder {
     pub ranks: Vec<RankOrder>,
 }
 
-/// What this node is to hold of one rank.
+/// What this node has still to bring here of one rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RankOrder {
     /// The rank.
@@ -105,113 +117,4 @@ pub struct SaveOrder {
     pub seq: u64,
     /// The directory, as a tree.
     pub tree: BlobId,
-}
-
-/// What is here of one rank, durable.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Held {
-    complete: bool,
-    save: Option<(u64, BlobId)>,
-}
-
-/// What this node is to hold of a job; see [`CopyOrder`].
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Duty {
-    pub(crate) inputs: bool,
-    pub(crate) saved: Vec<Saved>,
-    pub(crate) ranks: Vec<RankOrder>,
-}
-
-/// What this node knows of copies.
-#[derive(Debug, Clone)]
-pub(crate) struct Copies {
-    /// See [`crate::Peer::set_keep_done`].
-    pub(crate) keep_done_ms: u64,
-    /// What is to be here.
-    duties: BTreeMap<JobId, Duty>,
-    /// What is here, as the node around the peer says.
-    held: BTreeMap<JobId, BTreeMap<(Attempt, Rank), Held>>,
-    /// What cannot be copied here, and why.
-    cannot: BTreeMap<JobId, Cannot>,
-    /// Copies of `keep/` that processes here made.
-    saves: BTreeMap<WorkId, (u64, BlobId)>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Cannot {
-    reason: String,
-    until_ms: u64,
-}
-
-impl Default for Copies {
-    fn default() -> Self {
-        Self {
-            keep_done_ms: KEEP_MS,
-            duties: BTreeMap::new(),
-            held: BTreeMap::new(),
-            cannot: BTreeMap::new(),
-            saves: BTreeMap::new(),
-        }
-    }
-}
-
-impl Copies {
-    /// What is to be here of a job.
-    pub(crate) fn duty(&self, job: JobId) -> Option<&Duty> {
-        self.duties.get(&job)
-    }
-
-    pub(crate) fn copied(&mut self, job: JobId, attempt: Attempt, rank: Rank) {
-        self.held_mut(job, attempt, rank).complete = true;
-    }
-
-    pub(crate) fn save_held(
-        &mut self,
-        job: JobId,
-        attempt: Attempt,
-        rank: Rank,
-        seq: u64,
-        tree: BlobId,
-    ) {
-        let held = self.held_mut(job, attempt, rank);
-        if held.save.is_none_or(|(known, _)| known < seq) {
-            held.save = Some((seq, tree));
-        }
-    }
-
-    pub(crate) fn lost(&mut self, job: JobId, attempt: Attempt, rank: Rank) {
-        if let Some(of_job) = self.held.get_mut(&job) {
-            of_job.remove(&(attempt, rank));
-        }
-    }
-
-    pub(crate) fn cannot(&mut self, job: JobId, reason: String, now: Now) {
-        self.cannot.insert(job, Cannot { reason, until_ms: now.after(CANNOT_MS) });
-    }
-
-    pub(crate) fn can(&mut self, job: JobId) {
-        self.cannot.remove(&job);
-    }
-
-    pub(crate) fn saved(&mut self, id: WorkId, seq: u64, tree: BlobId) {
-        self.saves.insert(id, (seq, tree));
-    }
-
-    fn held_mut(&mut self, job: JobId, attempt: Attempt, rank: Rank) -> &mut Held {
-        self.held.entry(job).or_default().entry((attempt, rank)).or_default()
-    }
-
-    /// What is held here of an attempt.
-    pub(crate) fn held(&self, job: JobId, attempt: Attempt) -> Vec<CopyState> {
-        let cannot = self.cannot.get(&job).map(|cannot| cannot.reason.clone());
-        let of_job = self.held.get(&job).into_iter().flatten();
-        let state = |((_, rank), held): (&(Attempt, Rank), &Held)| CopyState {
-            rank: *rank,
-            complete: held.complete,
-            save: held.save,
-            under_way: false,
-            cannot: cannot.clone(),
-        };
-        of_job.filter(|((at, _), _)| *at == attempt).map(state).collect()
-    }
 }

@@ -327,6 +327,8 @@ pub enum Message {
         job: JobId,
         /// The attempt.
         attempt: Attempt,
+        /// Keepers that the steward does not count on for copies: others are to make them.
+        without: Vec<crate::PeerId>,
     },
     /// The answer to [`Message::AskCopies`]; to the steward also without being asked when it
     /// changes, and to all keepers of the job where something cannot be held.
@@ -335,6 +337,8 @@ pub enum Message {
         job: JobId,
         /// The attempt.
         attempt: Attempt,
+        /// The record's sequence number at the sender: a steward sees that it lacks the latest.
+        seq: u64,
         /// Ranks that the sender holds something of, is to hold, or cannot; at most
         /// [`COPIES_MAX`].
         ranks: Vec<CopyState>,

@@ -287,7 +287,7 @@ impl Peer {
             ),
             stewards: Stewards::new(me, config.boot, config.sabotage),
             bidder: Bidder::new(me, config.boot, hold_prefix, config.sabotage),
-            copies: Copies::default(),
+            copies: Copies::new((me, config.store), config.sabotage),
             sabotage: config.sabotage,
             soft,
             submissions: BTreeMap::new(),
@@ -395,6 +395,10 @@ impl Peer {
             None => self.take_up_records(now),
         }
         self.timers.set(Timer::Soft, now.boot_ms);
+        self.copies.begin(now);
+        for job in self.registers.iter().map(|(job, _)| *job) {
+            self.copies.record_changed(job);
+        }
         self.finish(now);
     }
 
@@ -482,6 +486,7 @@ impl Peer {
     /// A connection to a member stands.
     pub fn peer_connected(&mut self, peer: PeerId, now: Now) {
         self.board.set_connected(peer, true);
+        self.copies.connected(peer);
         self.soft.turns.enqueue(peer);
         self.next_turn(now);
         self.finish(now);
@@ -490,6 +495,7 @@ impl Peer {
     /// The last connection to a member fell.
     pub fn peer_disconnected(&mut self, peer: PeerId, now: Now) {
         self.board.set_connected(peer, false);
+        self.copies.disconnected(peer, now);
         self.finish(now);
     }
 
@@ -552,6 +558,7 @@ impl Peer {
         self.with_stewards(now, Stewards::settle);
         self.bidder.handle_timeout(now, &mut self.out);
         self.with_stewards(now, Stewards::handle_timeout);
+        self.copies.handle_timeout(&self.bidder, now, &mut self.out);
         while let Some(timer) = self.timers.pop_due(now.boot_ms) {
             match timer {
                 Timer::Submit(job) => self.send_init(job, now),
@@ -593,6 +600,7 @@ impl Peer {
         [
             own,
             self.bidder.poll_timeout(),
+            self.copies.poll_timeout(),
             self.stewards.poll_timeout(),
             self.registers.poll_timeout(),
         ]
@@ -854,8 +862,14 @@ impl Peer {
     fn finish(&mut self, now: Now) {
         loop {
             self.with_stewards(now, Stewards::settle);
-            let Some(message) = self.out.local.pop_front() else { break };
-            self.dispatch(self.me, message, now);
+            if let Some(message) = self.out.local.pop_front() {
+                self.dispatch(self.me, message, now);
+                continue;
+            }
+            self.tend_copies(now);
+            if self.out.local.is_empty() {
+                break;
+            }
         }
         self.after_changes(now);
     }
@@ -867,6 +881,7 @@ impl Peer {
     ) {
         let mut cx = steward::Context {
             registers: &mut self.registers,
+            copies: &mut self.copies,
             board: &self.board,
             roster: &self.roster,
             random: &mut self.random,
@@ -921,6 +936,7 @@ impl Peer {
         self.out.put(&Slot::Statement(id), signed);
         self.soft.insert(Soft::statement(signed.clone()));
         self.soft.members_changed = true;
+        self.copies.look_around = true;
         self.out.events.push_back(Event::RosterChanged);
     }
 }

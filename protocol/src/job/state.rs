@@ -4,7 +4,7 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BlobId, HoldId, PeerId, UserId, request::Grant};
+use crate::{BlobId, HoldId, PeerId, StoreId, UserId, request::Grant};
 
 /// Where a job is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -312,6 +312,9 @@ pub struct RankRecord {
     pub state: RankState,
     /// How it ended.
     pub end: Option<RankEnd>,
+    /// The store its node had when it said so, as far as was known: with another it has nothing
+    /// any more of what the rank left.
+    pub store: Option<StoreId>,
 }
 
 /// Why a job is being ended before its time.

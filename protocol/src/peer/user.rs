@@ -3,10 +3,12 @@
 use super::Peer;
 use crate::{
     JobId, Now, UserId,
+    copies::Scene,
     identity::SignedBytes,
     job::{State, StopCause},
     message::{AttemptView, Command, JobFilter, JobView, RankView, Reply},
     record::{Keeper, Kept},
+    steward::Sight,
     wire,
 };
 
@@ -44,7 +46,9 @@ impl Peer {
                 if kept.value.body.steward != peer.me && state != State::Done {
                     return peer.unknown(job);
                 }
-                Reply::Why(Box::new(peer.stewards.why(job, &peer.board, state, now)))
+                let scene = Scene { board: &peer.board, roster: &peer.roster, now };
+                let sight = Sight { kept, copies: &peer.copies, scene };
+                Reply::Why(Box::new(peer.stewards.why(&sight)))
             }),
             Command::Stop(job) => self.stop_job(user, job, now),
             Command::Node => Reply::Node(Box::new(self.bidder.view())),
@@ -223,7 +227,7 @@ impl Peer {
             saved: if may_read { body.saved.clone() } else { Vec::new() },
             removed: body.removed,
             holds: if may_read {
-                self.copies.held(kept.spec.job, body.attempt)
+                self.copies.states(kept.spec.job, body.attempt)
             } else {
                 Vec::new()
             },

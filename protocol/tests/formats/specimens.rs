@@ -240,7 +240,12 @@ fn full_body() -> Body {
         State::Cleaning,
         State::Done,
     ];
-    let rank = |rank, state, end| RankRecord { assignment: assignment(rank), state, end };
+    let rank = |rank, state, end| RankRecord {
+        assignment: assignment(rank),
+        state,
+        end,
+        store: Some(StoreId([4; 16])),
+    };
     Body {
         steward: node(2),
         term: 4,
@@ -738,8 +743,8 @@ pub(crate) fn messages() -> Vec<Message> {
         },
         Message::Save { job, attempt, rank: Rank(1), seq: 7, tree: BlobId([0xe3; 32]) },
         Message::SaveHeld { job, attempt, rank: Rank(1), seq: 7 },
-        Message::AskCopies { job, attempt },
-        Message::Copies { job, attempt, ranks: vec![copy_state()] },
+        Message::AskCopies { job, attempt, without: vec![node(3)] },
+        Message::Copies { job, attempt, seq: 17, ranks: vec![copy_state()] },
         Message::Soft(Soft::head(signed_head())),
         Message::Reconcile { sum: sum(), query: vec![0x61, 0, 0, 2, 0] },
         Message::Reconciled { answer: vec![0x61, 0, 0, 2, 0] },
@@ -1138,6 +1143,7 @@ fn wide_body(processes: u32) -> Body {
         },
         state: RankState::Running,
         end: None,
+        store: None,
     };
     Body { ranks: (0..processes).map(rank).collect(), ..full_body() }
 }
