@@ -37,13 +37,14 @@ pub(super) struct Root {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Kind {
     Input(JobId),
-    InputOfFinished(JobId),
     Result(JobId),
     Saved(JobId),
     Wanted(JobId),
     Left(JobId),
     Copy(JobId),
     Pushed,
+    /// Last: of what keeps one tree the first counts, and this keeps it the least.
+    InputOfFinished(JobId),
 }
 
 impl Kind {
