@@ -318,13 +318,6 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
         Event::StopProcess { id, reason } => shared.work.stop(shared, id, reason),
         Event::Discard { id } => shared.work.discard(shared, id),
         Event::EndRecorded { id } => shared.work.forget(shared, id),
-        Event::CopiesChanged { job } => {
-            let Some(peer) = &mut state.peer else { return };
-            if peer.copies_wanted(job).is_some() {
-                let reason = "this version of p2pit makes no copies yet".to_owned();
-                peer.cannot_copy(job, reason, clock::now());
-            }
-        }
         Event::RecordChanged { job } => {
             let record = state.peer.as_ref().and_then(|peer| peer.record(job));
             if let Some(kept) = record {
@@ -332,6 +325,11 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
             }
             if let Some(changed) = state.watched.get(&job) {
                 changed.send_modify(|count| *count += 1);
+            }
+        }
+        Event::CopiesChanged { job } => {
+            if let Some(peer) = &state.peer {
+                shared.copies.ordered(shared, job, peer);
             }
         }
         Event::Submitted { job, result } => {

@@ -316,6 +316,7 @@ impl Shared {
         })
         .await??;
         self.space.pushed(root);
+        self.copies.note_kept(root);
         self.act(move |peer, _| peer.tree_stored(root)).await?;
         Ok(())
     }

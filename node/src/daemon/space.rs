@@ -29,7 +29,7 @@ use self::{
     bin::Bin,
     roots::{Dropped, Root, short},
 };
-use super::{NoPeer, Shared, clock, lock, push, serve::Request, work};
+use super::{NoPeer, Shared, clock, copies, lock, serve::Request, work};
 use crate::{
     api::types,
     transfer::{
@@ -318,6 +318,7 @@ async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Res
     let mut reach = Reach::begin(&shared.store);
     let keep_done_ms = millis(shared.settings.keep_done);
     let pushed = fresh_pushed(shared);
+    let holding = Arc::clone(shared);
     let mut all = shared
         .act(move |peer, now| {
             let mut all = roots::of_peer(peer, keep_done_ms, now.wall_ms);
@@ -328,6 +329,7 @@ async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Res
             let kept: BTreeSet<BlobId> = all.iter().map(|root| root.tree).collect();
             // Who hears from now on that a tree is here has had it looked at after this.
             peer.forget_trees(|tree| kept.contains(&tree));
+            holding.copies.forget_kept(|tree| kept.contains(&tree));
             all
         })
         .await?;
@@ -517,11 +519,9 @@ async fn settle_removed(shared: &Arc<Shared>) -> anyhow::Result<bool> {
                 gone |= give_up(shared, job, why).await?;
             }
             Fate::Stay if away.binary_search(&job).is_ok() => {
-                let bin = bin.clone();
-                let back = tokio::task::spawn_blocking(move || bin.take_back(job)).await?;
-                if back.with_context(|| format!("job {} cannot be put back", short(job)))? {
-                    info!(%job, "what it left is back");
-                }
+                take_back(shared, job)
+                    .await
+                    .with_context(|| format!("job {} cannot be put back", short(job)))?;
             }
             _ => {}
         }
@@ -567,6 +567,23 @@ async fn give_up(shared: &Arc<Shared>, job: JobId, why: Dropped) -> anyhow::Resu
         shared.served.forget(job);
     }
     Ok(moved)
+}
+
+/// Moves a job's directories out of the trash, and tells the peer what is held again.
+async fn take_back(shared: &Arc<Shared>, job: JobId) -> anyhow::Result<()> {
+    let (bin, shelf) = (Bin::of(&shared.home), shared.copies.shelf().clone());
+    let store = shared.store.clone();
+    let stock = tokio::task::spawn_blocking(move || {
+        if !bin.take_back(job)? {
+            return std::io::Result::Ok(None);
+        }
+        // With it what has gone to the trash of the store comes back.
+        Ok(Some(copies::take_stock_of(&shelf, &store, job)?))
+    });
+    let Some(stock) = stock.await?? else { return Ok(()) };
+    info!(%job, "what it left is back");
+    shared.act(move |peer, now| copies::tell(peer, stock, now)).await?;
+    Ok(())
 }
 
 /// Moves what finished jobs left here to the trash once it is too old.
@@ -722,13 +739,6 @@ pub(super) async fn removal(
             (!kept.certificate.receipts.is_empty()).then(|| kept.certificate.clone())
         })
         .await?)
-}
-
-/// Whether all of a tree is here.
-pub(super) fn is_whole(store: &BlobStore, tree: BlobId) -> bool {
-    store.has(&tree)
-        && push::blobs_of(store, tree)
-            .is_ok_and(|blobs| blobs.iter().all(|(blob, _)| store.has(blob)))
 }
 
 #[cfg(test)]

@@ -48,22 +48,6 @@ fn what_keeps_sweeps_from_being_made_is_told_with_the_next_step() {
 }
 
 #[test]
-fn a_tree_is_whole_where_all_that_it_names_is_here() {
-    use crate::transfer::tree::{Entry, Kind, Tree, TreePath};
-    let dir = tempfile::tempdir().unwrap();
-    let store = BlobStore::open(&dir.path().join("blobs")).unwrap();
-    let blob = BlobId::of(b"content");
-    let kind = Kind::File { blob, size: 7, executable: false };
-    let entry = Entry { path: TreePath::from_bytes("f").unwrap(), kind };
-    let manifest = Tree::new(vec![entry]).unwrap().encode().unwrap();
-    assert!(!is_whole(&store, BlobId::of(&manifest)));
-    let tree = store.put_bytes(&manifest).unwrap();
-    assert!(!is_whole(&store, tree));
-    store.put_bytes(b"content").unwrap();
-    assert!(is_whole(&store, tree));
-}
-
-#[test]
 fn directories_go_by_what_the_record_says_and_come_back_by_it() {
     use p2pit_protocol::job::Removed;
     let hour_ms = SURELY_OVER_MS;
