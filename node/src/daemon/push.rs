@@ -54,6 +54,7 @@ pub(crate) async fn spread(
     let me = shared.id();
     if keepers.contains(&me) {
         for tree in &trees {
+            shared.space.pushed(*tree);
             shared.keep_tree(*tree).await?;
         }
     }
@@ -257,6 +258,7 @@ pub(super) async fn take(
     let store = shared.store.clone();
     let blobs = tokio::task::spawn_blocking(move || blobs_of(&store, root)).await??;
     take_blobs(shared, from, blobs, send, receive).await?;
+    shared.space.pushed(root);
     shared.keep_tree(root).await?;
     frame::write_message(send, &Gate::Open).await?;
     Ok(())
@@ -315,7 +317,6 @@ impl Shared {
             store.persist(&ids).with_context(|| format!("tree {root} cannot be kept"))
         })
         .await??;
-        self.space.pushed(root);
         self.copies.note_kept(root);
         self.act(move |peer, _| peer.tree_stored(root)).await?;
         Ok(())
