@@ -2,7 +2,7 @@
 
 use std::{error::Error, fmt, io};
 
-use p2pit_node::api::{is_disk_full, types::ApiError};
+use p2pit_node::api::{room_hint, types::ApiError};
 use p2pit_protocol::door::RefusalCode;
 
 use crate::status::Status;
@@ -94,7 +94,7 @@ pub(crate) fn explain(error: &anyhow::Error) -> (Status, Option<Explanation>) {
         return (Status::DONE, None);
     }
     let problem = error.downcast_ref::<Problem>();
-    let room = || is_disk_full(error).then(|| "free some space on that disk, and try again".into());
+    let room = || room_hint(error);
     let explanation = Explanation {
         message: format!("{error:#}"),
         excerpt: problem.and_then(|problem| problem.excerpt.clone()),

@@ -109,6 +109,7 @@ pub(crate) async fn submit(
     sent: &Cell<Option<JobId>>,
 ) -> anyhow::Result<Submission> {
     let Prepared { planned, snapshot, missing } = prepared;
+    planned.notes.iter().for_each(|note| out.warn(note));
     let blobs = snapshot.blobs().len() as u64;
     let uploaded = upload(session, out, &snapshot, &missing).await?;
     let continues = match &wish.continues {

@@ -4,4 +4,4 @@ pub mod log;
 pub(crate) mod server;
 pub mod types;
 
-pub use self::server::is_disk_full;
+pub use self::server::{is_disk_full, room_hint};

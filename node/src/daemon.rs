@@ -409,7 +409,7 @@ async fn resume(shared: &Arc<Shared>, entries: Entries) -> anyhow::Result<()> {
         if kept.value.body.state() == State::Done {
             continue;
         }
-        for tree in kept.spec.inputs().filter(|tree| space::is_whole(&shared.store, *tree)) {
+        for tree in kept.spec.inputs().filter(|tree| copies::has_tree(&shared.store, *tree)) {
             peer.tree_stored(tree);
         }
     }

@@ -20,6 +20,7 @@ mod queue;
 mod requests;
 mod scripts;
 mod soak;
+mod space;
 mod stopping;
 mod survival;
 mod transfers;

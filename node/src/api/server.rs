@@ -63,6 +63,7 @@ use crate::{
         BlobStore, Pace,
         exchange::{self, Source},
         frame,
+        store::NoRoom,
         stream::RecvStream,
     },
 };
@@ -432,7 +433,10 @@ async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answ
             let member = peer.roster().state().is_member_user(user);
             let keepers = peer.propose_keepers(&salt);
             let met = is_met(peer, &keepers);
-            (member, keepers, met, (peer.pool(), now.wall_ms, unsatisfiable, candidates))
+            let is_full = |node: PeerId| peer.board().get(node).is_some_and(|it| it.advert.full);
+            let full: Vec<PeerId> =
+                keepers.iter().map(|(node, _)| *node).filter(|node| is_full(*node)).collect();
+            (member, keepers, met, (peer.pool(), now.wall_ms, unsatisfiable, candidates, full))
         })
         .await?;
     if !member {
@@ -458,8 +462,25 @@ async fn plan(State(shared): State<Arc<Shared>>, Json(plan): Json<Plan>) -> Answ
              counts no more half an hour after it was heard last",
         ));
     }
-    let (pool, wall_ms, unsatisfiable, candidates) = planned;
-    Ok(Json(Planned { pool, wall_ms, keepers, unsatisfiable, candidates }))
+    let (pool, wall_ms, unsatisfiable, candidates, full) = planned;
+    let notes = notes_of_full(full.len() == keepers.len(), &full, |node| shared.label(node));
+    Ok(Json(Planned { pool, wall_ms, keepers, unsatisfiable, candidates, notes }))
+}
+
+/// What the submitter should know where keepers have no room.
+fn notes_of_full(all: bool, full: &[PeerId], label: impl Fn(PeerId) -> String) -> Vec<String> {
+    if full.is_empty() {
+        return Vec::new();
+    }
+    let names: Vec<String> = full.iter().map(|node| label(*node)).collect();
+    let names = names.join(", ");
+    let next = "`p2pit show node:NAME` says what takes it, `p2pit rm` removes what finished jobs \
+                left";
+    vec![if all {
+        format!("no node that would keep the job has room for more content ({names}): {next}")
+    } else {
+        format!("{names} would keep the job and has no room for more content: {next}")
+    }]
 }
 
 async fn missing(
@@ -992,9 +1013,25 @@ impl Failure {
     }
 
     fn broken(reason: anyhow::Error) -> Self {
-        let hint =
-            is_disk_full(&reason).then(|| "free some space on that disk, and try again".into());
+        let hint = room_hint(&reason);
         Self(ApiError { error: format!("{reason:#}"), hint, broken: true, refusal: None })
+    }
+}
+
+/// What to do where something could not be written for want of room.
+pub fn room_hint(reason: &anyhow::Error) -> Option<String> {
+    let refused = reason.chain().find_map(|cause| {
+        let inner = cause.downcast_ref::<std::io::Error>()?.get_ref()?;
+        inner.downcast_ref::<NoRoom>()
+    });
+    match refused {
+        Some(no_room) => Some(no_room.next_step()),
+        None if is_disk_full(reason) => Some(
+            "free some space on that disk, or remove finished jobs with `p2pit rm JOB`, and try \
+             again"
+                .to_owned(),
+        ),
+        None => None,
     }
 }
 
@@ -1015,7 +1052,9 @@ impl Failure {
                  for may still be done then"
             ),
             hint: Some(
-                "free some space on that disk; `p2pit status` then says what was done".into(),
+                "free some space on that disk; `p2pit status` then says what was done, and `p2pit rm \
+                 JOB` removes finished jobs"
+                    .into(),
             ),
             broken: true,
             refusal: None,
@@ -1089,6 +1128,17 @@ mod tests {
         let many: Vec<String> = (10..30).map(|n| format!("abc{n}")).collect();
         let failure = ambiguous("abc", &many, &many).0;
         assert!(failure.error.contains("20 jobs: abc10") && failure.error.ends_with("abc19, …"));
+    }
+
+    #[test]
+    fn keepers_without_room_are_named_before_a_submission() {
+        let node = |n: u8| PeerId(KeyPair::from_seed(&[n; 32]).public());
+        let label = |it: PeerId| format!("node n{}", if it == node(1) { 1 } else { 2 });
+        assert!(notes_of_full(false, &[], label).is_empty());
+        let some = notes_of_full(false, &[node(1)], label);
+        assert!(some[0].starts_with("node n1 would keep the job and has no room"), "{some:?}");
+        let all = notes_of_full(true, &[node(1), node(2)], label);
+        assert!(all[0].contains("no node that would keep") && all[0].contains("p2pit rm"));
     }
 
     #[tokio::test]

@@ -323,6 +323,8 @@ pub struct Planned {
     pub unsatisfiable: Option<Unsatisfiable>,
     /// Nodes that would be called first, with the processes each has room for now.
     pub candidates: Vec<(PeerId, u32)>,
+    /// What the submitter should know before, of keepers without room.
+    pub notes: Vec<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -97,6 +97,11 @@ impl Copies {
         kept.insert(tree);
     }
 
+    /// Of the inputs that were, only those that `is_kept` names are safe from a sweep.
+    pub(super) fn forget_kept(&self, is_kept: impl Fn(BlobId) -> bool) {
+        lock(&self.kept).retain(|tree| is_kept(*tree));
+    }
+
     pub(crate) fn shelf(&self) -> &Shelf {
         &self.shelf
     }
@@ -161,25 +166,36 @@ impl Copies {
 pub(super) fn take_stock(shelf: &Shelf, store: &BlobStore) -> io::Result<Vec<(WorkId, Held)>> {
     let mut stock = Vec::new();
     for job in shelf.jobs()? {
-        for (attempt, rank) in shelf.ranks(job)? {
-            let id = WorkId { job, attempt, rank };
-            let mut held = shelf.held(id);
-            let is_whole = |end: &EndCopy| {
-                held.log_bytes >= end.log_bytes
-                    && end.keep.iter().chain(&end.artifacts).all(|tree| has_tree(store, *tree))
-            };
-            if held.end.as_ref().is_some_and(|end| !is_whole(end)) {
-                warn!(%job, %rank, "not all of a copy is here any more: it is made anew");
-                shelf.forget_end(id)?;
-                held.end = None;
-            }
-            if held.save.as_ref().is_some_and(|save| !has_tree(store, save.tree)) {
-                warn!(%job, %rank, "not all of a save is here any more: it is made anew");
-                shelf.forget_save(id)?;
-                held.save = None;
-            }
-            stock.push((id, held));
+        stock.extend(take_stock_of(shelf, store, job)?);
+    }
+    Ok(stock)
+}
+
+/// As [`take_stock`], of one job. Blocks.
+pub(super) fn take_stock_of(
+    shelf: &Shelf,
+    store: &BlobStore,
+    job: JobId,
+) -> io::Result<Vec<(WorkId, Held)>> {
+    let mut stock = Vec::new();
+    for (attempt, rank) in shelf.ranks(job)? {
+        let id = WorkId { job, attempt, rank };
+        let mut held = shelf.held(id);
+        let is_whole = |end: &EndCopy| {
+            held.log_bytes >= end.log_bytes
+                && end.keep.iter().chain(&end.artifacts).all(|tree| has_tree(store, *tree))
+        };
+        if held.end.as_ref().is_some_and(|end| !is_whole(end)) {
+            warn!(%job, %rank, "not all of a copy is here any more: it is made anew");
+            shelf.forget_end(id)?;
+            held.end = None;
         }
+        if held.save.as_ref().is_some_and(|save| !has_tree(store, save.tree)) {
+            warn!(%job, %rank, "not all of a save is here any more: it is made anew");
+            shelf.forget_save(id)?;
+            held.save = None;
+        }
+        stock.push((id, held));
     }
     Ok(stock)
 }
@@ -197,7 +213,7 @@ pub(super) fn tell(peer: &mut Peer, stock: Vec<(WorkId, Held)>, now: p2pit_proto
 }
 
 /// Whether a tree is here with all its blobs.
-fn has_tree(store: &BlobStore, root: BlobId) -> bool {
+pub(super) fn has_tree(store: &BlobStore, root: BlobId) -> bool {
     store.has(&root)
         && push::blobs_of(store, root)
             .is_ok_and(|blobs| blobs.iter().all(|(blob, _)| store.has(blob)))

@@ -320,10 +320,8 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
         Event::EndRecorded { id } => shared.work.forget(shared, id),
         Event::RecordChanged { job } => {
             let record = state.peer.as_ref().and_then(|peer| peer.record(job));
-            if record
-                .is_some_and(|kept| kept.value.body.state() == p2pit_protocol::job::State::Done)
-            {
-                shared.space.look();
+            if let Some(kept) = record {
+                shared.space.named(kept);
             }
             if let Some(changed) = state.watched.get(&job) {
                 changed.send_modify(|count| *count += 1);

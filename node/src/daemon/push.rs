@@ -55,10 +55,11 @@ pub(crate) async fn spread(
     let me = shared.id();
     if keepers.contains(&me) {
         for tree in &trees {
+            shared.space.pushed(*tree);
             shared.keep_tree(*tree).await?;
         }
     }
-    let others = keepers.iter().filter(|keeper| **keeper != me).copied().collect();
+    let others = with_room_first(shared, keepers.iter().filter(|keeper| **keeper != me)).await?;
     let needed = COPIES.min(keepers.len()) - usize::from(keepers.contains(&me));
     let (trees, bringer) = (Arc::<[BlobId]>::from(trees), Arc::clone(shared));
     let (travelled, mut travels) = mpsc::channel(TRAVELLED_MAX);
@@ -83,6 +84,22 @@ pub(crate) async fn spread(
         });
     }
     Ok(most)
+}
+
+/// In this order, those last that say that they have no room.
+async fn with_room_first(
+    shared: &Shared,
+    keepers: impl Iterator<Item = &PeerId>,
+) -> anyhow::Result<VecDeque<PeerId>> {
+    let mut keepers: Vec<PeerId> = keepers.copied().collect();
+    let asked = keepers.clone();
+    let full = shared.act(move |peer, _| {
+        let is_full = |node: &PeerId| peer.board().get(*node).is_some_and(|it| it.advert.full);
+        asked.into_iter().filter(is_full).collect::<Vec<_>>()
+    });
+    let full = full.await?;
+    keepers.sort_by_key(|keeper| full.contains(keeper));
+    Ok(keepers.into())
 }
 
 /// Brings everything to one keeper.
@@ -242,6 +259,7 @@ pub(super) async fn take(
     let store = shared.store.clone();
     let blobs = tokio::task::spawn_blocking(move || blobs_of(&store, root)).await??;
     take_blobs(shared, from, blobs, send, receive).await?;
+    shared.space.pushed(root);
     shared.keep_tree(root).await?;
     frame::write_message(send, &Gate::Open).await?;
     Ok(())
@@ -300,7 +318,6 @@ impl Shared {
             store.persist(&ids).with_context(|| format!("tree {root} cannot be kept"))
         })
         .await??;
-        self.space.pushed(root);
         self.copies.note_kept(root);
         self.act(move |peer, _| peer.tree_stored(root)).await?;
         Ok(())

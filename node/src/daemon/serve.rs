@@ -533,7 +533,12 @@ pub(super) async fn may_read(
     };
     let dirs = [shared.job_dir(job), shared.copies.shelf().job_dir(job)];
     let Some(dir) = dirs.into_iter().find(|dir| dir.join(work::SPEC_FILE).exists()) else {
-        bail!("job {} left nothing on this node", short(job));
+        let kept = humantime::format_duration(shared.settings.keep_done);
+        bail!(
+            "job {} left nothing on this node, or it is gone: what finished jobs left stays for \
+             {kept} here (`keep_done`)",
+            short(job)
+        );
     };
     let spec = tokio::task::spawn_blocking(move || work::read_spec(&dir)).await??;
     let owner = spec.spec.owner;

@@ -20,7 +20,7 @@ use anyhow::Context as _;
 use p2pit_protocol::{
     BlobId, JobId, PeerId,
     job::{State, VerifiedSpec},
-    record::Certificate,
+    record::{Certificate, Kept},
 };
 use tokio::sync::Notify;
 use tracing::{info, warn};
@@ -29,7 +29,7 @@ use self::{
     bin::Bin,
     roots::{Dropped, Root, short},
 };
-use super::{NoPeer, Shared, clock, lock, push, serve::Request, work};
+use super::{NoPeer, Shared, clock, copies, lock, serve::Request, work};
 use crate::{
     api::types,
     transfer::{
@@ -61,7 +61,11 @@ const CLOCK_STEP: Duration = Duration::from_secs(120);
 /// Jobs asked about in one look.
 const ASKS_MAX: usize = 16;
 /// How long a keeper may take to say whether a job was removed.
-const ASK_WITHIN: Duration = Duration::from_secs(10);
+const ASK_WITHIN: Duration = Duration::from_secs(3);
+/// After nobody could tell.
+const ASK_AGAIN: Duration = Duration::from_secs(60);
+/// A job is taken to be over for good, although not known to be so by a majority, after this.
+const SURELY_OVER_MS: u64 = 3_600_000;
 
 /// What the node knows of its room.
 #[derive(Debug, Default)]
@@ -77,6 +81,8 @@ pub(crate) struct Space {
     warnings: Mutex<Vec<String>>,
     /// What keepers said of jobs that are not kept here.
     told: Mutex<BTreeMap<JobId, Told>>,
+    /// When nobody could tell last.
+    untold: Mutex<BTreeMap<JobId, Instant>>,
 }
 
 #[derive(Debug, Default)]
@@ -143,9 +149,15 @@ impl Space {
         pushed.insert(tree, Instant::now());
     }
 
-    /// A record of a job that is over changed: its data may have been given up.
-    pub(crate) fn look(&self) {
-        self.wake.notify_one();
+    /// This record is kept here, or changed: it keeps its inputs from now on; of a job that is
+    /// over, what it left may have been given up.
+    pub(crate) fn named(&self, kept: &Kept) {
+        let mut pushed = lock(&self.pushed);
+        pushed.retain(|tree, _| kept.spec.inputs().all(|input| input != *tree));
+        drop(pushed);
+        if kept.value.body.state() == State::Done {
+            self.wake.notify_one();
+        }
     }
 
     pub(crate) fn warnings(&self) -> Vec<String> {
@@ -306,6 +318,7 @@ async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Res
     let mut reach = Reach::begin(&shared.store);
     let keep_done_ms = millis(shared.settings.keep_done);
     let pushed = fresh_pushed(shared);
+    let holding = Arc::clone(shared);
     let mut all = shared
         .act(move |peer, now| {
             let mut all = roots::of_peer(peer, keep_done_ms, now.wall_ms);
@@ -316,6 +329,7 @@ async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Res
             let kept: BTreeSet<BlobId> = all.iter().map(|root| root.tree).collect();
             // Who hears from now on that a tree is here has had it looked at after this.
             peer.forget_trees(|tree| kept.contains(&tree));
+            holding.copies.forget_kept(|tree| kept.contains(&tree));
             all
         })
         .await?;
@@ -325,7 +339,12 @@ async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Res
         all.extend(on_disk);
         all.sort_unstable();
         all.dedup_by_key(|root| root.tree);
-        all.iter().for_each(|root| reach.add_tree(root.tree));
+        for root in &all {
+            match root.kind {
+                roots::Kind::InputOfFinished(_) => reach.add_tree_in_place(root.tree),
+                _ => reach.add_tree(root.tree),
+            }
+        }
         let mut warnings: Vec<String> =
             lists.iter().map(|list| unknown(Some(list.job), &list.reason)).collect();
         for (tree, reason) in reach.unreadable() {
@@ -438,10 +457,12 @@ pub(crate) fn describe(shared: &Shared) -> types::Space {
 /// What is to become of a job's directories here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
+    /// In their place, also where they were removed before.
     Stay,
     Go(Dropped),
-    /// Its record is not here: what was announced of it, if anything, its keepers, and whether
-    /// it is over as far as is known.
+    /// It is not sure yet: they are left where they are.
+    Unsure,
+    /// Its record is not here.
     Ask,
 }
 
@@ -470,13 +491,7 @@ async fn settle_removed(shared: &Arc<Shared>) -> anyhow::Result<bool> {
                 return (job, Fate::Stay);
             }
             let fate = match peer.record(job) {
-                Some(kept) => {
-                    match roots::is_given_up(&kept.value.body, keep_done_ms, now.wall_ms) {
-                        // What is not known to be chosen may come to nothing.
-                        Some(why) if kept.chosen => Fate::Go(why),
-                        Some(_) | None => Fate::Stay,
-                    }
-                }
+                Some(kept) => fate_of(kept, keep_done_ms, now.wall_ms),
                 None => Fate::Ask,
             };
             (job, fate)
@@ -504,16 +519,31 @@ async fn settle_removed(shared: &Arc<Shared>) -> anyhow::Result<bool> {
                 gone |= give_up(shared, job, why).await?;
             }
             Fate::Stay if away.binary_search(&job).is_ok() => {
-                let bin = bin.clone();
-                let back = tokio::task::spawn_blocking(move || bin.take_back(job)).await?;
-                if back.with_context(|| format!("job {} cannot be put back", short(job)))? {
-                    info!(%job, "what it left is back");
-                }
+                take_back(shared, job)
+                    .await
+                    .with_context(|| format!("job {} cannot be put back", short(job)))?;
             }
             _ => {}
         }
     }
     Ok(gone)
+}
+
+/// What its record says of a job that nothing of runs here.
+fn fate_of(kept: &Kept, keep_done_ms: u64, wall_ms: u64) -> Fate {
+    let given_up = |wall_ms| roots::is_given_up(&kept.value.body, keep_done_ms, wall_ms);
+    match given_up(wall_ms) {
+        None => Fate::Stay,
+        // It goes no further than the trash, whatever comes of a value that this keeper has only
+        // accepted.
+        Some(Dropped::Removed) => Fate::Go(Dropped::Removed),
+        Some(Dropped::Expired)
+            if kept.chosen || given_up(wall_ms.saturating_sub(SURELY_OVER_MS)).is_some() =>
+        {
+            Fate::Go(Dropped::Expired)
+        }
+        Some(Dropped::Expired) => Fate::Unsure,
+    }
 }
 
 /// Moves a job's directories to the trash; whether there were any.
@@ -537,6 +567,23 @@ async fn give_up(shared: &Arc<Shared>, job: JobId, why: Dropped) -> anyhow::Resu
         shared.served.forget(job);
     }
     Ok(moved)
+}
+
+/// Moves a job's directories out of the trash, and tells the peer what is held again.
+async fn take_back(shared: &Arc<Shared>, job: JobId) -> anyhow::Result<()> {
+    let (bin, shelf) = (Bin::of(&shared.home), shared.copies.shelf().clone());
+    let store = shared.store.clone();
+    let stock = tokio::task::spawn_blocking(move || {
+        if !bin.take_back(job)? {
+            return std::io::Result::Ok(None);
+        }
+        // With it what has gone to the trash of the store comes back.
+        Ok(Some(copies::take_stock_of(&shelf, &store, job)?))
+    });
+    let Some(stock) = stock.await?? else { return Ok(()) };
+    info!(%job, "what it left is back");
+    shared.act(move |peer, now| copies::tell(peer, stock, now)).await?;
+    Ok(())
 }
 
 /// Moves what finished jobs left here to the trash once it is too old.
@@ -611,18 +658,25 @@ async fn ask_about(
         })
         .await?;
     let is_news = |job: &JobId, head: (u32, u64)| {
-        lock(&shared.space.told).get(job).is_none_or(|told| told.head < head)
+        let waits = lock(&shared.space.untold).get(job).is_some_and(|at| at.elapsed() < ASK_AGAIN);
+        !waits && lock(&shared.space.told).get(job).is_none_or(|told| told.head < head)
     };
-    let news = heads.into_iter().filter(|(job, head, _)| is_news(job, *head));
-    for (job, head, keepers) in news.take(ASKS_MAX) {
-        if let Some((value, removed)) = ask_keepers(shared, job, keepers).await? {
-            let mut told = lock(&shared.space.told);
-            let known = told.entry(job).or_insert(Told { head, value, removed });
-            if known.value <= value {
-                *known = Told { head: head.max(known.head), value, removed };
-            }
+    let news = heads.into_iter().filter(|(job, head, _)| is_news(job, *head)).take(ASKS_MAX);
+    let asks = news.map(|(job, head, keepers)| async move {
+        (job, head, ask_keepers(shared, job, keepers).await)
+    });
+    for (job, head, answer) in futures::future::join_all(asks).await {
+        let Some((value, removed)) = answer? else {
+            lock(&shared.space.untold).insert(job, Instant::now());
+            continue;
+        };
+        let mut told = lock(&shared.space.told);
+        let known = told.entry(job).or_insert(Told { head, value, removed });
+        if known.value <= value {
+            *known = Told { head: head.max(known.head), value, removed };
         }
     }
+    lock(&shared.space.untold).retain(|job, _| unknown.contains(job));
     let mut told = lock(&shared.space.told);
     told.retain(|job, _| unknown.contains(job));
     Ok(told.iter().map(|(job, told)| (*job, told.removed)).collect())
@@ -661,7 +715,9 @@ async fn ask_keepers(
                 return Ok(Some(((value.epoch, value.seq), value.body.removed.is_some())));
             }
             Ok(_) => {}
-            Err(reason) => warn!(%keeper, %job, reason, "what it says of a job is not proved"),
+            Err(reason) => {
+                tracing::debug!(%keeper, %job, reason, "what it says of a job is not proved");
+            }
         }
     }
     Ok(None)
@@ -676,18 +732,13 @@ pub(super) async fn removal(
     let spec = tokio::task::spawn_blocking(move || VerifiedSpec::verify(spec)).await??;
     let job = spec.job;
     Ok(shared
-        .act(move |peer, _| {
+        .act(move |peer, now| {
+            // After a start it may not be known yet; who asks again is told.
+            peer.make_sure_of_end(job, now);
             let kept = peer.record(job).filter(|kept| kept.chosen)?;
-            Some(kept.certificate.clone())
+            (!kept.certificate.receipts.is_empty()).then(|| kept.certificate.clone())
         })
         .await?)
-}
-
-/// Whether all of a tree is here.
-pub(super) fn is_whole(store: &BlobStore, tree: BlobId) -> bool {
-    store.has(&tree)
-        && push::blobs_of(store, tree)
-            .is_ok_and(|blobs| blobs.iter().all(|(blob, _)| store.has(blob)))
 }
 
 #[cfg(test)]

@@ -137,7 +137,7 @@ impl Peer {
 
     /// Somebody acts on the end of a job, and an end that only this keeper accepted may come
     /// to nothing. What is asked for in passing, such as a listing, is not worth a read.
-    fn make_sure_of_end(&mut self, job: JobId, now: Now) {
+    pub fn make_sure_of_end(&mut self, job: JobId, now: Now) {
         let is_over = |kept: &Kept| kept.value.body.state() == State::Done;
         if self.registers.get(job).is_some_and(|kept| !kept.chosen && is_over(kept)) {
             self.make_sure(job, now);

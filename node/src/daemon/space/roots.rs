@@ -37,13 +37,14 @@ pub(super) struct Root {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Kind {
     Input(JobId),
-    InputOfFinished(JobId),
     Result(JobId),
     Saved(JobId),
     Wanted(JobId),
     Left(JobId),
     Copy(JobId),
     Pushed,
+    /// Last: of what keeps one tree the first counts, and this keeps it the least.
+    InputOfFinished(JobId),
 }
 
 impl Kind {
@@ -227,7 +228,7 @@ pub(super) fn short(job: JobId) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::{collections::BTreeSet, sync::Arc};
 
     use p2pit_protocol::{
@@ -284,7 +285,7 @@ mod tests {
     }
 
     /// A job whose one rank left a tree of each kind, and that began with a saved one.
-    fn kept(state: State) -> Kept {
+    pub(in crate::daemon::space) fn kept(state: State) -> Kept {
         let spec = spec();
         let mut value = Value::birth(&spec);
         let end = RankEnd {
@@ -300,7 +301,8 @@ mod tests {
             hold: p2pit_protocol::HoldId([0; 16]),
             grant: Grant { gpus: Vec::new(), cpu_cores: 1, ram_mib: 0 },
         };
-        value.body.ranks = vec![RankRecord { assignment, state: RankState::Ended, end: Some(end) }];
+        value.body.ranks =
+            vec![RankRecord { assignment, state: RankState::Ended, end: Some(end), store: None }];
         let saved = Saved { rank: Rank(0), attempt: Attempt(1), node: node(), tree: tree(5) };
         value.body.saved = vec![saved];
         value.body.history.push(Change { state, at_ms: 10_000, reason: String::new() });

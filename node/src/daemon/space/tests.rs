@@ -48,17 +48,24 @@ fn what_keeps_sweeps_from_being_made_is_told_with_the_next_step() {
 }
 
 #[test]
-fn a_tree_is_whole_where_all_that_it_names_is_here() {
-    use crate::transfer::tree::{Entry, Kind, Tree, TreePath};
-    let dir = tempfile::tempdir().unwrap();
-    let store = BlobStore::open(&dir.path().join("blobs")).unwrap();
-    let blob = BlobId::of(b"content");
-    let kind = Kind::File { blob, size: 7, executable: false };
-    let entry = Entry { path: TreePath::from_bytes("f").unwrap(), kind };
-    let manifest = Tree::new(vec![entry]).unwrap().encode().unwrap();
-    assert!(!is_whole(&store, BlobId::of(&manifest)));
-    let tree = store.put_bytes(&manifest).unwrap();
-    assert!(!is_whole(&store, tree));
-    store.put_bytes(b"content").unwrap();
-    assert!(is_whole(&store, tree));
+fn directories_go_by_what_the_record_says_and_come_back_by_it() {
+    use p2pit_protocol::job::Removed;
+    let hour_ms = SURELY_OVER_MS;
+    let fate = |state, removed: bool, chosen, wall_ms| {
+        let mut kept = roots::tests::kept(state);
+        let by = kept.spec.spec.owner;
+        kept.value.body.removed = removed.then_some(Removed { by, at_ms: 0 });
+        kept.chosen = chosen;
+        fate_of(&kept, 5_000, wall_ms)
+    };
+    for chosen in [true, false] {
+        assert_eq!(fate(State::Running, true, chosen, 99 * hour_ms), Fate::Stay);
+        assert_eq!(fate(State::Done, false, chosen, 14_000), Fate::Stay);
+        assert_eq!(fate(State::Done, true, chosen, 14_000), Fate::Go(Dropped::Removed));
+        let late = fate(State::Done, false, chosen, 15_000 + hour_ms);
+        assert_eq!(late, Fate::Go(Dropped::Expired));
+    }
+    assert_eq!(fate(State::Done, false, true, 15_000), Fate::Go(Dropped::Expired));
+    // An end that came to nothing must not cost what is left.
+    assert_eq!(fate(State::Done, false, false, 15_000), Fate::Unsure);
 }

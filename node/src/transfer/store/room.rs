@@ -17,7 +17,7 @@ use std::{
 
 use rustix::fs::statvfs;
 
-use super::{BlobStore, Error, PARTIAL, TMP, TRASH, trash};
+use super::{BlobStore, Error, PARTIAL, TRASH, trash};
 
 /// Of the file system, what is left to others where it is large enough, and at most that.
 const LEFT_FREE_PERCENT: u64 = 5;
@@ -99,6 +99,24 @@ impl fmt::Display for NoRoom {
                  {} to others, so that {wanted} more do not fit",
                 amount(*free),
                 amount(*left),
+            ),
+        }
+    }
+}
+
+impl NoRoom {
+    /// What its reader can do.
+    #[must_use]
+    pub fn next_step(&self) -> String {
+        let whose = &self.whose;
+        match self.bound {
+            Bound::Quota { .. } => format!(
+                "remove finished jobs with `p2pit rm JOB`, or let p2pit use more with `storage` \
+                 in the config.yaml of {whose}, which it reads when it is started"
+            ),
+            Bound::Disk { .. } => format!(
+                "free some space on that disk of {whose}, or remove finished jobs with `p2pit rm \
+                 JOB`"
             ),
         }
     }
@@ -292,12 +310,11 @@ impl BlobStore {
             census.trash_bytes += signless(room_of(metadata));
             Ok(())
         })?;
-        for dir in [PARTIAL, TMP] {
-            trash::each_file_below(&self.inner.root.join(dir), &mut |_, metadata| {
-                census.partial_bytes += signless(room_of(metadata));
-                Ok(())
-            })?;
-        }
+        // What is in `tmp/` is on its way, and counted as what was promised to it.
+        trash::each_file_below(&self.inner.root.join(PARTIAL), &mut |_, metadata| {
+            census.partial_bytes += signless(room_of(metadata));
+            Ok(())
+        })?;
         let now = room.used();
         // What came behind the walk is counted as well: rather too much than too little.
         let set = |counter: &AtomicI64, found: u64, before: u64, now: u64| {

@@ -124,6 +124,8 @@ pub struct Reach {
     store: BlobStore,
     _since: Use,
     blobs: HashSet<BlobId>,
+    /// Stay where they are, in the trash as well.
+    in_place: HashSet<BlobId>,
     /// Roots whose lists of files went bad here, and why they cannot be read.
     unreadable: Vec<(BlobId, String)>,
     is_given_up: bool,
@@ -135,27 +137,43 @@ impl Reach {
     pub fn begin(store: &BlobStore) -> Self {
         let (blobs, unreadable) = (HashSet::new(), Vec::new());
         let (store, _since) = (store.clone(), store.begin_use());
-        Self { store, _since, blobs, unreadable, is_given_up: false }
+        let in_place = HashSet::new();
+        Self { store, _since, blobs, in_place, unreadable, is_given_up: false }
     }
 
     /// Adds a tree and all that it names, as far as it is here. What is not a tree names
     /// nothing; a tree that never was here, nothing that would be.
     pub fn add_tree(&mut self, root: BlobId) {
-        if !self.blobs.insert(root) {
-            return;
+        if self.blobs.insert(root) {
+            let named = self.named_by(root);
+            self.blobs.extend(named);
         }
+    }
+
+    /// As [`Self::add_tree`], of a tree that nobody needs any more and that may stay as long as
+    /// there is room: what of it has gone to the trash is not taken back.
+    pub fn add_tree_in_place(&mut self, root: BlobId) {
+        // Asking for it would take it out of the trash.
+        if self.store.path_of(&root).exists() && self.in_place.insert(root) {
+            let named = self.named_by(root);
+            self.in_place.extend(named);
+        }
+    }
+
+    fn named_by(&mut self, root: BlobId) -> Vec<BlobId> {
         match self.store.read(&root, MANIFEST_BYTES_MAX) {
             Ok(manifest) => {
                 // By its hash it is what was meant: it never will be one.
-                if let Ok(tree) = Tree::decode(&manifest) {
-                    self.blobs.extend(tree.blobs().into_keys());
-                }
+                Tree::decode(&manifest)
+                    .map(|it| it.blobs().into_keys().collect())
+                    .unwrap_or_default()
             }
-            Err(Error::Missing(_)) if !self.store.is_damaged(&root) => {}
-            Err(Error::TooLarge { .. }) => {}
+            Err(Error::Missing(_)) if !self.store.is_damaged(&root) => Vec::new(),
+            Err(Error::TooLarge { .. }) => Vec::new(),
             Err(reason) => {
                 let reason = format!("{:#}", anyhow::Error::from(reason));
                 self.unreadable.push((root, reason));
+                Vec::new()
             }
         }
     }
@@ -173,17 +191,7 @@ impl Reach {
 
     #[must_use]
     pub fn contains(&self, id: &BlobId) -> bool {
-        self.blobs.contains(id)
-    }
-
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.blobs.len()
-    }
-
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.blobs.is_empty()
+        self.blobs.contains(id) || self.in_place.contains(id)
     }
 }
 
@@ -299,7 +307,7 @@ impl BlobStore {
         let mut swept = Swept::default();
         let mut back = Vec::new();
         each_file_below(&self.inner.root.join(TRASH), &mut |path, _| {
-            back.extend(blob_at(path).filter(|id| reach.contains(id)));
+            back.extend(blob_at(path).filter(|id| reach.blobs.contains(id)));
             Ok(())
         })?;
         for id in back {

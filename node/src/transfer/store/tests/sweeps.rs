@@ -231,6 +231,31 @@ fn parts_that_nobody_goes_on_with_go_while_the_store_is_open() {
     drop(wanted);
 }
 
+#[test]
+fn what_may_stay_where_it_is_stays_and_is_not_taken_back() {
+    let it = Fixture::new();
+    let tree = it.tree(&[b"input"]);
+    let blob = BlobId::of(b"input");
+    let in_place = || {
+        let mut reach = Reach::begin(&it.store);
+        reach.add_tree_in_place(tree);
+        it.store.sweep(&reach).unwrap()
+    };
+    it.time.pass(LATER);
+    in_place();
+    assert!(it.is_live(&tree) && it.is_live(&blob));
+    // At need.
+    it.time.pass(LATER);
+    it.store.sweep(&it.reach(&[])).unwrap();
+    assert!(!it.is_live(&tree) && !it.is_live(&blob));
+    assert_eq!(in_place(), Swept::default());
+    assert!(!it.is_live(&tree) && !it.is_live(&blob));
+    // Needed again.
+    it.store.sweep(&it.reach(&[tree])).unwrap();
+    assert!(it.is_live(&tree) && it.is_live(&blob));
+    it.assert_counted();
+}
+
 /// What can happen between two steps of a sweep that is about to take a blob, and whether the
 /// blob has to be in its place afterwards.
 type Between = (&'static str, fn(&Fixture, &BlobId), bool);
