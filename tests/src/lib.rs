@@ -9,6 +9,7 @@
 
 mod command;
 mod disk;
+pub mod nat;
 mod node;
 mod pool;
 mod processes;

@@ -78,10 +78,9 @@ pub(crate) struct Known {
 #[derive(Debug, Clone)]
 pub(crate) struct Answer {
     pub(crate) probed: Probed,
-    /// How far its clock is ahead of this one, in milliseconds; half the round trip is not
-    /// known.
+    /// How far its clock is ahead of this one, in milliseconds; 0 where it may be right, as the
+    /// time of the question lets it.
     pub(crate) clock_ms: i64,
-    pub(crate) round_trip_ms: u64,
 }
 
 /// Whether a NAT gives this node's port the same address for all it talks to. Only then holes
@@ -295,16 +294,14 @@ async fn ask(shared: &Arc<Shared>, members: &[Member]) -> BTreeMap<PeerId, Answe
     let answers = asked.into_iter().take(ASKED).map(|member| {
         let question = &question;
         async move {
-            let (begun, wall_ms) = (Instant::now(), clock::now().wall_ms);
+            let wall_ms = clock::now().wall_ms;
             match shared.ask::<Probed>(member.node, question).await {
                 Ok(probed) => {
-                    let round_trip_ms =
-                        u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
                     let there = i64::try_from(probed.wall_ms).unwrap_or(i64::MAX);
                     let here = i64::try_from(clock::now().wall_ms).unwrap_or(i64::MAX);
                     let before = i64::try_from(wall_ms).unwrap_or(i64::MAX);
                     let clock_ms = clock_offset(before, here, there);
-                    Some((member.node, Answer { probed, clock_ms, round_trip_ms }))
+                    Some((member.node, Answer { probed, clock_ms }))
                 }
                 Err(reason) => {
                     debug!(node = %member.node, reason = format!("{reason:#}"), "not asked");
@@ -392,7 +389,7 @@ mod tests {
         let seen = seen.map(|addr| addr.parse().unwrap());
         let control = Some(Ok(()));
         let probed = Probed { seen, control, tcp: None, data: Some(data), wall_ms: 0 };
-        Answer { probed, clock_ms: 0, round_trip_ms: 1 }
+        Answer { probed, clock_ms: 0 }
     }
 
     fn known(answers: Vec<Answer>) -> Known {
