@@ -417,6 +417,16 @@ impl Shared {
         self.endpoint.pooled(peer, DATA.alpn, lane).context("the connection came and went")
     }
 
+    /// Whether what a member sends goes through another one, at the pace of that.
+    pub(crate) fn is_passed_on(&self, peer: PeerId) -> bool {
+        let is_own = self.endpoint.pooled(peer, DATA.alpn, BULK).is_some();
+        let route = self.network().and_then(|network| network.route(peer));
+        // Where this side can be dialled the other is asked to.
+        !is_own
+            && self.standing.reach() == Reach::Behind
+            && matches!(route, Some(Route::Relayed(_)))
+    }
+
     /// What carries questions to a member now; `None` where nothing does.
     pub(crate) fn carried(&self, peer: PeerId) -> Option<Carried> {
         if let Some(connection) = self.endpoint.pooled(peer, DATA.alpn, TALK) {
@@ -735,5 +745,31 @@ impl Shared {
             crate::store::PeerEntry { control, data, last_seen_wall_ms: clock::now().wall_ms };
         self.addresses.put(peer, entry, None);
         self.reach_changed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use p2pit_protocol::identity::PublicKey;
+
+    use super::*;
+
+    #[test]
+    fn where_no_connection_came_about_it_is_not_waited_for_again_for_a_while() {
+        let (peer, other) = (PeerId(PublicKey([1; 32])), PeerId(PublicKey([2; 32])));
+        let (shut, now) = (Shut::default(), Instant::now());
+        assert_eq!(shut.patience(peer, TALK, now), OWN_WITHIN.0);
+        assert_eq!(shut.patience(peer, BULK, now), OWN_WITHIN.1);
+        shut.note(peer, now);
+        let later = now + SHUT_FOR - Duration::from_millis(1);
+        assert_eq!(shut.patience(peer, BULK, later), Duration::ZERO);
+        assert_eq!(shut.patience(other, BULK, later), OWN_WITHIN.1);
+        assert_eq!(shut.patience(peer, BULK, now + SHUT_FOR), OWN_WITHIN.1);
+        shut.forget();
+        assert_eq!(shut.patience(peer, TALK, later), OWN_WITHIN.0);
+        // What is over is not remembered.
+        shut.note(peer, now);
+        shut.note(other, now + SHUT_FOR);
+        assert_eq!(super::super::lock(&shut.0).len(), 1);
     }
 }
