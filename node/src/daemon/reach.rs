@@ -43,6 +43,8 @@ pub(crate) const ROUNDS_MAX: u32 = 16;
 const CONNECTIONS_WANTED: usize = 48;
 /// How long a door may take to answer.
 const DOOR_TIMEOUT: Duration = Duration::from_secs(10);
+/// The same, before a member is dialled without it.
+const DOOR_BRIEFLY: Duration = Duration::from_secs(5);
 /// How long a node may take to answer a request that is not a stream.
 pub(crate) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between tries to reach the same member, at first and at most.
@@ -296,7 +298,14 @@ async fn meet(shared: &Arc<Shared>, wanted: Wanted) -> anyhow::Result<()> {
         dial(control);
         return Ok(());
     }
-    let agreed = agree(shared, peer, &data).await;
+    // Where there is another way, that is tried soon.
+    let patience = if control.is_empty() { DOOR_TIMEOUT } else { DOOR_BRIEFLY };
+    let door = timeout(patience, shared.endpoint.connect(peer, &data, DOOR.alpn));
+    let agreed = match door.await {
+        Ok(Ok(_)) => agree(shared, peer, &data).await,
+        Ok(Err(reason)) => Err(reason.into()),
+        Err(_elapsed) => Err(anyhow::anyhow!("its door is silent")),
+    };
     if let Err(reason) = agreed {
         // The door is UDP alone. By TCP it may be there, and it judges for itself.
         if !reason.is::<ShutOut>() && !control.is_empty() {

@@ -213,7 +213,10 @@ pub(super) async fn watch(shared: Arc<Shared>) {
         let fresh = connected().filter(|member| !known.answers.contains_key(&member.node));
         let is_due = due_at.is_none_or(|at| at <= Instant::now())
             || (known.answers.len() < ASKED && fresh.count() > 0);
-        if is_due && connected().count() > 0 {
+        if connected().count() == 0 {
+            // Whatever cut it off may have changed how it is reached.
+            due_at = None;
+        } else if is_due {
             let answers = ask_confirmed(&shared, &known, &members).await;
             // Where nobody answers they are asked again soon.
             let next = if answers.is_empty() { AGAIN } else { EVERY };
@@ -259,7 +262,7 @@ async fn members(shared: &Shared) -> Result<Vec<Member>, super::NoPeer> {
 /// Asks anew. To be used where a person waits for it.
 pub(crate) async fn ask_now(shared: &Arc<Shared>) -> Known {
     if let (Some(network), Ok(members)) = (shared.network(), members(shared).await) {
-        let answers = ask(shared, &members).await;
+        let answers = ask_confirmed(shared, &shared.standing.known(), &members).await;
         if !answers.is_empty() {
             take_in(shared, answers);
         }
