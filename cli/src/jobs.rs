@@ -44,9 +44,17 @@ pub(crate) async fn gather(session: &Session, filter: JobFilter) -> anyhow::Resu
     let names = Names::of(&nodes, &users).with_jobs(&audience);
     let done_max = filter.done_max;
     let command = Command::Jobs(filter);
-    let mut answers =
-        session.ask_within(audience.pool, &audience.nodes, &command, Some(PATIENCE)).await?;
-    let missed = missed(&audience.keepers, &answers);
+    let offline: BTreeSet<PeerId> =
+        nodes.iter().filter(|node| node.reach == "offline").map(|node| node.node).collect();
+    let (away, here): (Vec<PeerId>, Vec<PeerId>) =
+        audience.nodes.iter().partition(|node| offline.contains(node));
+    let (mut answers, of_away) = tokio::try_join!(
+        session.ask_within(audience.pool, &here, &command, Some(PATIENCE)),
+        session.ask_within(audience.pool, &away, &command, Some(PATIENCE_OFFLINE)),
+    )?;
+    answers.extend(of_away);
+    let mut missed = missed(&audience.keepers, &answers);
+    missed.retain(|node| !offline.contains(node));
     if !missed.is_empty() {
         // Nobody else has what they have: they get the time they need.
         answers.retain(|answer| !missed.contains(&answer.node));
@@ -106,6 +114,9 @@ pub(crate) enum Asked {
 
 /// How long one keeper may think before the next is asked, too.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long one has that this node has no connection to: it is mostly off, and a command that
+/// has just started a node for itself is connected to few.
+const PATIENCE_OFFLINE: Duration = Duration::from_millis(500);
 /// Nodes asked at once about one job.
 const AT_ONCE_MAX: usize = 64;
 /// Answers about one job that name further nodes.
@@ -388,7 +399,11 @@ impl Round {
 fn missed(kept: &[(JobId, Vec<PeerId>)], answers: &[Answer]) -> BTreeSet<PeerId> {
     let silent = answers.iter().filter(|answer| answer.reply.is_none());
     let silent: BTreeSet<PeerId> = silent.map(|answer| answer.node).collect();
-    let lost = kept.iter().filter(|(_, keepers)| keepers.iter().all(|it| silent.contains(it)));
+    // Its keepers may be others by now than those this node knows of.
+    let shown: BTreeSet<JobId> = jobs_of(answers).iter().map(|view| view.job).collect();
+    let lost = kept.iter().filter(|(job, keepers)| {
+        !shown.contains(job) && keepers.iter().all(|it| silent.contains(it))
+    });
     lost.flat_map(|(_, keepers)| keepers).copied().collect()
 }
 
@@ -529,6 +544,12 @@ mod tests {
         assert_eq!(missed(&kept, &[answer(1, true), answer(2, false), answer(3, true)]), [].into());
         let answers = [answer(1, false), answer(2, false), answer(3, true)];
         assert_eq!(missed(&kept, &answers), [peer(1), peer(2)].into());
+        // Others keep it by now.
+        let moved = Reply::Jobs(vec![numbered(1, State::Running, NOW_MS)]);
+        let job = numbered(1, State::Running, NOW_MS).job;
+        let kept = [(job, vec![peer(1), peer(2)])];
+        let moved = Answer { reply: Some(moved), ..answer(3, true) };
+        assert_eq!(missed(&kept, &[answer(1, false), answer(2, false), moved]), [].into());
     }
 
     #[test]

@@ -104,14 +104,14 @@ fuzz_target!(|bytes: &[u8]| {
     let _ = items.answer(reconcile::Sum::default(), bytes);
     let _ = items.compare(bytes);
 
-    if let Some((key, value)) = bytes.split_at_checked(bytes.first().map_or(0, |n| *n as usize)) {
-        if wire::decode::<Slot>(key).is_ok() {
-            let mut fresh = peer();
-            let _ = fresh.restore(key, value, NOW);
-            let _ = fresh.restored();
-            fresh.resume(&[], NOW);
-            drain(&mut fresh);
-        }
+    if let Some((key, value)) = bytes.split_at_checked(bytes.first().map_or(0, |n| *n as usize))
+        && wire::decode::<Slot>(key).is_ok()
+    {
+        let mut fresh = peer();
+        let _ = fresh.restore(key, value, NOW);
+        let _ = fresh.restored();
+        fresh.resume(&[], NOW);
+        drain(&mut fresh);
     }
     PEER.with_borrow_mut(|(used, peer_now)| {
         *used += 1;

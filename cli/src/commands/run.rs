@@ -82,6 +82,8 @@ pub(crate) struct Args {
         value_name = "N",
         default_value_t = 0,
         hide_default_value = true,
+        // So that `-1` is told to be out of range, and is not taken for an option.
+        allow_negative_numbers = true,
         value_parser = clap::value_parser!(u32).range(..=i64::from(RETRIES_MAX))
     )]
     retries: u32,
@@ -424,6 +426,8 @@ mod tests {
             let parsed = Line::try_parse_from([&["run", "t"], line].concat());
             parsed.unwrap_err().to_string()
         };
+        let said = refused(&["--retries", "-1"]);
+        assert!(said.contains("-1 is not in 0..=100"), "{said}");
         let said = refused(&["--retries", "101"]);
         assert!(said.contains("101 is not in 0..=100"), "{said}");
         let said = refused(&["--on-partition", "stop"]);

@@ -1,5 +1,7 @@
 //! `p2pit stop`: end jobs before their time.
 
+use std::cell::Cell;
+
 use p2pit_protocol::{
     job::State,
     message::{Command, Reply},
@@ -50,8 +52,13 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
 
 async fn stop(session: &Session, out: &Output, text: &str) -> anyhow::Result<()> {
     let found = Found::by_text(session, text).await?;
+    let was_alive = Cell::new(false);
     // Only what is recorded is sure to happen.
-    let is_final = |reply: &Reply| !matches!(reply, Reply::Stopping { recorded: false, .. });
+    let is_final = |reply: &Reply| {
+        let Reply::Stopping { state, recorded } = reply else { return true };
+        was_alive.set(was_alive.get() || *state != State::Done);
+        *recorded
+    };
     let stop = Command::Stop(found.job());
     let reply = found.ask_steward(session, out, &stop, is_final).await?;
     let Reply::Stopping { state, .. } = reply else {
@@ -59,7 +66,8 @@ async fn stop(session: &Session, out: &Output, text: &str) -> anyhow::Result<()>
     };
     let short = &found.resolved.short;
     out.note(&match state {
-        State::Done => format!("job {short} is over already: there is nothing to stop"),
+        State::Done if was_alive.get() => format!("job {short} is over now"),
+        State::Done => format!("job {short} was over before: there is nothing to stop"),
         _ => format!("job {short} is being stopped"),
     });
     Ok(())

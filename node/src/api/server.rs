@@ -560,7 +560,7 @@ async fn resolve(
     }
     let wanted_id: Option<JobId> = wanted.parse().ok();
     let submitted = if is_last { Vec::new() } else { shared.submitted(&wanted) };
-    let (heads, mut all, kept) = shared
+    let (heads, mut all, kept, connected) = shared
         .act(move |peer, _| {
             let all: Vec<String> = peer.heads().map(|head| head.job.to_string()).collect();
             let matches = |head: &&p2pit_protocol::message::Head| {
@@ -577,7 +577,9 @@ async fn resolve(
                 .filter(|(job, _)| !is_last && job.to_string().starts_with(&wanted))
                 .map(|(job, kept)| (*job, kept.keepers.iter().map(|(node, _)| *node).collect()))
                 .collect();
-            (heads, all, kept)
+            let connected: std::collections::BTreeSet<PeerId> =
+                peer.board().connected().chain([peer.id()]).collect();
+            (heads, all, kept, connected)
         })
         .await?;
     let is_announced = |job: &JobId| heads.iter().any(|head| head.job == *job);
@@ -617,7 +619,7 @@ async fn resolve(
         [(job, keepers)] => Ok(Json(Resolved {
             job: *job,
             short: short_of(&job.to_string(), &all),
-            keepers: keepers.clone(),
+            keepers: connected_first(keepers.clone(), &connected),
             is_under_way,
         })),
         several => {
@@ -631,6 +633,15 @@ async fn resolve(
 fn keepers_of(head: &p2pit_protocol::message::Head) -> Vec<PeerId> {
     let others = head.keepers.iter().filter(|keeper| **keeper != head.keeper);
     core::iter::once(&head.keeper).chain(others).copied().collect()
+}
+
+/// In the same order otherwise: who is off is waited for last.
+fn connected_first(
+    mut keepers: Vec<PeerId>,
+    connected: &std::collections::BTreeSet<PeerId>,
+) -> Vec<PeerId> {
+    keepers.sort_by_key(|keeper| !connected.contains(keeper));
+    keepers
 }
 
 fn ambiguous(text: &str, jobs: &[String], all: &[String]) -> Failure {

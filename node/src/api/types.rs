@@ -339,9 +339,9 @@ pub struct Resolved {
     pub job: JobId,
     /// The shortest unique prefix, at least four characters.
     pub short: String,
-    /// Of its newest announcement, the one that made it first; of a job that was submitted here
-    /// and never announced, those that it named. Empty where none is known: then any node may
-    /// keep it.
+    /// Those that this node is connected to come first. Of its newest announcement, the one that
+    /// made it before the others; of a job that was submitted here and never announced, those
+    /// that it named. Empty where none is known: then any node may keep it.
     pub keepers: Vec<PeerId>,
     /// It is being submitted here, and not announced: it may be born yet.
     pub is_under_way: bool,
