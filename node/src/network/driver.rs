@@ -527,7 +527,7 @@ impl Driver {
         }
         debug!(%addr, "this machine has lost an address: connecting anew");
         let dead: Vec<_> =
-            self.peers.values().flat_map(|peer| peer.from_source(addr.ip())).collect();
+            self.peers.values().flat_map(|peer| peer.leaving_from(addr.ip())).collect();
         for id in dead {
             self.swarm.close_connection(id);
         }

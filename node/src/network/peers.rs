@@ -88,7 +88,7 @@ impl Peer {
     }
 
     /// The connections whose packets left from an address that this machine has no more.
-    pub(super) fn from_source(&self, lost: IpAddr) -> impl Iterator<Item = ConnectionId> {
+    pub(super) fn leaving_from(&self, lost: IpAddr) -> impl Iterator<Item = ConnectionId> {
         self.links.iter().filter(move |link| link.source == Some(lost)).map(|link| link.id)
     }
 
@@ -242,8 +242,8 @@ mod tests {
         peer.connected(first, Route::Direct(SocketAddr::from(([127, 0, 0, 1], 1))), now);
         let through = Route::Relayed(PeerId(KeyPair::from_seed(&[7; 32]).public()));
         peer.connected(second, through, now);
-        assert_eq!(peer.from_source([127, 0, 0, 1].into()).collect::<Vec<_>>(), [first]);
-        assert_eq!(peer.from_source([10, 0, 0, 1].into()).count(), 0);
+        assert_eq!(peer.leaving_from([127, 0, 0, 1].into()).collect::<Vec<_>>(), [first]);
+        assert_eq!(peer.leaving_from([10, 0, 0, 1].into()).count(), 0);
     }
 
     #[test]
