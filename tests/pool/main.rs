@@ -16,6 +16,7 @@ mod home;
 mod isolation;
 mod journal;
 mod keepers;
+mod nat;
 mod queue;
 mod requests;
 mod scripts;

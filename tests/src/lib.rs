@@ -13,6 +13,7 @@
 mod command;
 mod disk;
 mod harness;
+pub mod nat;
 mod node;
 mod pool;
 mod processes;

@@ -122,6 +122,11 @@ impl Pool {
         node
     }
 
+    /// Counts a node of this pool that was started in another way.
+    pub fn take_in(&mut self, node: &Node) {
+        self.nodes.push(node.clone());
+    }
+
     /// A home that nothing was done with.
     #[must_use]
     pub fn home(&self, name: &str) -> Node {

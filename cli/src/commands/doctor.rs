@@ -6,12 +6,14 @@ use p2pit_node::api::types::{Checkup, Severity, path};
 use crate::{args::Globals, client::Client, output::Output, session::Session, status::Status};
 
 /// What `join` says at its end: what is between this machine and the others.
-const SHORT: [&str; 7] = ["members", "udp", "reachable", "relays", "clock", "data", "disk"];
+const SHORT: [&str; 6] = ["members", "udp", "reachable", "clock", "data", "disk"];
+/// Of these, also what works, though not in the best way.
+const SHORT_NOTES: [&str; 2] = ["udp", "reachable"];
 
 /// Try what works on this machine and between it and the others, and say what to do
 ///
 /// Members are asked to dial this node, and are dialled. Each line says how bad it is: `ok`;
-/// `note`, where everything works though not in the best way; `warning`, where something does
+/// `note`, where it works though not in the best way; `warning`, where something does
 /// not; `problem`, where this node cannot take part as it is. Exit code: 0 without warnings, 1
 /// with some, 2 with problems.
 #[derive(Debug, clap::Args)]
@@ -52,7 +54,7 @@ pub(crate) async fn short(client: &Client, out: &Output) {
     for finding in told {
         match finding.severity {
             Severity::Ok => continue,
-            Severity::Note if finding.check == "members" => continue,
+            Severity::Note if !SHORT_NOTES.contains(&finding.check.as_str()) => continue,
             Severity::Note => out.note(&finding.finding),
             Severity::Warning | Severity::Problem => out.warn(&finding.finding),
         }

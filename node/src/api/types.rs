@@ -206,7 +206,7 @@ pub struct Finding {
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     Ok,
-    /// Everything works, though not in the best way.
+    /// It works, though not in the best way, or within limits.
     Note,
     /// Something does not work.
     Warning,

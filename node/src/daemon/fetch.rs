@@ -50,7 +50,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const ROUNDS_MAX: u32 = 3;
 
 /// What to bring, and what lets us have it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Fetch {
     /// Asked of each source.
     pub(crate) request: Request,
@@ -95,11 +95,40 @@ fn list(from: &[(String, String)]) -> String {
 
 /// Brings everything; `on_bytes` hears of content as it arrives. `is_wanted` is asked
 /// before each piece. Gives the blobs and bytes that travelled.
+///
+/// Sources that others pass on for are asked only for what those that need it not cannot give.
 pub(crate) async fn fetch<W: Future<Output = bool> + Send>(
     shared: &Arc<Shared>,
     fetch: Fetch,
     on_bytes: impl Fn(u64) + Clone + Send + 'static,
     is_wanted: impl Fn() -> W + Sync,
+) -> Result<(u64, u64), FetchError> {
+    let (far, near): (Vec<_>, Vec<_>) =
+        fetch.sources.iter().partition(|source| shared.is_passed_on(**source));
+    if far.is_empty() || near.is_empty() {
+        return fetch_from(shared, fetch, on_bytes, &is_wanted).await;
+    }
+    let of = |sources| Fetch { sources, ..fetch.clone() };
+    match fetch_from(shared, of(near), on_bytes.clone(), &is_wanted).await {
+        Err(FetchError::Nowhere { from: mut why, .. }) => {
+            let fetched = fetch_from(shared, of(far), on_bytes, &is_wanted).await;
+            fetched.map_err(|error| match error {
+                FetchError::Nowhere { blob, from } => {
+                    why.extend(from);
+                    FetchError::Nowhere { blob, from: why }
+                }
+                error => error,
+            })
+        }
+        fetched => fetched,
+    }
+}
+
+async fn fetch_from<W: Future<Output = bool> + Send>(
+    shared: &Arc<Shared>,
+    fetch: Fetch,
+    on_bytes: impl Fn(u64) + Clone + Send + 'static,
+    is_wanted: &(impl Fn() -> W + Sync),
 ) -> Result<(u64, u64), FetchError> {
     let Fetch { request, gated, sources, blobs } = fetch;
     // However long it takes: what came stays.
@@ -133,7 +162,7 @@ pub(crate) async fn fetch<W: Future<Output = bool> + Send>(
             total: Mutex::new(Received::default()),
         };
         let workers = sources.iter().flat_map(|source| {
-            (0..PIECES_IN_FLIGHT).map(|_| run.work(*source, on_bytes.clone(), &is_wanted))
+            (0..PIECES_IN_FLIGHT).map(|_| run.work(*source, on_bytes.clone(), is_wanted))
         });
         futures::future::try_join_all(workers).await?;
         run.plan().outcome().map_err(|left| left.into_error(shared))?;

@@ -43,6 +43,8 @@ pub(crate) const ROUNDS_MAX: u32 = 16;
 const CONNECTIONS_WANTED: usize = 48;
 /// How long a door may take to answer.
 const DOOR_TIMEOUT: Duration = Duration::from_secs(10);
+/// The same, before a member is dialled without it.
+const DOOR_BRIEFLY: Duration = Duration::from_secs(5);
 /// How long a node may take to answer a request that is not a stream.
 pub(crate) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same of one that is thought to be off: others are asked instead.
@@ -300,7 +302,14 @@ async fn meet(shared: &Arc<Shared>, wanted: Wanted) -> anyhow::Result<()> {
         dial(control);
         return Ok(());
     }
-    let agreed = agree(shared, peer, &data).await;
+    // Where there is another way, that is tried soon.
+    let patience = if control.is_empty() { DOOR_TIMEOUT } else { DOOR_BRIEFLY };
+    let door = timeout(patience, shared.endpoint.connect(peer, &data, DOOR.alpn));
+    let agreed = match door.await {
+        Ok(Ok(_)) => agree(shared, peer, &data).await,
+        Ok(Err(reason)) => Err(reason.into()),
+        Err(_elapsed) => Err(anyhow::anyhow!("its door is silent")),
+    };
     if let Err(reason) = agreed {
         // The door is UDP alone. By TCP it may be there, and it judges for itself.
         if !reason.is::<ShutOut>() && !control.is_empty() {
@@ -422,6 +431,16 @@ impl Shared {
         let connected: Result<(), String> = frame::read_message(&mut receive, usize::MAX).await?;
         connected.map_err(anyhow::Error::msg)?;
         self.endpoint.pooled(peer, DATA.alpn, lane).context("the connection came and went")
+    }
+
+    /// Whether what a member sends goes through another one, at the pace of that.
+    pub(crate) fn is_passed_on(&self, peer: PeerId) -> bool {
+        let is_own = self.endpoint.pooled(peer, DATA.alpn, BULK).is_some();
+        let route = self.network().and_then(|network| network.route(peer));
+        // Where this side can be dialled the other is asked to.
+        !is_own
+            && self.standing.reach() == Reach::Behind
+            && matches!(route, Some(Route::Relayed(_)))
     }
 
     /// What carries questions to a member now; `None` where nothing does.
@@ -763,5 +782,31 @@ impl Shared {
             crate::store::PeerEntry { control, data, last_seen_wall_ms: clock::now().wall_ms };
         self.addresses.put(peer, entry, None);
         self.reach_changed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use p2pit_protocol::identity::PublicKey;
+
+    use super::*;
+
+    #[test]
+    fn where_no_connection_came_about_it_is_not_waited_for_again_for_a_while() {
+        let (peer, other) = (PeerId(PublicKey([1; 32])), PeerId(PublicKey([2; 32])));
+        let (shut, now) = (Shut::default(), Instant::now());
+        assert_eq!(shut.patience(peer, TALK, now), OWN_WITHIN.0);
+        assert_eq!(shut.patience(peer, BULK, now), OWN_WITHIN.1);
+        shut.note(peer, now);
+        let later = now + SHUT_FOR - Duration::from_millis(1);
+        assert_eq!(shut.patience(peer, BULK, later), Duration::ZERO);
+        assert_eq!(shut.patience(other, BULK, later), OWN_WITHIN.1);
+        assert_eq!(shut.patience(peer, BULK, now + SHUT_FOR), OWN_WITHIN.1);
+        shut.forget();
+        assert_eq!(shut.patience(peer, TALK, later), OWN_WITHIN.0);
+        // What is over is not remembered.
+        shut.note(peer, now);
+        shut.note(other, now + SHUT_FOR);
+        assert_eq!(super::super::lock(&shut.0).len(), 1);
     }
 }

@@ -78,10 +78,9 @@ pub(crate) struct Known {
 #[derive(Debug, Clone)]
 pub(crate) struct Answer {
     pub(crate) probed: Probed,
-    /// How far its clock is ahead of this one, in milliseconds; half the round trip is not
-    /// known.
+    /// How far its clock is ahead of this one, in milliseconds; 0 where it may be right, as the
+    /// time of the question lets it.
     pub(crate) clock_ms: i64,
-    pub(crate) round_trip_ms: u64,
 }
 
 /// Whether a NAT gives this node's port the same address for all it talks to. Only then holes
@@ -190,6 +189,8 @@ async fn dial_tcp(addr: SocketAddr) -> Result<(), String> {
 /// Asks when there is something to ask, and says what came of it.
 pub(super) async fn watch(shared: Arc<Shared>) {
     let (mut listened, mut due_at) = (Vec::new(), None::<Instant>);
+    // The last time, whether they answered or not.
+    let mut asked = BTreeSet::new();
     loop {
         let now = Instant::now();
         let left = due_at.map_or(EVERY, |at| at.saturating_duration_since(now));
@@ -211,10 +212,14 @@ pub(super) async fn watch(shared: Arc<Shared>) {
         }
         let known = shared.standing.known();
         let connected = || members.iter().filter(|member| member.connected);
-        let fresh = connected().filter(|member| !known.answers.contains_key(&member.node));
-        let is_due = due_at.is_none_or(|at| at <= Instant::now())
-            || (known.answers.len() < ASKED && fresh.count() > 0);
-        if is_due && connected().count() > 0 {
+        let has_fresh = connected().any(|member| !asked.contains(&member.node));
+        let is_due =
+            due_at.is_none_or(|at| at <= Instant::now()) || (asked.len() < ASKED && has_fresh);
+        if connected().count() == 0 {
+            // Whatever cut it off may have changed how it is reached.
+            due_at = None;
+        } else if is_due {
+            asked = to_ask(shared.id(), &members).collect();
             let answers = ask_confirmed(&shared, &known, &members).await;
             // Where nobody answers they are asked again soon.
             let next = if answers.is_empty() { AGAIN } else { EVERY };
@@ -260,7 +265,7 @@ async fn members(shared: &Shared) -> Result<Vec<Member>, super::NoPeer> {
 /// Asks anew. To be used where a person waits for it.
 pub(crate) async fn ask_now(shared: &Arc<Shared>) -> Known {
     if let (Some(network), Ok(members)) = (shared.network(), members(shared).await) {
-        let answers = ask(shared, &members).await;
+        let answers = ask_confirmed(shared, &shared.standing.known(), &members).await;
         if !answers.is_empty() {
             take_in(shared, answers);
         }
@@ -285,29 +290,31 @@ async fn ask_confirmed(
 }
 
 /// Those that everybody can dial are asked first: most of what is between is in their view.
-async fn ask(shared: &Arc<Shared>, members: &[Member]) -> BTreeMap<PeerId, Answer> {
+fn to_ask(me: PeerId, members: &[Member]) -> impl Iterator<Item = PeerId> {
     let mut asked: Vec<&Member> = members.iter().filter(|member| member.connected).collect();
-    asked.sort_by_key(|member| (member.reach != Reach::Open, draw(shared.id(), member.node)));
+    asked.sort_by_key(|member| (member.reach != Reach::Open, draw(me, member.node)));
+    asked.into_iter().take(ASKED).map(|member| member.node)
+}
+
+async fn ask(shared: &Arc<Shared>, members: &[Member]) -> BTreeMap<PeerId, Answer> {
     let Some(network) = shared.network() else { return BTreeMap::new() };
     let control = network.listen_addrs().first().map_or(0, SocketAddr::port);
     let data = shared.endpoint.local_addr().map_or(0, |addr| addr.port());
     let question = Request::Probe(Probe { control, data });
-    let answers = asked.into_iter().take(ASKED).map(|member| {
+    let answers = to_ask(shared.id(), members).map(|node| {
         let question = &question;
         async move {
-            let (begun, wall_ms) = (Instant::now(), clock::now().wall_ms);
-            match shared.ask::<Probed>(member.node, question).await {
+            let wall_ms = clock::now().wall_ms;
+            match shared.ask::<Probed>(node, question).await {
                 Ok(probed) => {
-                    let round_trip_ms =
-                        u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
                     let there = i64::try_from(probed.wall_ms).unwrap_or(i64::MAX);
                     let here = i64::try_from(clock::now().wall_ms).unwrap_or(i64::MAX);
                     let before = i64::try_from(wall_ms).unwrap_or(i64::MAX);
                     let clock_ms = clock_offset(before, here, there);
-                    Some((member.node, Answer { probed, clock_ms, round_trip_ms }))
+                    Some((node, Answer { probed, clock_ms }))
                 }
                 Err(reason) => {
-                    debug!(node = %member.node, reason = format!("{reason:#}"), "not asked");
+                    debug!(%node, reason = format!("{reason:#}"), "not asked");
                     None
                 }
             }
@@ -392,7 +399,7 @@ mod tests {
         let seen = seen.map(|addr| addr.parse().unwrap());
         let control = Some(Ok(()));
         let probed = Probed { seen, control, tcp: None, data: Some(data), wall_ms: 0 };
-        Answer { probed, clock_ms: 0, round_trip_ms: 1 }
+        Answer { probed, clock_ms: 0 }
     }
 
     fn known(answers: Vec<Answer>) -> Known {
@@ -446,6 +453,30 @@ mod tests {
             answer(Some("192.0.2.2:5"), shut()),
         ]);
         assert_eq!(forwarded.outside(&own), ["192.0.2.1".parse().unwrap()].into());
+    }
+
+    #[test]
+    fn three_are_asked_open_ones_first() {
+        let node = |n| PeerId(PublicKey([n; 32]));
+        let member = |n, connected, reach| Member {
+            node: node(n),
+            connected,
+            client: false,
+            reach,
+            control: Vec::new(),
+        };
+        let members = [
+            member(1, true, Reach::Behind),
+            member(2, true, Reach::Unknown),
+            member(3, false, Reach::Open),
+            member(4, true, Reach::Open),
+            member(5, true, Reach::Behind),
+            member(6, true, Reach::Open),
+        ];
+        let asked: Vec<PeerId> = to_ask(node(9), &members).collect();
+        assert_eq!(asked.len(), ASKED);
+        let open: BTreeSet<_> = asked[..2].iter().copied().collect();
+        assert_eq!(open, [node(4), node(6)].into());
     }
 
     #[test]

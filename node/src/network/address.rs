@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
 };
 
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
@@ -59,6 +59,18 @@ pub(super) fn socket(addr: &Multiaddr) -> Option<SocketAddr> {
     }
 }
 
+/// The address of this machine that packets to `to` leave from now, as the kernel routes them;
+/// none is sent. `None` where there is no way.
+pub(super) fn source_towards(to: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr = match to {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(to).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
 /// A port of `ip` that is free for TCP and UDP at this moment.
 pub(super) fn free_port(ip: IpAddr) -> io::Result<u16> {
     let mut last = io::Error::from(io::ErrorKind::AddrInUse);
@@ -88,6 +100,12 @@ mod tests {
         }
         assert_eq!(quic("10.1.2.3:4".parse().unwrap()).to_string(), "/ip4/10.1.2.3/udp/4/quic-v1");
         assert_eq!(socket(&"/dns4/a.example/tcp/1".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn packets_to_this_machine_leave_from_itself() {
+        let to = "127.0.0.1:9".parse().unwrap();
+        assert_eq!(source_towards(to), Some(Ipv4Addr::LOCALHOST.into()));
     }
 
     #[test]

@@ -519,17 +519,17 @@ impl Driver {
     }
 
     /// The machine left a network: connections from there are dead, and nobody would notice
-    /// for a while. Others that were not are made anew at once.
+    /// for a while.
     fn on_address_lost(&mut self, addr: &Multiaddr) {
         let Some(addr) = address::socket(addr) else { return };
         if addr.ip().is_loopback() || self.listen_addrs().iter().any(|a| a.ip() == addr.ip()) {
             return;
         }
         debug!(%addr, "this machine has lost an address: connecting anew");
-        let connected: Vec<_> = self.swarm.connected_peers().copied().collect();
-        for peer in connected {
-            // It may just have gone by itself.
-            let _ = self.swarm.disconnect_peer_id(peer);
+        let dead: Vec<_> =
+            self.peers.values().flat_map(|peer| peer.leaving_from(addr.ip())).collect();
+        for id in dead {
+            self.swarm.close_connection(id);
         }
     }
 

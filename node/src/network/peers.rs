@@ -2,14 +2,16 @@
 
 use std::{
     collections::{BTreeSet, VecDeque},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     time::Duration,
 };
 
 use libp2p::swarm::ConnectionId;
 use tokio::time::Instant;
 
-use super::{ADDRESSES_MAX, Payload, RELAYS_MAX, Relay, Route, behaviour::MESSAGE_TIMEOUT};
+use super::{
+    ADDRESSES_MAX, Payload, RELAYS_MAX, Relay, Route, address, behaviour::MESSAGE_TIMEOUT,
+};
 
 /// Messages that wait for one peer; beyond them, more are undeliverable.
 pub(super) const WAITING_MAX: usize = 1_024;
@@ -34,6 +36,8 @@ pub(super) struct Peer {
 struct Link {
     id: ConnectionId,
     route: Route,
+    /// The address of this machine that its packets left from at first.
+    source: Option<IpAddr>,
     since: Instant,
     /// Which start of the peer is at the other end; known a moment after the connection.
     boot: Option<u64>,
@@ -76,7 +80,16 @@ impl Peer {
 
     pub(super) fn connected(&mut self, id: ConnectionId, route: Route, now: Instant) {
         self.used = now;
-        self.links.push(Link { id, route, since: now, boot: None });
+        let source = match route {
+            Route::Direct(addr) => address::source_towards(addr),
+            Route::Relayed(_) => None,
+        };
+        self.links.push(Link { id, route, source, since: now, boot: None });
+    }
+
+    /// The connections whose packets left from an address that this machine has no more.
+    pub(super) fn leaving_from(&self, lost: IpAddr) -> impl Iterator<Item = ConnectionId> {
+        self.links.iter().filter(move |link| link.source == Some(lost)).map(|link| link.id)
     }
 
     /// Directly, if it is so; the newest of several.
@@ -220,6 +233,17 @@ mod tests {
         assert_eq!(peer.needless(later), [relayed]);
         peer.closed(direct);
         assert_eq!((peer.route(), peer.needless(later)), (Some(through), vec![]));
+    }
+
+    #[test]
+    fn connections_from_an_address_that_is_lost_are_known() {
+        let [first, second] = [1, 2].map(ConnectionId::new_unchecked);
+        let (mut peer, now) = (Peer::new(), Instant::now());
+        peer.connected(first, Route::Direct(SocketAddr::from(([127, 0, 0, 1], 1))), now);
+        let through = Route::Relayed(PeerId(KeyPair::from_seed(&[7; 32]).public()));
+        peer.connected(second, through, now);
+        assert_eq!(peer.leaving_from([127, 0, 0, 1].into()).collect::<Vec<_>>(), [first]);
+        assert_eq!(peer.leaving_from([10, 0, 0, 1].into()).count(), 0);
     }
 
     #[test]

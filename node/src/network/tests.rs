@@ -14,7 +14,7 @@ use super::{
     Acceptance, EVENTS_MAX, Event, GOSSIP_BYTES_MAX, GossipId, Network, NetworkConfig, Punch,
     Relay, Route, Standing, behaviour::MESSAGE_TIMEOUT,
 };
-use crate::daemon::bundle::BUNDLE_BYTES_MAX;
+use crate::{daemon::bundle::BUNDLE_BYTES_MAX, transfer::stream};
 
 #[tokio::test]
 async fn members_connect_and_talk_both_ways() {
@@ -124,6 +124,47 @@ async fn who_has_a_relay_is_reached_through_it_and_then_directly() {
     }
     bob.network.send(alice.id, b"directly".to_vec());
     assert_eq!(alice.message().await, (bob.id, b"directly".to_vec()));
+}
+
+#[tokio::test]
+async fn a_tunnel_is_read_and_written_like_a_stream_of_the_data_plane() {
+    let [mut alice, mut bob] = members([1, 2]).await;
+    let nobody = alice.network.open_tunnel(bob.id).await.unwrap_err();
+    assert_eq!(nobody.kind(), std::io::ErrorKind::NotConnected);
+    alice.connect(&mut bob).await;
+    let mut tunnels = bob.network.take_tunnels().unwrap();
+    let opened = alice.network.open_tunnel(bob.id).await.unwrap();
+    assert!(!opened.relayed);
+    let (mut send, mut receive) = stream::tunnel(opened);
+    let serving = async {
+        let (from, tunnel) = tunnels.next().await.unwrap();
+        assert_eq!(from, alice.id);
+        let (mut send, mut receive) = stream::tunnel(tunnel);
+        let asked = receive.read_to_end(3 << 20).await.unwrap();
+        assert!(asked == vec![5; 3 << 20]);
+        send.write_all(b"answer").await.unwrap();
+        send.finish().unwrap();
+        assert!(send.finish().is_err(), "it has ended");
+        assert!(send.write_all(b"more").await.is_err());
+        send.stopped().await;
+    };
+    let asking = async {
+        send.write_all(&vec![5; 3 << 20]).await.unwrap();
+        send.finish().unwrap();
+        let some = receive.read_some(3).await.unwrap().unwrap();
+        let rest = receive.read_to_end(100).await.unwrap();
+        assert_eq!([&some[..], &rest[..]].concat(), b"answer");
+        assert_eq!(receive.read_some(3).await.unwrap(), None);
+    };
+    timeout(PATIENCE, async { tokio::join!(serving, asking) }).await.expect("it hangs");
+
+    // Longer than what is taken.
+    let (mut send, _receive) = stream::tunnel(alice.network.open_tunnel(bob.id).await.unwrap());
+    let (_, tunnel) = tunnels.next().await.unwrap();
+    let (_send, mut receive) = stream::tunnel(tunnel);
+    send.write_all(b"four").await.unwrap();
+    send.finish().unwrap();
+    assert!(receive.read_to_end(3).await.is_err());
 }
 
 #[tokio::test]

@@ -152,7 +152,7 @@ impl SendStream {
         }
     }
 
-    /// The other side is to see that this broke off.
+    /// The other side sees that this broke off; of a tunnel, that it ends too early.
     pub fn reset(&mut self) {
         match &mut self.0 {
             // Fails where it has ended, and then the other side has seen that.
