@@ -35,7 +35,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use p2pit_tests::{Node, SOON, World, lines_of, wait_until};
+use p2pit_tests::{Node, Process, SOON, World, lines_of, mentioning, wait_until};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::Value;
 
@@ -167,6 +167,14 @@ struct Sample {
     node: usize,
     rss_kib: u64,
     fds: usize,
+}
+
+/// What came of the jobs.
+#[derive(Debug, Default)]
+struct Verdict {
+    wrong: Vec<String>,
+    by_outcome: BTreeMap<String, usize>,
+    attempts: u32,
 }
 
 struct Soak<'a> {
@@ -489,6 +497,10 @@ impl<'a> Soak<'a> {
                     "all jobs were over {:.1} s after the last kill",
                     since.elapsed().as_secs_f64()
                 );
+                let supervises = |it: &Process| it.command_line().contains(&"supervise".into());
+                wait_until("nothing of the jobs is left", SOON, || {
+                    (!mentioning(self.world.path()).iter().any(supervises)).then_some(())
+                });
                 return;
             }
             thread::sleep(Duration::from_millis(500));
@@ -503,39 +515,22 @@ impl<'a> Soak<'a> {
     fn judge(&self) {
         let submitted = lock(&self.submitted).clone();
         let unsubmitted = lock(&self.unsubmitted).clone();
-        let mut wrong: Vec<String> = Vec::new();
-        let mut by_outcome: BTreeMap<String, usize> = BTreeMap::new();
-        let mut attempts = 0;
-        for (tag, (wanted, id)) in &submitted {
-            let node = &self.nodes[tag % NODES];
-            let ended = node.p2pit(&["show", &format!("job:{id}"), "--json"]);
-            let Ok(job) = serde_json::from_str::<Value>(&ended.stdout) else {
-                wrong.push(format!("lost: job {tag}, {id}: {}", ended.stderr));
-                continue;
-            };
-            let outcome = job["outcome"].as_str().unwrap_or_default().to_owned();
-            let attempt = u32::try_from(job["attempt"].as_u64().unwrap_or_default())
-                .expect("it is a small number");
-            attempts += attempt;
-            let told =
-                |rank| lock(&self.heard).told.get(&(*tag, rank)).cloned().unwrap_or_default();
-            let first = told(0).codes.last().copied();
-            let all_well = (0..wanted.ranks).all(|rank| told(rank).codes.last() == Some(&0));
-            let fits = match outcome.as_str() {
-                "succeeded" => all_well,
-                "failed(3)" => first == Some(3) && attempt > wanted.retries,
-                _ => false,
-            };
-            if job["state"] != "DONE" || !fits {
-                let told: Vec<Told> = (0..wanted.ranks).map(told).collect();
-                wrong.push(format!("job {tag} does not fit what it did: {told:?}: {job:#}"));
+        let queue = Mutex::new(submitted.values());
+        let verdict = Mutex::new(Verdict::default());
+        thread::scope(|scope| {
+            for _ in 0..SUBMITTERS {
+                scope.spawn(|| {
+                    loop {
+                        // Let go of before it is judged.
+                        let next = lock(&queue).next();
+                        let Some((wanted, id)) = next else { return };
+                        self.judge_one(wanted, id, &verdict);
+                    }
+                });
             }
-            if (0..wanted.ranks).any(|rank| told(rank).begun > attempt) {
-                wrong.push(format!("job {tag} began more often than it was tried: {job:#}"));
-            }
-            *by_outcome.entry(outcome).or_default() += 1;
-            wrong.extend(self.unreadable(node, wanted, id, all_well));
-        }
+        });
+        let Verdict { mut wrong, by_outcome, attempts } =
+            verdict.into_inner().unwrap_or_else(PoisonError::into_inner);
         let heard = lock(&self.heard);
         wrong.extend(heard.twice.iter().cloned());
         // Of the others nothing was promised; what began all the same is over.
@@ -563,6 +558,39 @@ impl<'a> Soak<'a> {
             taken_over,
         );
         assert!(wrong.is_empty(), "{} things are wrong:\n{}", wrong.len(), wrong.join("\n"));
+    }
+
+    fn judge_one(&self, wanted: &Wanted, id: &str, verdict: &Mutex<Verdict>) {
+        let tag = wanted.tag;
+        let node = &self.nodes[tag % NODES];
+        let ended = node.p2pit(&["show", &format!("job:{id}"), "--json"]);
+        let Ok(job) = serde_json::from_str::<Value>(&ended.stdout) else {
+            lock(verdict).wrong.push(format!("lost: job {tag}, {id}: {}", ended.stderr));
+            return;
+        };
+        let outcome = job["outcome"].as_str().unwrap_or_default().to_owned();
+        let attempt = u32::try_from(job["attempt"].as_u64().unwrap_or_default())
+            .expect("it is a small number");
+        let told = |rank| lock(&self.heard).told.get(&(tag, rank)).cloned().unwrap_or_default();
+        let first = told(0).codes.last().copied();
+        let all_well = (0..wanted.ranks).all(|rank| told(rank).codes.last() == Some(&0));
+        let fits = match outcome.as_str() {
+            "succeeded" => all_well,
+            "failed(3)" => first == Some(3) && attempt > wanted.retries,
+            _ => false,
+        };
+        let mut wrong = self.unreadable(node, wanted, id, all_well);
+        if job["state"] != "DONE" || !fits {
+            let told: Vec<Told> = (0..wanted.ranks).map(told).collect();
+            wrong.push(format!("job {tag} does not fit what it did: {told:?}: {job:#}"));
+        }
+        if (0..wanted.ranks).any(|rank| told(rank).begun > attempt) {
+            wrong.push(format!("job {tag} began more often than it was tried: {job:#}"));
+        }
+        let mut verdict = lock(verdict);
+        verdict.attempts += attempt;
+        *verdict.by_outcome.entry(outcome).or_default() += 1;
+        verdict.wrong.extend(wrong);
     }
 
     /// What of a job's log and artifacts is not there as it was written.
