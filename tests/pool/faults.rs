@@ -243,7 +243,7 @@ fn a_submitter_that_is_cut_off_right_after_submitting_changes_nothing() {
 #[test]
 fn a_partition_of_a_minute_ends_nothing_on_either_side() {
     let gpus = ["none", "sim:1xv100", "none", "sim:1xv100", "sim:1xgtx1070"];
-    let Some(mut world) = World::of(&gpus) else { return };
+    let Some(world) = World::of(&gpus) else { return };
     let first = world.named("n1").clone();
     // The leases of the gang bind, those of the other do not.
     let gang = first.submit(&["Gang", "2:[v100]", "--retries", "1", "-d", COUNT]);

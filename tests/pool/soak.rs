@@ -18,6 +18,8 @@
 //! ```sh
 //! P2PIT_SOAK_SECONDS=300 cargo test -p p2pit-tests --test pool -- --nocapture soak::
 //! ```
+//!
+//! With `P2PIT_SOAK_ALL_FAULTS=1` daemons are also stopped and cut off for a while, two times in three.
 
 #![expect(clippy::print_stdout, reason = "a soak is worth its figures")]
 
@@ -36,7 +38,10 @@ use std::{
 };
 
 use p2pit_tests::{Node, Process, SOON, World, lines_of, mentioning, wait_until};
-use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::{
+    fs::{CWD, FileType, Mode, mknodat},
+    process::Signal,
+};
 use serde_json::Value;
 
 const NODES: usize = 5;
@@ -182,6 +187,8 @@ struct Soak<'a> {
     nodes: &'a [Node],
     watcher: Node,
     lasts: Duration,
+    /// By hand: daemons are stopped and cut off as well.
+    all_faults: bool,
     began: Instant,
     seed: u64,
     /// Of the kills.
@@ -195,6 +202,8 @@ struct Soak<'a> {
     heard: Mutex<Heard>,
     lives: Mutex<Vec<Life>>,
     kills: AtomicUsize,
+    /// Daemons that are stopped or cut off.
+    troubled: AtomicUsize,
     samples: Mutex<Vec<Sample>>,
     /// Seconds from a kill until another node drove a job.
     driven_after: Mutex<Vec<f64>>,
@@ -223,6 +232,7 @@ impl<'a> Soak<'a> {
             nodes: &world.nodes()[..NODES],
             watcher: world.named("watcher").clone(),
             lasts,
+            all_faults: number("P2PIT_SOAK_ALL_FAULTS").is_some(),
             began: Instant::now(),
             seed,
             random: Mutex::new(Random(seed)),
@@ -233,6 +243,7 @@ impl<'a> Soak<'a> {
             heard: Mutex::default(),
             lives: Mutex::new(vec![Life::Up(Instant::now()); NODES]),
             kills: AtomicUsize::new(0),
+            troubled: AtomicUsize::new(0),
             samples: Mutex::default(),
             driven_after: Mutex::default(),
             is_over: AtomicBool::new(false),
@@ -352,17 +363,20 @@ impl<'a> Soak<'a> {
             self.leave_one_dead(scope);
             until = (self.began.elapsed() + LOOKED_FOR).min(self.lasts);
         }
-        wait_until("every daemon is there again", SOON, || {
-            lock(&self.lives).iter().all(|life| matches!(life, Life::Up(_))).then_some(())
+        self.wait_for_all();
+    }
+
+    fn wait_for_all(&self) {
+        wait_until("every daemon is there", SOON, || {
+            let are_up = lock(&self.lives).iter().all(|life| matches!(life, Life::Up(_)));
+            (are_up && self.troubled.load(Ordering::Relaxed) == 0).then_some(())
         });
     }
 
     /// Kills the daemon of a node that drives jobs, and measures when others drive them. Those
     /// that keep them are spared, the other two nodes are not.
     fn leave_one_dead<'scope>(&'scope self, scope: &'scope thread::Scope<'scope, '_>) {
-        wait_until("every daemon is there", SOON, || {
-            lock(&self.lives).iter().all(|life| matches!(life, Life::Up(_))).then_some(())
-        });
+        self.wait_for_all();
         let victim =
             usize::try_from(lock(&self.random).below(NODES as u64)).expect("it is a small number");
         let node = &self.nodes[victim];
@@ -426,21 +440,43 @@ impl<'a> Soak<'a> {
         scope: &'scope thread::Scope<'scope, '_>,
         spared: &BTreeSet<usize>,
     ) {
-        let (victim, away_ms) = {
+        let (victim, away, how) = {
             let mut random = lock(&self.random);
             let others: Vec<usize> = (0..NODES).filter(|n| !spared.contains(n)).collect();
             let victim = others[random.below(others.len() as u64) as usize];
             // As long as a service manager takes, or somebody who has to notice first.
             let most = if random.below(4) == 0 { 15_000 } else { 2_000 };
-            (victim, random.below(most))
+            (victim, Duration::from_millis(random.below(most)), random.below(3))
         };
-        if !self.take_down(victim) {
-            return;
+        let node = &self.nodes[victim];
+        if self.all_faults && how > 0 {
+            // Alive, but nobody hears of it; or it hears of nobody.
+            let name = node.name();
+            let stopped = (how == 1).then(|| node.daemon_process()).flatten();
+            println!(
+                "{:6.1} s: {name} is {}",
+                self.seconds(),
+                ["", "stopped", "cut off"][how as usize]
+            );
+            match &stopped {
+                Some(daemon) => daemon.signal(Signal::STOP),
+                None => self.world.isolate(name),
+            }
+            self.troubled.fetch_add(1, Ordering::Relaxed);
+            scope.spawn(move || {
+                thread::sleep(away);
+                match stopped {
+                    Some(daemon) => daemon.signal(Signal::CONT),
+                    None => self.world.heal_one(name),
+                }
+                self.troubled.fetch_sub(1, Ordering::Relaxed);
+            });
+        } else if self.take_down(victim) {
+            scope.spawn(move || {
+                thread::sleep(away);
+                self.bring_up(victim);
+            });
         }
-        scope.spawn(move || {
-            thread::sleep(Duration::from_millis(away_ms));
-            self.bring_up(victim);
-        });
     }
 
     fn take_down(&self, victim: usize) -> bool {
@@ -453,9 +489,13 @@ impl<'a> Soak<'a> {
         drop(lives);
         self.kills.fetch_add(1, Ordering::Relaxed);
         let daemon = node.daemon_process();
-        println!("{:6.1} s: kill -9 of {}", self.began.elapsed().as_secs_f64(), node.name());
+        println!("{:6.1} s: kill -9 of {}", self.seconds(), node.name());
         daemon.unwrap_or_else(|| panic!("the daemon of {} is gone by itself", node.name())).kill();
         true
+    }
+
+    fn seconds(&self) -> f64 {
+        self.began.elapsed().as_secs_f64()
     }
 
     fn bring_up(&self, victim: usize) {
