@@ -177,10 +177,7 @@ fn a_submitter_that_is_cut_off_in_the_middle_learns_what_became_of_it() {
     world.slow("laptop", Some("8mbit"));
     let submission = ["run", "Cut off", "[v100]", "-d", "wc -c < big"];
     let running = laptop.start(&submission);
-    let stores: Vec<_> = (1..=3).map(|n| world.node(n).home().join("blobs/partial")).collect();
-    wait_until("a part has come", SOON, || {
-        stores.iter().any(|store| allocated(store) >= 1 << 20).then_some(())
-    });
+    wait_for_a_part(&world);
     world.isolate("laptop");
     // The line comes back after a while, or only for another try.
     let ended = running.end();
@@ -192,7 +189,7 @@ fn a_submitter_that_is_cut_off_in_the_middle_learns_what_became_of_it() {
     if ended.code == 0 {
         jobs.push(ended.stdout.trim_end().to_owned());
     } else {
-        assert!(ended.stderr.contains("error: "), "{ended:?}");
+        assert!(ended.stderr.contains("error: ") && ended.stderr.contains("hint: "), "{ended:?}");
         if let Some(job) = full_id(&ended.stderr) {
             // Unknown: a node that answers knows, once all can be heard.
             wait_until("it is known", SOON, || {
@@ -214,6 +211,30 @@ fn a_submitter_that_is_cut_off_in_the_middle_learns_what_became_of_it() {
     // Nothing was submitted that the user was not told of.
     let listed = world.node(1).json(&["show", "jobs"]);
     assert_eq!(listed.as_array().unwrap().len(), jobs.len(), "{listed:#}");
+}
+
+/// The daemon alone knows whether it sent anything, and it is gone: nobody claims to know.
+#[test]
+fn a_submission_whose_daemon_dies_is_unknown_and_can_be_asked_for() {
+    let Some(mut world) = World::of(&["sim:1xv100", "none", "none"]) else { return };
+    let laptop = add_laptop(&mut world);
+    let dir = world.job_dir("input", &[]);
+    fs::write(dir.join("big"), noise(8 << 20)).unwrap();
+    let laptop = laptop.working_in(&dir);
+    world.slow("laptop", Some("8mbit"));
+    let running = laptop.start(&["run", "Unknown", "[v100]", "-d", "true"]);
+    wait_for_a_part(&world);
+    laptop.crash();
+    let ended = running.end();
+    ended.refused(2, &["is submitted is unknown", "the daemon ended", "hint: ", "show job:"]);
+    let job = full_id(&ended.stderr).expect("the job is named");
+    // Its inputs had not come, so nothing was sent.
+    world.slow("laptop", None);
+    laptop.restart();
+    world.wait_until_assembled();
+    laptop.p2pit(&["show", &format!("job:{job}")]).refused(1, &["no node", "keeps job"]);
+    let again = laptop.submit(&["Again", "[v100]", "-d", "true"]);
+    assert_eq!(wait_for_end(world.node(1), &again)["outcome"], "succeeded");
 }
 
 #[test]
@@ -468,6 +489,15 @@ fn wipe(node: &Node) {
         if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
             .expect("the home can be wiped");
     }
+}
+
+/// Returns once one of the first three nodes has a part of what is being submitted.
+#[track_caller]
+fn wait_for_a_part(world: &World) {
+    let stores: Vec<_> = (1..=3).map(|n| world.node(n).home().join("blobs/partial")).collect();
+    wait_until("a part has come", SOON, || {
+        stores.iter().any(|store| allocated(store) >= 1 << 20).then_some(())
+    });
 }
 
 /// Bytes on disk of the files in a directory.
