@@ -18,7 +18,8 @@ use std::{
 
 use super::transfers::noise;
 use p2pit_tests::{
-    Delay, Node, Process, SOON, WALL_CLOCK_OFF_MS, World, lines_of, of_job, program, wait_until,
+    Delay, Node, Process, SOON, SmallDisk, WALL_CLOCK_OFF_MS, World, lines_of, of_job, program,
+    wait_until,
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -163,6 +164,31 @@ fn a_record_outlives_the_wiped_disk_of_one_keeper_and_then_the_loss_of_another()
         assert_eq!((&job["outcome"], &job["attempt"]), (&json!("succeeded"), &json!(1)), "{job:#}");
     }
     assert_counted(third, &job, 0);
+}
+
+/// What the steward cannot write down it does not say, and so another does.
+#[test]
+fn a_job_ends_although_the_disk_of_the_machine_that_drives_it_is_full() {
+    let Some(mut world) = World::empty() else { return };
+    let Some(disk) = SmallDisk::mount(&world.path().join("n1"), 128 << 20) else { return };
+    for (name, gpus) in [("n1", "none"), ("n2", "none"), ("n3", "sim:1xv100")] {
+        world.add(name, &["--gpus", gpus, "--cpus", "4"]);
+    }
+    world.wait_until_assembled();
+    let [first, second, third] = world.nodes() else { panic!("three nodes") };
+    let job = first.submit(&["Driven", "[v100]", "-d", COUNT]);
+    wait_for_ticks(second, &job, 2);
+    let daemon = first.daemon().pid();
+    disk.fill(0);
+    tell(&job);
+    for node in [second, third] {
+        let job = wait_for_end(node, &job);
+        assert_eq!((&job["outcome"], &job["attempt"]), (&json!("succeeded"), &json!(1)), "{job:#}");
+    }
+    disk.free();
+    assert_eq!(wait_for_end(first, &job)["outcome"], "succeeded");
+    assert_eq!(first.daemon().pid(), daemon);
+    assert_counted(first, &job, 0);
 }
 
 /// Whatever the command says, it is true, and the same directory can be submitted again.
