@@ -143,7 +143,7 @@ pub(crate) async fn submit(
     let signed = SignedBytes::sign(session.identity.key(), Domain::JobSpec, spec.to_bytes());
     let verified = VerifiedSpec::verify(signed).map_err(|e| Problem::request(e.to_string()))?;
     sent.set(Some(verified.job));
-    let carried = carry(session, out, verified.signed).await?;
+    let carried = carry(session, out, verified).await?;
     // Where only this node keeps it, what was uploaded is all that travelled.
     let (sent_blobs, sent_bytes, there_blobs) = if carried.blobs + carried.there == 0 {
         (uploaded.blobs, uploaded.bytes, blobs.saturating_sub(uploaded.blobs))
@@ -234,10 +234,18 @@ struct Carried {
     there: u64,
 }
 
-async fn carry(session: &Session, out: &Output, spec: SignedBytes) -> anyhow::Result<Carried> {
+async fn carry(session: &Session, out: &Output, spec: VerifiedSpec) -> anyhow::Result<Carried> {
+    let (job, spec) = (spec.job, spec.signed);
     let progress = out.progress("sending", 0);
-    let mut events = session.client.post_lines(path::SUBMIT, &Submit { spec }).await?;
-    while let Some(event) = events.next().await? {
+    // From here on the daemon may have sent it, whatever it could still say.
+    let posted = session.client.post_lines(path::SUBMIT, &Submit { spec }).await;
+    let mut events = posted.map_err(|reason| reason.context(unheard(job)))?;
+    loop {
+        let event = match events.next().await {
+            Ok(Some(event)) => event,
+            Ok(None) => return Err(unheard(job).into()),
+            Err(reason) => return Err(reason.context(unheard(job))),
+        };
         match event {
             SubmitEvent::Transferring { bytes_done, bytes, .. } => progress.set(bytes_done, bytes),
             SubmitEvent::Note { text } => out.warn(&text),
@@ -269,14 +277,18 @@ async fn carry(session: &Session, out: &Output, spec: SignedBytes) -> anyhow::Re
             }
         }
     }
-    Err(Problem::broken("the daemon ended before it said whether the job is submitted").into())
 }
 
 fn unknown(job: JobId) -> Problem {
-    Problem::broken(format!(
-        "whether job {job} is submitted is unknown: a majority of its keepers is silent"
-    ))
-    .hint(format!(
+    undecided(job, "a majority of its keepers is silent")
+}
+
+fn unheard(job: JobId) -> Problem {
+    undecided(job, "the daemon ended before it said so")
+}
+
+fn undecided(job: JobId, why: &str) -> Problem {
+    Problem::broken(format!("whether job {job} is submitted is unknown: {why}")).hint(format!(
         "it may run yet: `p2pit show job:{job}` says whether any keeper has it; do not submit it \
          again before that says that no node of the pool keeps it"
     ))

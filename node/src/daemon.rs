@@ -46,7 +46,7 @@ use p2pit_protocol::{
     inventory::{Capacity, Gpu, GpuUuid},
     job::{State, VerifiedSpec},
     message::{Advert, Head},
-    peer::Slot,
+    peer::{Slot, SubmitError},
     roster::Roster,
     wire,
 };
@@ -497,7 +497,7 @@ impl Shared {
     pub(crate) async fn submit(
         &self,
         spec: SignedBytes,
-    ) -> Result<Result<(), p2pit_protocol::peer::SubmitError>, String> {
+    ) -> Result<Result<(), SubmitError>, String> {
         let (settled, result) = oneshot::channel();
         let submitted = self
             .act_on_state(move |state, now| {
@@ -506,10 +506,11 @@ impl Shared {
                 state.submissions.insert(job, settled);
                 Ok(())
             })
-            .await
-            .map_err(|e| e.to_string())?;
+            .await;
+        // A daemon that ends meanwhile may have sent it.
+        let Ok(submitted) = submitted else { return Ok(Err(SubmitError::Unknown)) };
         submitted?;
-        result.await.map_err(|_| NoPeer::Ending.to_string())
+        Ok(result.await.unwrap_or(Err(SubmitError::Unknown)))
     }
 
     /// Have other keepers drive the jobs that this node drives; returns once they do, or where

@@ -18,7 +18,8 @@ use std::{
 
 use super::transfers::noise;
 use p2pit_tests::{
-    Delay, Node, Process, SOON, WALL_CLOCK_OFF_MS, World, lines_of, of_job, program, wait_until,
+    Delay, Node, Process, SOON, SmallDisk, WALL_CLOCK_OFF_MS, World, lines_of, of_job, program,
+    wait_until,
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -165,6 +166,31 @@ fn a_record_outlives_the_wiped_disk_of_one_keeper_and_then_the_loss_of_another()
     assert_counted(third, &job, 0);
 }
 
+/// What the steward cannot write down it does not say, and so another does.
+#[test]
+fn a_job_ends_although_the_disk_of_the_machine_that_drives_it_is_full() {
+    let Some(mut world) = World::empty() else { return };
+    let Some(disk) = SmallDisk::mount(&world.path().join("n1"), 128 << 20) else { return };
+    for (name, gpus) in [("n1", "none"), ("n2", "none"), ("n3", "sim:1xv100")] {
+        world.add(name, &["--gpus", gpus, "--cpus", "4"]);
+    }
+    world.wait_until_assembled();
+    let [first, second, third] = world.nodes() else { panic!("three nodes") };
+    let job = first.submit(&["Driven", "[v100]", "-d", COUNT]);
+    wait_for_ticks(second, &job, 2);
+    let daemon = first.daemon().pid();
+    disk.fill(0);
+    tell(&job);
+    for node in [second, third] {
+        let job = wait_for_end(node, &job);
+        assert_eq!((&job["outcome"], &job["attempt"]), (&json!("succeeded"), &json!(1)), "{job:#}");
+    }
+    disk.free();
+    assert_eq!(wait_for_end(first, &job)["outcome"], "succeeded");
+    assert_eq!(first.daemon().pid(), daemon);
+    assert_counted(first, &job, 0);
+}
+
 /// Whatever the command says, it is true, and the same directory can be submitted again.
 #[test]
 fn a_submitter_that_is_cut_off_in_the_middle_learns_what_became_of_it() {
@@ -177,10 +203,7 @@ fn a_submitter_that_is_cut_off_in_the_middle_learns_what_became_of_it() {
     world.slow("laptop", Some("8mbit"));
     let submission = ["run", "Cut off", "[v100]", "-d", "wc -c < big"];
     let running = laptop.start(&submission);
-    let stores: Vec<_> = (1..=3).map(|n| world.node(n).home().join("blobs/partial")).collect();
-    wait_until("a part has come", SOON, || {
-        stores.iter().any(|store| allocated(store) >= 1 << 20).then_some(())
-    });
+    wait_for_a_part(&world);
     world.isolate("laptop");
     // The line comes back after a while, or only for another try.
     let ended = running.end();
@@ -192,7 +215,7 @@ fn a_submitter_that_is_cut_off_in_the_middle_learns_what_became_of_it() {
     if ended.code == 0 {
         jobs.push(ended.stdout.trim_end().to_owned());
     } else {
-        assert!(ended.stderr.contains("error: "), "{ended:?}");
+        assert!(ended.stderr.contains("error: ") && ended.stderr.contains("hint: "), "{ended:?}");
         if let Some(job) = full_id(&ended.stderr) {
             // Unknown: a node that answers knows, once all can be heard.
             wait_until("it is known", SOON, || {
@@ -214,6 +237,30 @@ fn a_submitter_that_is_cut_off_in_the_middle_learns_what_became_of_it() {
     // Nothing was submitted that the user was not told of.
     let listed = world.node(1).json(&["show", "jobs"]);
     assert_eq!(listed.as_array().unwrap().len(), jobs.len(), "{listed:#}");
+}
+
+/// The daemon alone knows whether it sent anything, and it is gone: nobody claims to know.
+#[test]
+fn a_submission_whose_daemon_dies_is_unknown_and_can_be_asked_for() {
+    let Some(mut world) = World::of(&["sim:1xv100", "none", "none"]) else { return };
+    let laptop = add_laptop(&mut world);
+    let dir = world.job_dir("input", &[]);
+    fs::write(dir.join("big"), noise(8 << 20)).unwrap();
+    let laptop = laptop.working_in(&dir);
+    world.slow("laptop", Some("8mbit"));
+    let running = laptop.start(&["run", "Unknown", "[v100]", "-d", "true"]);
+    wait_for_a_part(&world);
+    laptop.crash();
+    let ended = running.end();
+    ended.refused(2, &["is submitted is unknown", "the daemon ended", "hint: ", "show job:"]);
+    let job = full_id(&ended.stderr).expect("the job is named");
+    // Its inputs had not come, so nothing was sent.
+    world.slow("laptop", None);
+    laptop.restart();
+    world.wait_until_assembled();
+    laptop.p2pit(&["show", &format!("job:{job}")]).refused(1, &["no node", "keeps job"]);
+    let again = laptop.submit(&["Again", "[v100]", "-d", "true"]);
+    assert_eq!(wait_for_end(world.node(1), &again)["outcome"], "succeeded");
 }
 
 #[test]
@@ -243,7 +290,7 @@ fn a_submitter_that_is_cut_off_right_after_submitting_changes_nothing() {
 #[test]
 fn a_partition_of_a_minute_ends_nothing_on_either_side() {
     let gpus = ["none", "sim:1xv100", "none", "sim:1xv100", "sim:1xgtx1070"];
-    let Some(mut world) = World::of(&gpus) else { return };
+    let Some(world) = World::of(&gpus) else { return };
     let first = world.named("n1").clone();
     // The leases of the gang bind, those of the other do not.
     let gang = first.submit(&["Gang", "2:[v100]", "--retries", "1", "-d", COUNT]);
@@ -468,6 +515,15 @@ fn wipe(node: &Node) {
         if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
             .expect("the home can be wiped");
     }
+}
+
+/// Returns once one of the first three nodes has a part of what is being submitted.
+#[track_caller]
+fn wait_for_a_part(world: &World) {
+    let stores: Vec<_> = (1..=3).map(|n| world.node(n).home().join("blobs/partial")).collect();
+    wait_until("a part has come", SOON, || {
+        stores.iter().any(|store| allocated(store) >= 1 << 20).then_some(())
+    });
 }
 
 /// Bytes on disk of the files in a directory.

@@ -18,6 +18,8 @@
 //! ```sh
 //! P2PIT_SOAK_SECONDS=300 cargo test -p p2pit-tests --test pool -- --nocapture soak::
 //! ```
+//!
+//! With `P2PIT_SOAK_ALL_FAULTS=1` daemons are also stopped and cut off for a while, two times in three.
 
 #![expect(clippy::print_stdout, reason = "a soak is worth its figures")]
 
@@ -35,8 +37,11 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use p2pit_tests::{Node, SOON, World, lines_of, wait_until};
-use rustix::fs::{CWD, FileType, Mode, mknodat};
+use p2pit_tests::{Node, Process, SOON, World, lines_of, mentioning, wait_until};
+use rustix::{
+    fs::{CWD, FileType, Mode, mknodat},
+    process::Signal,
+};
 use serde_json::Value;
 
 const NODES: usize = 5;
@@ -169,11 +174,21 @@ struct Sample {
     fds: usize,
 }
 
+/// What came of the jobs.
+#[derive(Debug, Default)]
+struct Verdict {
+    wrong: Vec<String>,
+    by_outcome: BTreeMap<String, usize>,
+    attempts: u32,
+}
+
 struct Soak<'a> {
     world: &'a World,
     nodes: &'a [Node],
     watcher: Node,
     lasts: Duration,
+    /// By hand: daemons are stopped and cut off as well.
+    all_faults: bool,
     began: Instant,
     seed: u64,
     /// Of the kills.
@@ -187,6 +202,8 @@ struct Soak<'a> {
     heard: Mutex<Heard>,
     lives: Mutex<Vec<Life>>,
     kills: AtomicUsize,
+    /// Daemons that are stopped or cut off.
+    troubled: AtomicUsize,
     samples: Mutex<Vec<Sample>>,
     /// Seconds from a kill until another node drove a job.
     driven_after: Mutex<Vec<f64>>,
@@ -215,6 +232,7 @@ impl<'a> Soak<'a> {
             nodes: &world.nodes()[..NODES],
             watcher: world.named("watcher").clone(),
             lasts,
+            all_faults: number("P2PIT_SOAK_ALL_FAULTS").is_some(),
             began: Instant::now(),
             seed,
             random: Mutex::new(Random(seed)),
@@ -225,6 +243,7 @@ impl<'a> Soak<'a> {
             heard: Mutex::default(),
             lives: Mutex::new(vec![Life::Up(Instant::now()); NODES]),
             kills: AtomicUsize::new(0),
+            troubled: AtomicUsize::new(0),
             samples: Mutex::default(),
             driven_after: Mutex::default(),
             is_over: AtomicBool::new(false),
@@ -344,17 +363,20 @@ impl<'a> Soak<'a> {
             self.leave_one_dead(scope);
             until = (self.began.elapsed() + LOOKED_FOR).min(self.lasts);
         }
-        wait_until("every daemon is there again", SOON, || {
-            lock(&self.lives).iter().all(|life| matches!(life, Life::Up(_))).then_some(())
+        self.wait_for_all();
+    }
+
+    fn wait_for_all(&self) {
+        wait_until("every daemon is there", SOON, || {
+            let are_up = lock(&self.lives).iter().all(|life| matches!(life, Life::Up(_)));
+            (are_up && self.troubled.load(Ordering::Relaxed) == 0).then_some(())
         });
     }
 
     /// Kills the daemon of a node that drives jobs, and measures when others drive them. Those
     /// that keep them are spared, the other two nodes are not.
     fn leave_one_dead<'scope>(&'scope self, scope: &'scope thread::Scope<'scope, '_>) {
-        wait_until("every daemon is there", SOON, || {
-            lock(&self.lives).iter().all(|life| matches!(life, Life::Up(_))).then_some(())
-        });
+        self.wait_for_all();
         let victim =
             usize::try_from(lock(&self.random).below(NODES as u64)).expect("it is a small number");
         let node = &self.nodes[victim];
@@ -418,21 +440,43 @@ impl<'a> Soak<'a> {
         scope: &'scope thread::Scope<'scope, '_>,
         spared: &BTreeSet<usize>,
     ) {
-        let (victim, away_ms) = {
+        let (victim, away, how) = {
             let mut random = lock(&self.random);
             let others: Vec<usize> = (0..NODES).filter(|n| !spared.contains(n)).collect();
             let victim = others[random.below(others.len() as u64) as usize];
             // As long as a service manager takes, or somebody who has to notice first.
             let most = if random.below(4) == 0 { 15_000 } else { 2_000 };
-            (victim, random.below(most))
+            (victim, Duration::from_millis(random.below(most)), random.below(3))
         };
-        if !self.take_down(victim) {
-            return;
+        let node = &self.nodes[victim];
+        if self.all_faults && how > 0 {
+            // Alive, but nobody hears of it; or it hears of nobody.
+            let name = node.name();
+            let stopped = (how == 1).then(|| node.daemon_process()).flatten();
+            println!(
+                "{:6.1} s: {name} is {}",
+                self.seconds(),
+                ["", "stopped", "cut off"][how as usize]
+            );
+            match &stopped {
+                Some(daemon) => daemon.signal(Signal::STOP),
+                None => self.world.isolate(name),
+            }
+            self.troubled.fetch_add(1, Ordering::Relaxed);
+            scope.spawn(move || {
+                thread::sleep(away);
+                match stopped {
+                    Some(daemon) => daemon.signal(Signal::CONT),
+                    None => self.world.heal_one(name),
+                }
+                self.troubled.fetch_sub(1, Ordering::Relaxed);
+            });
+        } else if self.take_down(victim) {
+            scope.spawn(move || {
+                thread::sleep(away);
+                self.bring_up(victim);
+            });
         }
-        scope.spawn(move || {
-            thread::sleep(Duration::from_millis(away_ms));
-            self.bring_up(victim);
-        });
     }
 
     fn take_down(&self, victim: usize) -> bool {
@@ -445,9 +489,13 @@ impl<'a> Soak<'a> {
         drop(lives);
         self.kills.fetch_add(1, Ordering::Relaxed);
         let daemon = node.daemon_process();
-        println!("{:6.1} s: kill -9 of {}", self.began.elapsed().as_secs_f64(), node.name());
+        println!("{:6.1} s: kill -9 of {}", self.seconds(), node.name());
         daemon.unwrap_or_else(|| panic!("the daemon of {} is gone by itself", node.name())).kill();
         true
+    }
+
+    fn seconds(&self) -> f64 {
+        self.began.elapsed().as_secs_f64()
     }
 
     fn bring_up(&self, victim: usize) {
@@ -489,6 +537,10 @@ impl<'a> Soak<'a> {
                     "all jobs were over {:.1} s after the last kill",
                     since.elapsed().as_secs_f64()
                 );
+                let supervises = |it: &Process| it.command_line().contains(&"supervise".into());
+                wait_until("nothing of the jobs is left", SOON, || {
+                    (!mentioning(self.world.path()).iter().any(supervises)).then_some(())
+                });
                 return;
             }
             thread::sleep(Duration::from_millis(500));
@@ -503,39 +555,22 @@ impl<'a> Soak<'a> {
     fn judge(&self) {
         let submitted = lock(&self.submitted).clone();
         let unsubmitted = lock(&self.unsubmitted).clone();
-        let mut wrong: Vec<String> = Vec::new();
-        let mut by_outcome: BTreeMap<String, usize> = BTreeMap::new();
-        let mut attempts = 0;
-        for (tag, (wanted, id)) in &submitted {
-            let node = &self.nodes[tag % NODES];
-            let ended = node.p2pit(&["show", &format!("job:{id}"), "--json"]);
-            let Ok(job) = serde_json::from_str::<Value>(&ended.stdout) else {
-                wrong.push(format!("lost: job {tag}, {id}: {}", ended.stderr));
-                continue;
-            };
-            let outcome = job["outcome"].as_str().unwrap_or_default().to_owned();
-            let attempt = u32::try_from(job["attempt"].as_u64().unwrap_or_default())
-                .expect("it is a small number");
-            attempts += attempt;
-            let told =
-                |rank| lock(&self.heard).told.get(&(*tag, rank)).cloned().unwrap_or_default();
-            let first = told(0).codes.last().copied();
-            let all_well = (0..wanted.ranks).all(|rank| told(rank).codes.last() == Some(&0));
-            let fits = match outcome.as_str() {
-                "succeeded" => all_well,
-                "failed(3)" => first == Some(3) && attempt > wanted.retries,
-                _ => false,
-            };
-            if job["state"] != "DONE" || !fits {
-                let told: Vec<Told> = (0..wanted.ranks).map(told).collect();
-                wrong.push(format!("job {tag} does not fit what it did: {told:?}: {job:#}"));
+        let queue = Mutex::new(submitted.values());
+        let verdict = Mutex::new(Verdict::default());
+        thread::scope(|scope| {
+            for _ in 0..SUBMITTERS {
+                scope.spawn(|| {
+                    loop {
+                        // Let go of before it is judged.
+                        let next = lock(&queue).next();
+                        let Some((wanted, id)) = next else { return };
+                        self.judge_one(wanted, id, &verdict);
+                    }
+                });
             }
-            if (0..wanted.ranks).any(|rank| told(rank).begun > attempt) {
-                wrong.push(format!("job {tag} began more often than it was tried: {job:#}"));
-            }
-            *by_outcome.entry(outcome).or_default() += 1;
-            wrong.extend(self.unreadable(node, wanted, id, all_well));
-        }
+        });
+        let Verdict { mut wrong, by_outcome, attempts } =
+            verdict.into_inner().unwrap_or_else(PoisonError::into_inner);
         let heard = lock(&self.heard);
         wrong.extend(heard.twice.iter().cloned());
         // Of the others nothing was promised; what began all the same is over.
@@ -563,6 +598,39 @@ impl<'a> Soak<'a> {
             taken_over,
         );
         assert!(wrong.is_empty(), "{} things are wrong:\n{}", wrong.len(), wrong.join("\n"));
+    }
+
+    fn judge_one(&self, wanted: &Wanted, id: &str, verdict: &Mutex<Verdict>) {
+        let tag = wanted.tag;
+        let node = &self.nodes[tag % NODES];
+        let ended = node.p2pit(&["show", &format!("job:{id}"), "--json"]);
+        let Ok(job) = serde_json::from_str::<Value>(&ended.stdout) else {
+            lock(verdict).wrong.push(format!("lost: job {tag}, {id}: {}", ended.stderr));
+            return;
+        };
+        let outcome = job["outcome"].as_str().unwrap_or_default().to_owned();
+        let attempt = u32::try_from(job["attempt"].as_u64().unwrap_or_default())
+            .expect("it is a small number");
+        let told = |rank| lock(&self.heard).told.get(&(tag, rank)).cloned().unwrap_or_default();
+        let first = told(0).codes.last().copied();
+        let all_well = (0..wanted.ranks).all(|rank| told(rank).codes.last() == Some(&0));
+        let fits = match outcome.as_str() {
+            "succeeded" => all_well,
+            "failed(3)" => first == Some(3) && attempt > wanted.retries,
+            _ => false,
+        };
+        let mut wrong = self.unreadable(node, wanted, id, all_well);
+        if job["state"] != "DONE" || !fits {
+            let told: Vec<Told> = (0..wanted.ranks).map(told).collect();
+            wrong.push(format!("job {tag} does not fit what it did: {told:?}: {job:#}"));
+        }
+        if (0..wanted.ranks).any(|rank| told(rank).begun > attempt) {
+            wrong.push(format!("job {tag} began more often than it was tried: {job:#}"));
+        }
+        let mut verdict = lock(verdict);
+        verdict.attempts += attempt;
+        *verdict.by_outcome.entry(outcome).or_default() += 1;
+        verdict.wrong.extend(wrong);
     }
 
     /// What of a job's log and artifacts is not there as it was written.

@@ -522,7 +522,7 @@ async fn submit(State(shared): State<Arc<Shared>>, Json(submit): Json<Submit>) -
     let (events, receiver) = mpsc::channel(64);
     tokio::spawn(async move {
         let carried = tokio::select! {
-            carried = carry(&shared, submit.spec, &events) => carried.map_err(Failure::request),
+            carried = carry(&shared, submit.spec, &events) => carried,
             () = shared.out_of_room() => Err(Failure::no_room(&shared.home)),
         };
         let last = carried.unwrap_or_else(|failure| SubmitEvent::Refused { error: failure.0 });
@@ -537,8 +537,8 @@ async fn carry(
     shared: &Arc<Shared>,
     signed: SignedBytes,
     events: &mpsc::Sender<SubmitEvent>,
-) -> anyhow::Result<SubmitEvent> {
-    let spec = VerifiedSpec::verify(signed.clone())?;
+) -> Result<SubmitEvent, Failure> {
+    let spec = VerifiedSpec::verify(signed.clone()).map_err(|e| Failure::request(e.into()))?;
     let job = spec.job;
     let keepers: Vec<PeerId> = spec.spec.keepers.iter().map(|(keeper, _)| *keeper).collect();
     // What was found to be here when the command asked stays here.
@@ -558,8 +558,10 @@ async fn carry(
         // As above: what matters is what comes of it.
         let _ = events.try_send(SubmitEvent::Note { text });
     };
-    let sent = push::spread(shared, &spec, &keepers, report, note).await?;
-    match shared.submit(signed).await.map_err(anyhow::Error::msg)? {
+    let sent = push::spread(shared, &spec, &keepers, report, note).await;
+    let sent = sent.map_err(Failure::undelivered)?;
+    let submitted = shared.submit(signed).await;
+    match submitted.map_err(|e| Failure::request(anyhow::Error::msg(e)))? {
         Ok(()) => Ok(SubmitEvent::Submitted {
             job,
             // It is submitted, whatever becomes of this daemon.
@@ -569,7 +571,7 @@ async fn carry(
             bytes_sent: sent.bytes,
             blobs_there: sent.there,
         }),
-        Err(SubmitError::Refused(reason)) => anyhow::bail!("{reason}"),
+        Err(SubmitError::Refused(reason)) => Err(Failure::request(anyhow::Error::msg(reason))),
         Err(SubmitError::Unknown) => Ok(SubmitEvent::Unknown { job }),
     }
 }
@@ -1032,6 +1034,19 @@ pub fn room_hint(reason: &anyhow::Error) -> Option<String> {
                 .to_owned(),
         ),
         None => None,
+    }
+}
+
+impl Failure {
+    /// A job's inputs did not get to enough of its keepers; nothing is submitted.
+    fn undelivered(reason: anyhow::Error) -> Self {
+        let mut failure = Self::request(reason);
+        failure.0.hint.get_or_insert_with(|| {
+            "submit it again: what has arrived is not sent again; `p2pit show nodes` says which \
+             nodes are online"
+                .to_owned()
+        });
+        failure
     }
 }
 

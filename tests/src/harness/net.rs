@@ -8,6 +8,7 @@ use std::{
     io::Write as _,
     net::Ipv4Addr,
     process::{Command, Stdio},
+    sync::{Mutex, PoisonError},
 };
 
 use super::machine::{Holder, Rights, Setup};
@@ -32,7 +33,7 @@ pub(super) fn address(n: u8) -> Ipv4Addr {
 #[derive(Debug)]
 pub(super) struct Router {
     pub(super) holder: Holder,
-    faults: Faults,
+    faults: Mutex<Faults>,
     /// The line of each machine: as many as it had starts, since the last one's end may not be
     /// gone yet.
     lines: BTreeMap<Ipv4Addr, u32>,
@@ -54,8 +55,8 @@ impl Router {
                       echo 0 > /proc/sys/net/ipv4/conf/default/rp_filter";
         let setup = Setup { script: script.to_owned(), uptime_s: None };
         let holder = Holder::start(rights, None, &setup)?;
-        let router = Self { holder, faults: Faults::default(), lines: BTreeMap::new() };
-        router.apply()?;
+        let router = Self { holder, faults: Mutex::default(), lines: BTreeMap::new() };
+        router.apply(&Faults::default())?;
         Ok(router)
     }
 
@@ -96,21 +97,28 @@ impl Router {
         format!("{LINE}{}.{count}", at.octets()[2])
     }
 
-    pub(super) fn cut(&mut self, pairs: impl IntoIterator<Item = (Ipv4Addr, Ipv4Addr)>) {
-        self.faults.cut.extend(pairs);
-        self.applied();
+    pub(super) fn cut(&self, pairs: impl IntoIterator<Item = (Ipv4Addr, Ipv4Addr)>) {
+        self.change(|faults| faults.cut.extend(pairs));
     }
 
     /// So many packets of 1000.
-    pub(super) fn lose(&mut self, at: Ipv4Addr, per_mille: u32) {
-        self.faults.lost.insert(at, per_mille);
-        self.applied();
+    pub(super) fn lose(&self, at: Ipv4Addr, per_mille: u32) {
+        self.change(|faults| {
+            faults.lost.insert(at, per_mille);
+        });
+    }
+
+    /// What is cut or lost to and from a machine is so no longer.
+    pub(super) fn heal_one(&self, at: Ipv4Addr) {
+        self.change(|faults| {
+            faults.cut.retain(|(from, to)| *from != at && *to != at);
+            faults.lost.remove(&at);
+        });
     }
 
     /// All rules go.
-    pub(super) fn heal(&mut self) {
-        self.faults = Faults::default();
-        self.applied();
+    pub(super) fn heal(&self) {
+        self.change(|faults| *faults = Faults::default());
     }
 
     /// Whether the cable is in.
@@ -190,20 +198,22 @@ impl Router {
         said.join("\n")
     }
 
-    fn applied(&self) {
-        self.apply().unwrap_or_else(|e| panic!("{e}"));
+    fn change(&self, how: impl FnOnce(&mut Faults)) {
+        let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+        how(&mut faults);
+        self.apply(&faults).unwrap_or_else(|e| panic!("{e}"));
     }
 
     /// All rules at once, in place of those that were.
-    fn apply(&self) -> Result<(), String> {
+    fn apply(&self, faults: &Faults) -> Result<(), String> {
         let mut text = format!("table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
         text.push_str(" chain forward {\n  type filter hook forward priority 0; policy accept;\n");
         // Judged when it leaves for a machine, once.
         text.push_str(&format!("  oifname \"{DETOUR}\" accept\n"));
-        for (from, to) in &self.faults.cut {
+        for (from, to) in &faults.cut {
             text.push_str(&format!("  ip saddr {from} ip daddr {to} counter drop\n"));
         }
-        for (at, per_mille) in &self.faults.lost {
+        for (at, per_mille) in &faults.lost {
             for end in ["saddr", "daddr"] {
                 text.push_str(&format!(
                     "  ip {end} {at} numgen random mod 1000 < {per_mille} counter drop\n"

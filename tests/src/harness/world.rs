@@ -149,14 +149,14 @@ impl World {
 
     /// Nothing travels between these any more, in either direction.
     #[track_caller]
-    pub fn cut(&mut self, some: &[&str], others: &[&str]) {
+    pub fn cut(&self, some: &[&str], others: &[&str]) {
         self.cut_one_way(some, others);
         self.cut_one_way(others, some);
     }
 
     /// Nothing from one of the first reaches one of the second any more.
     #[track_caller]
-    pub fn cut_one_way(&mut self, from: &[&str], to: &[&str]) {
+    pub fn cut_one_way(&self, from: &[&str], to: &[&str]) {
         let to: Vec<_> = to.iter().map(|name| self.address(name)).collect();
         let from: Vec<_> = from.iter().map(|name| self.address(name)).collect();
         let pairs = from.iter().flat_map(|from| to.iter().map(|to| (*from, *to)));
@@ -165,7 +165,7 @@ impl World {
 
     /// As [`Self::cut`], between one machine and all others.
     #[track_caller]
-    pub fn isolate(&mut self, name: &str) {
+    pub fn isolate(&self, name: &str) {
         let others: Vec<String> = self.machines.keys().filter(|it| *it != name).cloned().collect();
         let others: Vec<&str> = others.iter().map(String::as_str).collect();
         self.cut(&[name], &others);
@@ -173,13 +173,19 @@ impl World {
 
     /// Of 1000 packets to and of 1000 from this machine so many are lost.
     #[track_caller]
-    pub fn lose(&mut self, name: &str, per_mille: u32) {
+    pub fn lose(&self, name: &str, per_mille: u32) {
         self.router.lose(self.address(name), per_mille);
     }
 
     /// Every cut and every loss ends.
-    pub fn heal(&mut self) {
+    pub fn heal(&self) {
         self.router.heal();
+    }
+
+    /// As [`Self::heal`], for what concerns one machine.
+    #[track_caller]
+    pub fn heal_one(&self, name: &str) {
+        self.router.heal_one(self.address(name));
     }
 
     /// Packets that were cut off or lost since cuts and losses were last changed: that a fault
