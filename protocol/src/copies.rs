@@ -52,14 +52,19 @@ pub fn candidates(node: Option<PeerId>, keepers: &[PeerId]) -> impl Iterator<Ite
 }
 
 /// Who should hold what the rank that ran on `node` left: the first `should` candidates of whom
-/// `is_present` says so; see [`copies_for`].
+/// `is_present` says so, those of whom `is_near` does before the others; see [`copies_for`].
 pub fn holders(
     node: Option<PeerId>,
     keepers: &[PeerId],
     should: usize,
     is_present: impl Fn(PeerId) -> bool,
+    is_near: impl Fn(PeerId) -> bool,
 ) -> Vec<PeerId> {
-    candidates(node, keepers).filter(|candidate| is_present(*candidate)).take(should).collect()
+    let mut holders: Vec<PeerId> =
+        candidates(node, keepers).filter(|candidate| is_present(*candidate)).collect();
+    holders.sort_by_key(|candidate| !is_near(*candidate));
+    holders.truncate(should);
+    holders
 }
 
 /// What this node has still to bring here of a job.
@@ -117,4 +122,31 @@ pub struct SaveOrder {
     pub seq: u64,
     /// The directory, as a tree.
     pub tree: BlobId,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::PublicKey;
+
+    fn node(n: u8) -> PeerId {
+        PeerId(PublicKey([n; 32]))
+    }
+
+    #[test]
+    fn holders_are_the_rank_s_node_and_the_first_keepers_that_are_near_before_those_just_gone() {
+        let keepers = [node(1), node(2), node(3)];
+        let chosen = |gone: &[u8], far: &[u8], runner: Option<u8>, should| {
+            let is_not = |nodes: &[u8], it: PeerId| !nodes.iter().any(|n| node(*n) == it);
+            let present = |it| is_not(gone, it);
+            let near = |it| is_not(far, it);
+            holders(runner.map(node), &keepers, should, present, near)
+        };
+        assert_eq!(chosen(&[], &[], Some(9), 2), [node(9), node(1)]);
+        assert_eq!(chosen(&[], &[], Some(2), 2), [node(2), node(1)]);
+        assert_eq!(chosen(&[1], &[], Some(9), 2), [node(9), node(2)]);
+        assert_eq!(chosen(&[], &[1], Some(3), 2), [node(3), node(2)], "nobody waits for node 1");
+        assert_eq!(chosen(&[2], &[1], Some(3), 2), [node(3), node(1)], "there is no other");
+        assert_eq!(chosen(&[], &[], None, 3), keepers);
+    }
 }

@@ -135,7 +135,7 @@ pub(crate) struct Copies {
     /// Since when nodes are away, on the boot clock.
     away: BTreeMap<PeerId, u64>,
     /// Who was present when that was last looked at, with which store.
-    present: BTreeMap<PeerId, Option<StoreId>>,
+    present: BTreeMap<PeerId, (Option<StoreId>, bool)>,
     /// Since when this node looks, on the boot clock.
     began_ms: u64,
     /// Who is present may have changed.
@@ -316,7 +316,9 @@ impl Copies {
         if core::mem::take(&mut self.look_around) {
             let nodes = scene.roster.state().nodes.keys();
             let present = nodes.filter(|node| self.is_present(**node, scene));
-            let present = present.map(|node| (*node, self.store_of(*node, scene))).collect();
+            let present = present
+                .map(|node| (*node, (self.store_of(*node, scene), self.is_reachable(*node, scene))))
+                .collect();
             if present != self.present {
                 self.present = present;
                 self.dirty.extend(all);
@@ -384,10 +386,10 @@ impl Copies {
         }
         let keepers = stores_of(kept, self.me, scene);
         let may = |node: PeerId| self.is_present(node, scene) && !self.has_refused(job, node);
-        let first = |keepers: &[PeerId], most| {
-            keepers.iter().copied().filter(|node| may(*node)).take(most).any(|node| node == self.me)
-        };
-        let inputs = !over && first(&keepers, INPUT_HOLDERS);
+        // While a job lives nobody waits for a node that has just gone. What is over has time: a
+        // machine that is off for a moment costs no copy of all that it holds.
+        let near = |node: PeerId| over || self.is_reachable(node, scene);
+        let inputs = !over && holders(None, &keepers, INPUT_HOLDERS, may, near).contains(&self.me);
         let saved = if inputs { body.saved.clone() } else { Vec::new() };
         let started = matches!(
             body.state(),
@@ -396,7 +398,7 @@ impl Copies {
         let ranks = body.ranks.iter().filter(|_| started).filter_map(|rank| {
             let should = copies_for(kept.keepers.len());
             let runner = self.runner(rank, scene);
-            let is_mine = holders(runner, &keepers, should, may).contains(&self.me);
+            let is_mine = holders(runner, &keepers, should, may, near).contains(&self.me);
             if runner == Some(self.me) || !is_mine {
                 return None;
             }
