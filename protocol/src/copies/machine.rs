@@ -323,9 +323,11 @@ impl Copies {
 
     /// Whether `node` said lately that it cannot hold what `job` leaves.
     fn has_refused(&self, job: JobId, node: PeerId) -> bool {
-        let own = node == self.me && self.cannot.contains_key(&job);
+        if node == self.me {
+            return self.cannot.contains_key(&job);
+        }
         let told = self.told.get(&job).and_then(|told| told.get(&node));
-        own || told.is_some_and(|told| told.cannot.is_some())
+        told.is_some_and(|told| told.cannot.is_some())
     }
 
     // ---- what this node is to hold ----------------------------------------------------
@@ -676,10 +678,10 @@ impl Copies {
     }
 
     /// Tell who should know how this node stands to the copies of `kept`: the steward; all
-    /// keepers, where something cannot be held here.
-    pub(crate) fn tell(&self, kept: &Kept, out: &mut Outbox) {
+    /// keepers, where something cannot be held here, or can again (`everybody`).
+    pub(crate) fn tell(&self, kept: &Kept, everybody: bool, out: &mut Outbox) {
         let (job, body) = (kept.spec.job, &kept.value.body);
-        let refuses = self.cannot.contains_key(&job);
+        let refuses = everybody || self.cannot.contains_key(&job);
         let ranks = self.states(job, body.attempt);
         let over = body.state() == State::Done;
         let keepers = kept.keepers.iter().map(|(keeper, _)| *keeper);
