@@ -75,6 +75,8 @@ struct Cannot {
     until_ms: u64,
     /// How often the others were told; of what this node cannot.
     told: u32,
+    /// Of which configuration of the record.
+    epoch: u32,
 }
 
 /// What another node said of its copies of an attempt, or this one.
@@ -362,6 +364,13 @@ impl Copies {
             return self.duties.remove(&job).is_some();
         };
         self.drop_stale(job, kept);
+        if let Some(cannot) = self.cannot.get_mut(&job)
+            && cannot.epoch != kept.value.epoch
+        {
+            // Who keeps it now may not have heard of it.
+            (cannot.epoch, cannot.told) = (kept.value.epoch, 0);
+            self.repeats = true;
+        }
         let duty = self.duty_of(job, kept, scene);
         if self.duties.get(&job) == duty.as_ref() {
             return false;
@@ -504,8 +513,10 @@ impl Copies {
     }
 
     pub(crate) fn cannot(&mut self, job: JobId, reason: String, now: Now) {
-        let told = self.cannot.get(&job).map_or(1, |cannot| cannot.told + 1);
-        self.cannot.insert(job, Cannot { reason, until_ms: now.after(CANNOT_MS), told });
+        let (told, epoch) =
+            self.cannot.get(&job).map_or((1, 0), |cannot| (cannot.told + 1, cannot.epoch));
+        let until_ms = now.after(CANNOT_MS);
+        self.cannot.insert(job, Cannot { reason, until_ms, told, epoch });
         self.dirty.insert(job);
     }
 
@@ -592,7 +603,7 @@ impl Copies {
             // Said again, it is not said of a longer time.
             let until_ms = told.cannot.as_ref().map(|cannot| cannot.until_ms);
             let until_ms = until_ms.unwrap_or_else(|| now.after(CANNOT_MS));
-            Cannot { reason, until_ms, told: 0 }
+            Cannot { reason, until_ms, told: 0, epoch: 0 }
         });
         if news {
             self.dirty.insert(job);
@@ -635,7 +646,8 @@ impl Copies {
                 continue;
             }
             let reason = "so the steward says".to_owned();
-            let cannot = Some(Cannot { reason, until_ms: now.after(CANNOT_MS), told: 0 });
+            let until_ms = now.after(CANNOT_MS);
+            let cannot = Some(Cannot { reason, until_ms, told: 0, epoch: 0 });
             let blank = Told {
                 attempt: kept.value.body.attempt,
                 at_ms: now.boot_ms,
