@@ -361,6 +361,10 @@ impl Copies {
             self.told.remove(&job);
             self.announced.remove(&job);
             self.cannot.remove(&job);
+            // Of a job of which nothing was made here either, nobody asks any more.
+            if !self.saves.keys().any(|id| id.job == job) {
+                self.held.remove(&job);
+            }
             return self.duties.remove(&job).is_some();
         };
         self.drop_stale(job, kept);
