@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     CANNOT_MS, COPIES_CHECK_MS, EndOrder, INPUT_HOLDERS, RankOrder, SAVE_RESEND_MS,
-    SAVE_RESEND_MS_MAX, SaveOrder, candidates, copies_for, holders,
+    SAVE_RESEND_MS_MAX, SaveOrder, candidates, copies_for, holders, in_order_of,
 };
 use crate::{
     BlobId, JobId, Now, PeerId, StoreId,
@@ -26,6 +26,8 @@ const SAVES_MAX: usize = 4_096;
 const TELL_MS: u64 = 1_000;
 /// How often the others are told that something cannot be copied here.
 const REFUSALS_TOLD: u32 = 3;
+/// How long a keeper may lack the record before it does not count for copies.
+const LACKS_MS: u64 = 10_000;
 /// The longest reason of another node's that is remembered, in bytes.
 const REASON_BYTES_MAX: usize = 256;
 
@@ -45,13 +47,17 @@ struct Held {
 }
 
 /// The keepers that are the stores that keep the record, as far as is known: a node that lost its
-/// disk knows nothing of it.
-fn stores_of(kept: &Kept, me: PeerId, scene: Scene<'_>) -> Vec<PeerId> {
+/// disk knows nothing of it. In the order in which they hold what `rank` leaves, where one is given.
+fn stores_of(kept: &Kept, rank: Option<Rank>, me: PeerId, scene: Scene<'_>) -> Vec<PeerId> {
     let same = |(node, store): &&Keeper| {
         let posted = scene.board.get(*node);
         *node == me || posted.is_none_or(|posted| posted.advert.store == *store)
     };
-    kept.keepers.iter().filter(same).map(|(node, _)| *node).collect()
+    let mut keepers = kept.keepers.clone();
+    if let Some(rank) = rank {
+        in_order_of(rank, &mut keepers);
+    }
+    keepers.iter().filter(same).map(|(node, _)| *node).collect()
 }
 
 /// What this node has to bring here of a job; see [`super::CopyOrder`].
@@ -69,6 +75,8 @@ struct Cannot {
     until_ms: u64,
     /// How often the others were told; of what this node cannot.
     told: u32,
+    /// Of which configuration of the record.
+    epoch: u32,
 }
 
 /// What another node said of its copies of an attempt, or this one.
@@ -80,6 +88,8 @@ struct Told {
     /// When it last said of a rank that it is being copied.
     busy_ms: BTreeMap<Rank, u64>,
     cannot: Option<Cannot>,
+    /// Since when it keeps no record of the job, though it is named as a keeper.
+    lacks_ms: Option<u64>,
 }
 
 /// A copy of `keep/` that a process here made.
@@ -135,11 +145,13 @@ pub(crate) struct Copies {
     /// Since when nodes are away, on the boot clock.
     away: BTreeMap<PeerId, u64>,
     /// Who was present when that was last looked at, with which store.
-    present: BTreeMap<PeerId, (Option<StoreId>, bool)>,
+    present: BTreeMap<PeerId, Option<StoreId>>,
     /// Since when this node looks, on the boot clock.
     began_ms: u64,
     /// Who is present may have changed.
     pub(crate) look_around: bool,
+    /// It is time to see whether keepers of jobs that are over are gone.
+    pub(crate) look_at_done: bool,
     /// It is time to tell again what cannot be copied here.
     repeats: bool,
     /// Jobs whose orders are to be thought over.
@@ -168,12 +180,23 @@ impl Copies {
             present: BTreeMap::new(),
             began_ms: 0,
             look_around: true,
+            look_at_done: false,
             repeats: false,
             dirty: BTreeSet::new(),
             news: BTreeSet::new(),
             overdue: BTreeSet::new(),
             timers: Timers::default(),
         }
+    }
+
+    /// Whether anything is to be thought over, or told.
+    pub(crate) fn has_work(&self) -> bool {
+        self.look_around
+            || self.look_at_done
+            || self.repeats
+            || !self.dirty.is_empty()
+            || !self.news.is_empty()
+            || !self.overdue.is_empty()
     }
 
     /// Begin to look, at a start.
@@ -198,6 +221,7 @@ impl Copies {
             match timer {
                 Timer::Check => {
                     (self.look_around, self.repeats) = (true, true);
+                    self.look_at_done = true;
                     self.forget_refusals(now);
                     self.timers.set(Timer::Check, now.after(COPIES_CHECK_MS));
                 }
@@ -211,7 +235,7 @@ impl Copies {
 
     /// Jobs that cannot be copied here of which the others are to be told again: the first time
     /// may not have reached everybody.
-    pub(crate) fn to_repeat(&mut self) -> Vec<JobId> {
+    pub(crate) fn repeated(&mut self) -> Vec<JobId> {
         let due = core::mem::take(&mut self.repeats);
         let mut jobs = Vec::new();
         for (job, cannot) in self.cannot.iter_mut().filter(|_| due) {
@@ -260,7 +284,9 @@ impl Copies {
         self.dirty.insert(job);
     }
 
-    fn away_since(&self, node: PeerId) -> u64 {
+    /// Since when `node` is away, on the boot clock; of nodes that were never seen, since this
+    /// one looks.
+    pub(crate) fn away_since(&self, node: PeerId) -> u64 {
         self.away.get(&node).copied().unwrap_or(self.began_ms)
     }
 
@@ -299,9 +325,11 @@ impl Copies {
 
     /// Whether `node` said lately that it cannot hold what `job` leaves.
     fn has_refused(&self, job: JobId, node: PeerId) -> bool {
-        let own = node == self.me && self.cannot.contains_key(&job);
+        if node == self.me {
+            return self.cannot.contains_key(&job);
+        }
         let told = self.told.get(&job).and_then(|told| told.get(&node));
-        own || told.is_some_and(|told| told.cannot.is_some())
+        told.is_some_and(|told| told.cannot.is_some())
     }
 
     // ---- what this node is to hold ----------------------------------------------------
@@ -316,9 +344,7 @@ impl Copies {
         if core::mem::take(&mut self.look_around) {
             let nodes = scene.roster.state().nodes.keys();
             let present = nodes.filter(|node| self.is_present(**node, scene));
-            let present = present
-                .map(|node| (*node, (self.store_of(*node, scene), self.is_reachable(*node, scene))))
-                .collect();
+            let present = present.map(|node| (*node, self.store_of(*node, scene))).collect();
             if present != self.present {
                 self.present = present;
                 self.dirty.extend(all);
@@ -335,9 +361,20 @@ impl Copies {
             self.told.remove(&job);
             self.announced.remove(&job);
             self.cannot.remove(&job);
+            // Of a job of which nothing was made here either, nobody asks any more.
+            if !self.saves.keys().any(|id| id.job == job) {
+                self.held.remove(&job);
+            }
             return self.duties.remove(&job).is_some();
         };
         self.drop_stale(job, kept);
+        if let Some(cannot) = self.cannot.get_mut(&job)
+            && cannot.epoch != kept.value.epoch
+        {
+            // Who keeps it now may not have heard of it.
+            (cannot.epoch, cannot.told) = (kept.value.epoch, 0);
+            self.repeats = true;
+        }
         let duty = self.duty_of(job, kept, scene);
         if self.duties.get(&job) == duty.as_ref() {
             return false;
@@ -384,12 +421,12 @@ impl Copies {
         if expired || body.removed.is_some() || self.cannot.contains_key(&job) {
             return None;
         }
-        let keepers = stores_of(kept, self.me, scene);
+        let keepers = stores_of(kept, None, self.me, scene);
         let may = |node: PeerId| self.is_present(node, scene) && !self.has_refused(job, node);
-        // While a job lives nobody waits for a node that has just gone. What is over has time: a
-        // machine that is off for a moment costs no copy of all that it holds.
-        let near = |node: PeerId| over || self.is_reachable(node, scene);
-        let inputs = !over && holders(None, &keepers, INPUT_HOLDERS, may, near).contains(&self.me);
+        let first = |keepers: &[PeerId], most| {
+            keepers.iter().copied().filter(|node| may(*node)).take(most).any(|node| node == self.me)
+        };
+        let inputs = !over && first(&keepers, INPUT_HOLDERS);
         let saved = if inputs { body.saved.clone() } else { Vec::new() };
         let started = matches!(
             body.state(),
@@ -398,7 +435,9 @@ impl Copies {
         let ranks = body.ranks.iter().filter(|_| started).filter_map(|rank| {
             let should = copies_for(kept.keepers.len());
             let runner = self.runner(rank, scene);
-            let is_mine = holders(runner, &keepers, should, may, near).contains(&self.me);
+            let number = rank.assignment.rank;
+            let keepers = stores_of(kept, Some(number), self.me, scene);
+            let is_mine = holders(runner, &keepers, should, may).contains(&self.me);
             if runner == Some(self.me) || !is_mine {
                 return None;
             }
@@ -478,8 +517,10 @@ impl Copies {
     }
 
     pub(crate) fn cannot(&mut self, job: JobId, reason: String, now: Now) {
-        let told = self.cannot.get(&job).map_or(1, |cannot| cannot.told + 1);
-        self.cannot.insert(job, Cannot { reason, until_ms: now.after(CANNOT_MS), told });
+        let (told, epoch) =
+            self.cannot.get(&job).map_or((1, 0), |cannot| (cannot.told + 1, cannot.epoch));
+        let until_ms = now.after(CANNOT_MS);
+        self.cannot.insert(job, Cannot { reason, until_ms, told, epoch });
         self.dirty.insert(job);
     }
 
@@ -533,15 +574,19 @@ impl Copies {
             ranks: BTreeMap::new(),
             busy_ms: BTreeMap::new(),
             cannot: None,
+            lacks_ms: None,
         });
         if told.attempt != attempt {
             told.busy_ms.clear();
         }
         (told.attempt, told.at_ms) = (attempt, now.boot_ms);
         told.ranks.clear();
-        // A keeper that never had the record holds nothing of it.
+        // A keeper that does not get the record holds nothing of it.
         let keeps = kept.keepers.iter().any(|(keeper, _)| *keeper == from);
-        let mut cannot = (keeps && seq == 0).then(|| "it does not have the record".to_owned());
+        let since_ms = told.lacks_ms.unwrap_or(now.boot_ms);
+        told.lacks_ms = (keeps && seq == 0).then_some(since_ms);
+        let lacks = told.lacks_ms.is_some_and(|ms| ms.saturating_add(LACKS_MS) <= now.boot_ms);
+        let mut cannot = lacks.then(|| "it does not have the record".to_owned());
         let named = |rank: Rank| body.ranks.iter().any(|record| record.assignment.rank == rank);
         for mut state in states.into_iter().take(COPIES_MAX) {
             if let Some(mut reason) = state.cannot.take() {
@@ -562,7 +607,7 @@ impl Copies {
             // Said again, it is not said of a longer time.
             let until_ms = told.cannot.as_ref().map(|cannot| cannot.until_ms);
             let until_ms = until_ms.unwrap_or_else(|| now.after(CANNOT_MS));
-            Cannot { reason, until_ms, told: 0 }
+            Cannot { reason, until_ms, told: 0, epoch: 0 }
         });
         if news {
             self.dirty.insert(job);
@@ -605,13 +650,15 @@ impl Copies {
                 continue;
             }
             let reason = "so the steward says".to_owned();
-            let cannot = Some(Cannot { reason, until_ms: now.after(CANNOT_MS), told: 0 });
+            let until_ms = now.after(CANNOT_MS);
+            let cannot = Some(Cannot { reason, until_ms, told: 0, epoch: 0 });
             let blank = Told {
                 attempt: kept.value.body.attempt,
                 at_ms: now.boot_ms,
                 ranks: BTreeMap::new(),
                 busy_ms: BTreeMap::new(),
                 cannot: None,
+                lacks_ms: None,
             };
             self.told.entry(job).or_default().entry(*node).or_insert(blank).cannot = cannot;
             self.dirty.insert(job);
@@ -647,10 +694,10 @@ impl Copies {
     }
 
     /// Tell who should know how this node stands to the copies of `kept`: the steward; all
-    /// keepers, where something cannot be held here.
-    pub(crate) fn tell(&self, kept: &Kept, out: &mut Outbox) {
+    /// keepers, where something cannot be held here, or can again (`everybody`).
+    pub(crate) fn tell(&self, kept: &Kept, everybody: bool, out: &mut Outbox) {
         let (job, body) = (kept.spec.job, &kept.value.body);
-        let refuses = self.cannot.contains_key(&job);
+        let refuses = everybody || self.cannot.contains_key(&job);
         let ranks = self.states(job, body.attempt);
         let over = body.state() == State::Done;
         let keepers = kept.keepers.iter().map(|(keeper, _)| *keeper);
@@ -775,7 +822,8 @@ impl Copies {
     ) -> Standing {
         let (job, attempt, rank) = (kept.spec.job, kept.value.body.attempt, record.assignment.rank);
         let should = copies_for(kept.keepers.len());
-        let (runner, keepers) = (self.runner(record, scene), stores_of(kept, self.me, scene));
+        let keepers = stores_of(kept, Some(rank), self.me, scene);
+        let runner = self.runner(record, scene);
         let (mut all, mut have, mut possible, mut gone_ms) = (0, 0, 0, 0);
         // Whether all are known to have nothing, and there is no disk any more that had it.
         let mut hopeless = runner.is_none();
