@@ -432,6 +432,7 @@ impl Tail<'_> {
         let gate = gate.await.context("it does not answer").map_err(there)?;
         gate.map_err(|e| there(e.into()))?.pass().map_err(there)?;
         let mut sync_at = Instant::now() + SYNC_EVERY;
+        let mut target = wanted.rank.end.map(|end| end.log_bytes);
         loop {
             let stopped = tokio::select! {
                 biased;
@@ -445,14 +446,16 @@ impl Tail<'_> {
                 },
                 () = sleep(sync_at.saturating_duration_since(Instant::now())) => None,
                 changed = orders.changed() => {
-                    let is_same = changed.is_ok() && self::wanted(orders, self.id).is_some_and(|now| {
-                        // Until it has all: what it lacks then is asked for anew.
-                        let target = now.rank.end.map_or(u64::MAX, |end| end.log_bytes);
-                        self.bytes() < target && now.rank.sources == wanted.rank.sources
-                    });
+                    let now = if changed.is_ok() { self::wanted(orders, self.id) } else { None };
+                    let is_same =
+                        now.as_ref().is_some_and(|now| now.rank.sources == wanted.rank.sources);
+                    target = now.and_then(|now| now.rank.end).map(|end| end.log_bytes);
                     if is_same { None } else { Some(Ok(Stopped::Changed)) }
                 }
             };
+            // All of it is here, and somebody waits for that.
+            let is_there = target.is_some_and(|target| self.bytes() >= target);
+            let stopped = stopped.or(is_there.then_some(Ok(Stopped::Changed)));
             if Instant::now() >= sync_at || stopped.is_some() {
                 self.sync().await.map_err(Trouble::Here)?;
                 sync_at = Instant::now() + SYNC_EVERY;
@@ -498,6 +501,12 @@ impl Tail<'_> {
 
 // ---- trees ----------------------------------------------------------------------------
 
+/// What follows a turn.
+enum Step {
+    Idle,
+    Again,
+}
+
 async fn copy_trees(
     shared: &Arc<Shared>,
     id: WorkId,
@@ -511,12 +520,25 @@ async fn copy_trees(
         let done = if let Some(end) = wanted.rank.end {
             let end = end_copy(&wanted.rank, &end);
             if held.end.as_ref() == Some(&end) {
-                Ok(None)
+                tell_end(shared, id).await;
+                Ok(Step::Idle)
             } else {
                 shared.copies.set_complete(id, false);
-                make_end(shared, id, &wanted, &end, &mut durable, &mut orders)
-                    .await
-                    .map(|made| made.then(|| held.end = Some(end)))
+                let made = make_end(
+                    shared,
+                    id,
+                    &wanted,
+                    &end,
+                    &mut durable,
+                    &mut orders,
+                    held.save.as_ref(),
+                );
+                made.await.map(|made| {
+                    if made {
+                        held.end = Some(end);
+                    }
+                    Step::Again
+                })
             }
         } else if let Some(save) = wanted.rank.save
             && held.save.as_ref().is_none_or(|known| known.seq < save.seq)
@@ -524,23 +546,20 @@ async fn copy_trees(
             let before = held.save.as_ref().map(|save| save.tree);
             make_save(shared, id, &wanted, save, before, &orders).await.map(|copy| {
                 held.save = Some(copy);
-                Some(())
+                Step::Again
             })
         } else {
-            Ok(None)
+            Ok(Step::Idle)
         };
         match done {
-            Ok(made) => {
-                patience = Patience::new();
-                if let Some(end) = &held.end
-                    && wanted.rank.end.as_ref().is_some_and(|it| end_copy(&wanted.rank, it) == *end)
-                {
-                    tell_end(shared, id).await;
-                }
-                if made.is_none() && orders.changed().await.is_err() {
+            Ok(Step::Again) => patience = Patience::new(),
+            Ok(Step::Idle) => {
+                if orders.changed().await.is_err() {
                     return;
                 }
             }
+            // The log is not copied any more: both begin anew.
+            Err(FetchError::Unwanted) if durable.has_changed().is_err() => return,
             Err(FetchError::Unwanted) => {}
             Err(FetchError::Here(reason)) => {
                 cannot(shared, id.job, &reason).await;
@@ -577,6 +596,7 @@ async fn make_end(
     end: &EndCopy,
     durable: &mut watch::Receiver<u64>,
     orders: &mut Orders,
+    save: Option<&SaveCopy>,
 ) -> Result<bool, FetchError> {
     let watched = orders.clone();
     let is_wanted = || {
@@ -586,12 +606,11 @@ async fn make_end(
         std::future::ready(rank.any(|it| it.end == wanted.rank.end))
     };
     for tree in end.keep.iter().chain(&end.artifacts) {
-        bring(shared, wanted, *tree, None, is_wanted).await?;
+        bring(shared, wanted, *tree, save.map(|save| save.tree), is_wanted).await?;
     }
     tokio::select! {
-        // Its sender lives as long as this.
         come = durable.wait_for(|bytes| *bytes >= end.log_bytes) => if come.is_err() {
-            return Ok(false);
+            return Err(FetchError::Unwanted);
         },
         _ = orders.changed() => return Ok(false),
     }
