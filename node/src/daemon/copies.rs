@@ -54,6 +54,9 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from
 const TRANSFERS_MAX: usize = 8;
 /// Inputs remembered.
 const KEPT_MAX: usize = 4_096;
+/// Logs that are followed at a time, each by a stream that stays open: of more than these it is
+/// asked now and then what there is. A connection has only so many streams.
+const FOLLOWED_MAX: usize = 200;
 /// How long a node may take to say whether a log follows.
 const GATE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -67,6 +70,7 @@ pub(crate) struct Copies {
     shelf: Shelf,
     jobs: Mutex<BTreeMap<JobId, Job>>,
     transfers: Semaphore,
+    followed: Semaphore,
     /// Inputs that were made safe from a loss of power since this daemon started.
     kept: Mutex<BTreeSet<BlobId>>,
 }
@@ -81,7 +85,8 @@ struct Job {
 impl Copies {
     pub(crate) fn new(shelf: Shelf) -> Self {
         let (jobs, kept) = (Mutex::default(), Mutex::default());
-        Self { shelf, jobs, transfers: Semaphore::new(TRANSFERS_MAX), kept }
+        let (transfers, followed) = (Semaphore::new(TRANSFERS_MAX), Semaphore::new(FOLLOWED_MAX));
+        Self { shelf, jobs, transfers, followed, kept }
     }
 
     /// An input is safe from a loss of power.
@@ -416,7 +421,9 @@ impl Tail<'_> {
         orders: &mut Orders,
     ) -> Result<Stopped, Trouble> {
         // Others only copy from it, too.
-        let follow = wanted.rank.follow && source == wanted.rank.node;
+        let is_followed = wanted.rank.follow && source == wanted.rank.node;
+        let place = if is_followed { self.shared.copies.followed.try_acquire().ok() } else { None };
+        let follow = place.is_some();
         let question = Request::Tail {
             spec: wanted.spec.signed.clone(),
             links: wanted.links.clone(),
@@ -755,4 +762,59 @@ async fn hold_input<W: Future<Output = bool> + Send>(
         shared.keep_tree(tree).await.map_err(FetchError::Here)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use p2pit_protocol::identity::KeyPair;
+
+    use super::*;
+    use crate::transfer::{
+        Tree, TreePath,
+        tree::{Entry, Kind},
+    };
+
+    #[test]
+    fn a_copy_that_is_not_whole_any_more_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = BlobStore::open(&dir.path().join("blobs")).unwrap();
+        let shelf = Shelf::at(dir.path().join("copies"));
+        let id = WorkId { job: JobId([7; 32]), attempt: Attempt(1), rank: Rank(0) };
+        let tree = |content: &[u8]| {
+            let blob = store.put_bytes(content).unwrap();
+            let kind = Kind::File { blob, size: content.len() as u64, executable: false };
+            let path = TreePath::from_bytes("file").unwrap();
+            let tree = Tree::new(vec![Entry { path, kind }]).unwrap();
+            (store.put_bytes(&tree.encode().unwrap()).unwrap(), blob)
+        };
+        let ((keep, kept), (saved, in_save)) = (tree(b"kept"), tree(b"saved"));
+        let node = PeerId(KeyPair::from_seed(&[1; 32]).public());
+        let end = EndCopy { node, log_bytes: 4, keep: Some(keep), artifacts: None };
+        let save = SaveCopy { node, seq: 3, tree: saved };
+        let write = |log: &[u8]| {
+            let rank_dir = shelf.log_path(id).parent().unwrap().to_owned();
+            std::fs::create_dir_all(&rank_dir).unwrap();
+            std::fs::write(shelf.job_dir(id.job).join("spec"), "of the job").unwrap();
+            std::fs::write(shelf.log_path(id), log).unwrap();
+            shelf.write_end(id, &end).unwrap();
+            shelf.write_save(id, &save).unwrap();
+        };
+        let stock = || {
+            let stock = take_stock(&shelf, &store).unwrap();
+            let [(found, held)] = &stock[..] else { panic!("{stock:?}") };
+            assert_eq!((*found, held), (id, &shelf.held(id)));
+            (held.end.is_some(), held.save.is_some())
+        };
+        write(b"log\n");
+        assert_eq!(stock(), (true, true));
+        std::fs::write(shelf.log_path(id), "lo").unwrap();
+        assert_eq!(stock(), (false, true), "its log was cut off");
+        write(b"log\nand more\n");
+        assert_eq!(stock(), (true, true));
+        store.remove(&kept).unwrap();
+        assert_eq!(stock(), (false, true));
+        store.remove(&in_save).unwrap();
+        assert_eq!(stock(), (false, false));
+        assert_eq!(shelf.held(id).log_bytes, 13, "what is here stays");
+    }
 }
