@@ -23,6 +23,7 @@
 
 mod auction;
 mod copying;
+mod done;
 mod drive;
 mod keepers;
 mod leases;
@@ -34,6 +35,8 @@ use tracing::{debug, info, warn};
 
 pub use auction::{FINISH_MS, ROUND_MS, ROUNDS_MAX, SETTLE_MS};
 pub(crate) use copying::Sight;
+pub use done::DONE_AWAY_MS;
+pub(crate) use done::DONE_OP;
 pub(crate) use drive::Drive;
 pub(crate) use keepers::propose;
 pub use keepers::{AWAY_MS, KEEPERS_CHECK_MS, survives};
@@ -43,6 +46,7 @@ use self::{
     auction::{Auction, Step},
     copying::finish_if_over,
     drive::{Observed, Stage},
+    keepers::{WILLING_MS, keepers_for_record},
 };
 use crate::{
     BootId, HoldId, JobId, Now, PeerId, StoreId, UserId,
@@ -505,6 +509,11 @@ impl Stewards {
         if let RankReport::Ended(RankEnd { ending: Ending::FailedToStart { .. }, .. }) = &report {
             drive.observed.failed.insert(from);
         }
+        if is_end {
+            let scene = Scene { board: cx.board, roster: cx.roster, now: cx.now };
+            let store = cx.copies.store_of(from, scene);
+            drive.observed.stores.entry(rank).or_insert(store);
+        }
         let ready = matches!(report, RankReport::Prepared { .. });
         drive.observed.hear(rank, report);
         let starting = cx.registers.get(job).map(|k| k.value.body.state()) == Some(State::Starting);
@@ -756,7 +765,7 @@ impl Stewards {
             }
             State::Preparing => self.next_of_preparing(drive, body, keepers, now),
             State::Starting => {
-                apply_reports(&mut body, observed, sight);
+                apply_reports(&mut body, observed);
                 apply_refusals(&mut body, observed, at_ms);
                 self.apply_losses(&mut body, drive, now);
                 if let Some(reason) = self.cannot_start(drive, &body, now) {
@@ -778,7 +787,7 @@ impl Stewards {
                 None
             }
             State::Running => {
-                apply_reports(&mut body, observed, sight);
+                apply_reports(&mut body, observed);
                 apply_refusals(&mut body, observed, at_ms);
                 self.apply_losses(&mut body, drive, now);
                 body.bound &= keepers > 2;
@@ -786,7 +795,7 @@ impl Stewards {
                 (body != *before).then_some((body, false))
             }
             State::Stopping | State::Cleaning => {
-                apply_reports(&mut body, observed, sight);
+                apply_reports(&mut body, observed);
                 apply_refusals(&mut body, observed, at_ms);
                 self.apply_losses(&mut body, drive, now);
                 let over = body.all_at_least(RankState::Ended);
@@ -1196,7 +1205,7 @@ pub(crate) fn dry_run(
 }
 
 /// Move ranks on as their nodes reported.
-fn apply_reports(body: &mut Body, observed: &Observed, sight: &Sight<'_>) {
+fn apply_reports(body: &mut Body, observed: &Observed) {
     for rank in &mut body.ranks {
         let id = rank.assignment.rank;
         if observed.running.contains(&id) && rank.state < RankState::Running {
@@ -1207,7 +1216,7 @@ fn apply_reports(body: &mut Body, observed: &Observed, sight: &Sight<'_>) {
         {
             rank.state = RankState::Ended;
             rank.end = Some(end.clone());
-            rank.store = sight.copies.store_of(rank.assignment.node, sight.scene);
+            rank.store = observed.stores.get(&id).copied().flatten();
         }
     }
     let texts = ENDS_BYTES_MAX / body.ranks.len().max(1);

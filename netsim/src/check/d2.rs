@@ -11,6 +11,7 @@ use p2pit_protocol::{
     bidder::WorkId,
     copies::{CANNOT_MS, NOT_COPIED, candidates, copies_for},
     job::{RankRecord, State},
+    peer::Slot,
     record::{Body, Keeper},
     steward::AWAY_MS,
 };
@@ -82,7 +83,8 @@ fn lacking_of_rank(
         let machines = scene.machines.iter().filter(|machine| machine.peer == candidate);
         for machine in machines {
             let ran = candidate == node;
-            let keeps = keepers.contains(&(machine.peer, machine.member.store));
+            let keeps = keepers.contains(&(machine.peer, machine.member.store))
+                && machine.journal.contains_key(&Slot::Record(job).to_bytes());
             let has = machine.left.contains(&id) || (ran && is_emptied(scene, machine));
             have += usize::from(has);
             can += usize::from(has || (keeps && may_hold(scene, machine.index, job)));

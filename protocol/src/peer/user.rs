@@ -105,7 +105,7 @@ impl Peer {
     }
 
     /// The answer about a job whose record is not here, or not driven here.
-    fn unknown(&self, job: JobId) -> Reply {
+    pub(super) fn unknown(&self, job: JobId) -> Reply {
         let names = |keepers: &[Keeper]| keepers.iter().map(|(keeper, _)| *keeper).collect();
         if let Some(kept) = self.registers.get(job) {
             let steward = Some(kept.value.body.steward);
@@ -145,7 +145,7 @@ impl Peer {
     }
 
     /// Begin to find out what is chosen, unless this store must not speak (yet).
-    fn make_sure(&mut self, job: JobId, now: Now) {
+    pub(super) fn make_sure(&mut self, job: JobId, now: Now) {
         if self.shy_until_ms.is_none() && !self.store_refused {
             self.registers.read(job, now);
             self.finish(now);
@@ -235,14 +235,14 @@ impl Peer {
     }
 }
 
-fn denied(verb: &str, job: JobId) -> Reply {
+pub(super) fn denied(verb: &str, job: JobId) -> Reply {
     let id = &job.to_string()[..8];
     let reason = format!("only the owner of job {id} and admins of the pool may {verb} it");
     Reply::Denied { reason }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::{BTreeMap, VecDeque};
 
     use super::*;
@@ -257,10 +257,10 @@ mod tests {
         sabotage::Sabotage,
     };
 
-    const START: Now = Now { boot_ms: 1_000, wall_ms: WALL_MS };
+    pub(in crate::peer) const START: Now = Now { boot_ms: 1_000, wall_ms: WALL_MS };
     const LATER: Now = Now { boot_ms: 1_000 + SHY_MS, wall_ms: WALL_MS + SHY_MS };
 
-    fn owner() -> UserId {
+    pub(in crate::peer) fn owner() -> UserId {
         UserId(user_key(1).public())
     }
 
@@ -268,7 +268,7 @@ mod tests {
         (PeerId(node_key(n).public()), StoreId([n; 16]))
     }
 
-    fn spec(replica: &Replica) -> VerifiedSpec {
+    pub(in crate::peer) fn spec(replica: &Replica) -> VerifiedSpec {
         let spec = JobSpec {
             pool: replica.roster.pool(),
             owner: owner(),
@@ -297,7 +297,12 @@ mod tests {
     }
 
     /// Node `n` after a restart, with a record of which it accepted this value in this ballot.
-    fn restarted(replica: &Replica, n: u8, value: &Value, accepted: Ballot) -> Peer {
+    pub(in crate::peer) fn restarted(
+        replica: &Replica,
+        n: u8,
+        value: &Value,
+        accepted: Ballot,
+    ) -> Peer {
         let config = Config {
             key: node_key(n),
             store: keeper(n).1,

@@ -10,7 +10,7 @@ use super::{
     auction::{Auction, Pinning},
 };
 use crate::{
-    JobId, Now, PeerId, UserId,
+    JobId, Now, PeerId, StoreId, UserId,
     job::{Attempt, Rank, RankEnd, RankState, State, VerifiedSpec},
     message::{ClockReading, RankReport},
     record::{Body, Registers},
@@ -74,6 +74,8 @@ pub(super) struct Observed {
     pub(super) running: BTreeSet<Rank>,
     pub(super) cleaning: BTreeSet<Rank>,
     pub(super) ends: BTreeMap<Rank, RankEnd>,
+    /// Which store the node of each rank had when it said how the rank ended.
+    pub(super) stores: BTreeMap<Rank, Option<StoreId>>,
     /// Nodes that could not prepare or start a rank.
     pub(super) failed: BTreeSet<PeerId>,
     /// When each node last said something, on the boot clock.
