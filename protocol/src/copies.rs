@@ -26,6 +26,10 @@ pub const COPIES_OF_FIVE: usize = 3;
 pub const INPUT_HOLDERS: usize = 2;
 /// How long a node that said it cannot hold something is left out.
 pub const CANNOT_MS: u64 = 10 * 60_000;
+/// How long a node may be out of reach until another holds what ranks of a job leave that is not
+/// over: longer than a daemon takes to start again. A job is not to wait for a machine that is
+/// off, nor its log to be without a copy; one copy too many does no harm.
+pub const HERE_MS: u64 = 15_000;
 /// How often it is looked whether others should hold something now.
 pub const COPIES_CHECK_MS: u64 = 20_000;
 /// How often a copy of `keep/` is announced until enough nodes hold it, at first; each time twice

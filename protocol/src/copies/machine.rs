@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    CANNOT_MS, COPIES_CHECK_MS, EndOrder, INPUT_HOLDERS, RankOrder, SAVE_RESEND_MS,
+    CANNOT_MS, COPIES_CHECK_MS, EndOrder, HERE_MS, INPUT_HOLDERS, RankOrder, SAVE_RESEND_MS,
     SAVE_RESEND_MS_MAX, SaveOrder, candidates, copies_for, holders, in_order_of,
 };
 use crate::{
@@ -145,7 +145,7 @@ pub(crate) struct Copies {
     /// Since when nodes are away, on the boot clock.
     away: BTreeMap<PeerId, u64>,
     /// Who was present when that was last looked at, with which store.
-    present: BTreeMap<PeerId, Option<StoreId>>,
+    present: BTreeMap<PeerId, (Option<StoreId>, bool)>,
     /// Since when this node looks, on the boot clock.
     began_ms: u64,
     /// Who is present may have changed.
@@ -315,12 +315,17 @@ impl Copies {
 
     /// Whether `node` counts for holding something.
     pub(crate) fn is_present(&self, node: PeerId, scene: Scene<'_>) -> bool {
+        self.is_present_within(node, AWAY_MS, scene)
+    }
+
+    /// The same, where it may be away for so long.
+    fn is_present_within(&self, node: PeerId, most_ms: u64, scene: Scene<'_>) -> bool {
         let posted = scene.board.get(node);
         let client = node != self.me && posted.is_some_and(|posted| posted.advert.client);
         let away_ms = scene.now.boot_ms.saturating_sub(self.away_since(node));
         scene.roster.state().is_member_node(node)
             && !client
-            && (self.is_reachable(node, scene) || away_ms < AWAY_MS)
+            && (self.is_reachable(node, scene) || away_ms < most_ms)
     }
 
     /// Whether `node` said lately that it cannot hold what `job` leaves.
@@ -344,7 +349,11 @@ impl Copies {
         if core::mem::take(&mut self.look_around) {
             let nodes = scene.roster.state().nodes.keys();
             let present = nodes.filter(|node| self.is_present(**node, scene));
-            let present = present.map(|node| (*node, self.store_of(*node, scene))).collect();
+            let present = present.map(|node| {
+                let is_here = self.is_present_within(*node, HERE_MS, scene);
+                (*node, (self.store_of(*node, scene), is_here))
+            });
+            let present = present.collect();
             if present != self.present {
                 self.present = present;
                 self.dirty.extend(all);
@@ -423,6 +432,10 @@ impl Copies {
         }
         let keepers = stores_of(kept, None, self.me, scene);
         let may = |node: PeerId| self.is_present(node, scene) && !self.has_refused(job, node);
+        let most_ms = if over { AWAY_MS } else { HERE_MS };
+        let may_hold = |node: PeerId| {
+            self.is_present_within(node, most_ms, scene) && !self.has_refused(job, node)
+        };
         let first = |keepers: &[PeerId], most| {
             keepers.iter().copied().filter(|node| may(*node)).take(most).any(|node| node == self.me)
         };
@@ -437,7 +450,7 @@ impl Copies {
             let runner = self.runner(rank, scene);
             let number = rank.assignment.rank;
             let keepers = stores_of(kept, Some(number), self.me, scene);
-            let is_mine = holders(runner, &keepers, should, may).contains(&self.me);
+            let is_mine = holders(runner, &keepers, should, may_hold).contains(&self.me);
             if runner == Some(self.me) || !is_mine {
                 return None;
             }

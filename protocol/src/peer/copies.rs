@@ -238,7 +238,7 @@ mod tests {
     use super::*;
     use crate::{
         BlobId, StoreId,
-        copies::{CANNOT_MS, COPIES_CHECK_MS, EndOrder},
+        copies::{CANNOT_MS, COPIES_CHECK_MS, EndOrder, HERE_MS},
         job::{Ending, Outcome, RankAssignment, RankEnd, RankRecord},
         peer::{SHY_MS, Transmit, user::tests as user},
         record::{Ballot, Value},
@@ -345,6 +345,23 @@ mod tests {
         assert_eq!(ends(&third, job), Some(vec![(Rank(0), Some(wanted))]));
         third.peer_connected(node(2), at(5_000 + AWAY_MS + COPIES_CHECK_MS));
         assert_eq!(ends(&third, job), None, "it came back");
+    }
+
+    #[test]
+    fn what_a_job_leaves_that_is_not_over_waits_for_nobody_who_is_away() {
+        for (state, end) in [(State::Running, None), (State::Cleaning, Some(end()))] {
+            let live = value(&replica(), state, end);
+            let job = live.job;
+            let mut third = keeper(3, &live);
+            assert_eq!(ends(&third, job), None);
+            third.peer_disconnected(node(2), at(4_000));
+            third.handle_timeout(at(4_000 + HERE_MS / 2));
+            assert_eq!(ends(&third, job), None, "its daemon may be starting again");
+            third.handle_timeout(at(4_000 + HERE_MS + COPIES_CHECK_MS));
+            assert_eq!(ends(&third, job).map(|ends| ends.len()), Some(1), "{state}");
+            third.peer_connected(node(2), at(5_000 + HERE_MS + COPIES_CHECK_MS));
+            assert_eq!(ends(&third, job), None, "it came back");
+        }
     }
 
     #[test]
