@@ -239,6 +239,7 @@ enum Occurrence {
     Submit { task: usize, tried: u64 },
     Uploaded { task: usize, tried: u64 },
     StopJob { task: usize },
+    RemoveJob { task: usize, undo: bool },
 }
 
 /// Who carries something out, and so what must not stand still for it.
@@ -290,7 +291,8 @@ impl Occurrence {
             | Self::LoseCopies { .. }
             | Self::Submit { .. }
             | Self::Uploaded { .. }
-            | Self::StopJob { .. } => None,
+            | Self::StopJob { .. }
+            | Self::RemoveJob { .. } => None,
         }
     }
 }
@@ -560,6 +562,7 @@ impl World {
             Occurrence::Submit { task, tried } => self.submit_task(task, tried),
             Occurrence::Uploaded { task, tried } => self.uploaded(task, tried),
             Occurrence::StopJob { task } => self.stop_task(task),
+            Occurrence::RemoveJob { task, undo } => self.remove_task(task, undo),
         }
     }
 

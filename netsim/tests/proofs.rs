@@ -130,6 +130,16 @@ fn without_a_second_copy_of_its_inputs_a_job_is_called_submitted() {
 }
 
 #[test]
+fn without_waiting_for_copies_a_job_is_done_and_one_node_has_what_it_left() {
+    prove(Rule::DoneWaitsForCopies, "D2", Options::stress_all);
+}
+
+#[test]
+fn without_asking_for_saves_a_retry_begins_with_an_older_copy() {
+    prove_by_story(Rule::RetryTakesNewestSave, "D3", "retry-gets-newest-save");
+}
+
+#[test]
 fn without_an_end_to_their_time_calls_of_jobs_that_ended_stand_for_ever() {
     let notice = |removed_rule| {
         let options = Options::calm(1, &["1xgtx1070", "1xv100"]);

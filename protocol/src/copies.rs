@@ -45,6 +45,15 @@ pub const fn copies_for(keepers: usize) -> usize {
     if keepers >= 5 { COPIES_OF_FIVE } else { COPIES }
 }
 
+/// Put the keepers of a record in the order in which they hold what `rank` leaves. Each rank begins
+/// with another, so that the copies of a gang are spread; rank 0 with the second, since the first
+/// mostly is the steward, and what one failure takes is better not in one place.
+pub fn in_order_of<T>(rank: Rank, keepers: &mut [T]) {
+    if let Some(first) = (rank.0 as usize).wrapping_add(1).checked_rem(keepers.len()) {
+        keepers.rotate_left(first);
+    }
+}
+
 /// Who may hold what the rank that ran on `node` left, the first before the others: that node,
 /// unless it is none any more, then the keepers.
 pub fn candidates(node: Option<PeerId>, keepers: &[PeerId]) -> impl Iterator<Item = PeerId> + '_ {

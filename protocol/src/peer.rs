@@ -866,10 +866,10 @@ impl Peer {
                 self.dispatch(self.me, message, now);
                 continue;
             }
-            self.tend_copies(now);
-            if self.out.local.is_empty() {
+            if !self.copies.has_work() {
                 break;
             }
+            self.tend_copies(now);
         }
         self.after_changes(now);
     }

@@ -23,6 +23,7 @@
 
 mod auction;
 mod copying;
+mod done;
 mod drive;
 mod keepers;
 mod leases;
@@ -34,6 +35,8 @@ use tracing::{debug, info, warn};
 
 pub use auction::{FINISH_MS, ROUND_MS, ROUNDS_MAX, SETTLE_MS};
 pub(crate) use copying::Sight;
+pub use done::DONE_AWAY_MS;
+pub(crate) use done::DONE_OP;
 pub(crate) use drive::Drive;
 pub(crate) use keepers::propose;
 pub use keepers::{AWAY_MS, KEEPERS_CHECK_MS, survives};
@@ -43,6 +46,7 @@ use self::{
     auction::{Auction, Step},
     copying::finish_if_over,
     drive::{Observed, Stage},
+    keepers::{WILLING_MS, keepers_for_record},
 };
 use crate::{
     BootId, HoldId, JobId, Now, PeerId, StoreId, UserId,

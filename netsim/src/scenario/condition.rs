@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use p2pit_protocol::{
     JobId, PeerId, StoreId,
-    bidder::LEASE_GRACE_MS,
+    bidder::{LEASE_GRACE_MS, WorkId},
+    copies::NOT_COPIED,
     identity::SignedBytes,
-    job::{Ending, Outcome, Rank, State, VerifiedSpec},
-    record::Value,
+    job::{Ending, Outcome, Rank, Saved, State, VerifiedSpec},
+    record::{Body, Value},
 };
 
 use super::{
@@ -57,6 +58,11 @@ impl Condition {
             keeper_not "keeper-not",
             submissions_at_least "submissions-at-least",
             copies "copies",
+            disks_at_least "disks-at-least",
+            saved "saved",
+            removed "removed",
+            removed_everywhere "removed-everywhere",
+            not_copied "not-copied",
         )
     }
 
@@ -148,6 +154,18 @@ impl Condition {
         at_most(self.term_at_most, body.term, "its term")?;
         at_least(self.epoch_at_least, value.epoch, "its epoch")?;
         expect(self.keepers, || told.keepers().len(), "its keepers")?;
+        at_least(self.disks_at_least, told.disks(body), "disks with what a rank left")?;
+        let is_save = |saved: &Saved| world.ledger.saves.contains_key(&saved.tree);
+        let saved = || body.saved.iter().any(is_save);
+        expect(self.saved, saved, "whether a copy of keep/ is named for the next attempt")?;
+        expect(self.removed, || body.removed.is_some(), "whether it was removed")?;
+        let known = || told.is_removed_everywhere();
+        expect(self.removed_everywhere, known, "whether every keeper knows that it was removed")?;
+        let given_up = || {
+            let notes = body.ranks.iter().filter_map(|rank| rank.end.as_ref()?.note.as_ref());
+            notes.into_iter().any(|note| note.starts_with(NOT_COPIED))
+        };
+        expect(self.not_copied, given_up, "whether what it left was given up")?;
         let steward = || world.machine_of(body.steward);
         if let Some(side) = &self.steward {
             let at = told.cast.one(&side.0, world)?;
@@ -177,6 +195,11 @@ impl Condition {
             || self.term_at_most.is_some()
             || self.epoch_at_least.is_some()
             || self.keepers.is_some()
+            || self.disks_at_least.is_some()
+            || self.saved.is_some()
+            || self.removed.is_some()
+            || self.removed_everywhere.is_some()
+            || self.not_copied.is_some()
             || self.steward.is_some()
             || self.steward_not.is_some()
             || self.keeper_not.is_some()
@@ -252,6 +275,33 @@ struct Told<'a> {
     task: &'a Task,
     /// Its id, once it was signed.
     job: Option<JobId>,
+}
+
+impl Told<'_> {
+    /// On how many disks of machines that are up what each rank left is, at the least.
+    fn disks(&self, body: &Body) -> usize {
+        let disks = |id: WorkId| {
+            let up = self.world.machines.iter().filter(|machine| machine.daemon.is_some());
+            up.filter(|machine| machine.left.contains(&id)).count()
+        };
+        let Some(job) = self.job else { return 0 };
+        let ids = body.ranks.iter().map(|record| {
+            let rank = record.assignment.rank;
+            WorkId { job, attempt: body.attempt, rank }
+        });
+        ids.map(disks).min().unwrap_or(0)
+    }
+
+    fn is_removed_everywhere(&self) -> bool {
+        let Some(job) = self.job else { return false };
+        let mut keepers =
+            self.keepers().into_iter().filter_map(|keeper| self.world.machine_of(keeper));
+        keepers.all(|at| {
+            let daemon = self.world.machines[at].daemon.as_ref();
+            let kept = daemon.and_then(|daemon| daemon.record(job));
+            kept.is_some_and(|kept| kept.value.body.removed.is_some())
+        })
+    }
 }
 
 impl Cast<'_> {

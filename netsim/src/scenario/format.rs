@@ -92,6 +92,8 @@ pub struct Job {
     pub policy: Option<Parsed<PolicyName>>,
     /// How long the node of a rank may be silent before the rank is lost; 24 hours.
     pub lost_after: Option<Span>,
+    /// How often `keep/` is copied off its node; every minute.
+    pub keep_every: Option<Span>,
     /// Its first keepers, the steward first; those its submitter's node proposes.
     pub keepers: Option<Vec<String>>,
 }
@@ -111,6 +113,14 @@ pub struct Step {
     pub submit: Option<String>,
     /// The owner of a job stops it.
     pub stop: Option<String>,
+    /// The owner of a job gives up what it left.
+    pub remove: Option<String>,
+    /// The owner of a job takes that back.
+    pub restore: Option<String>,
+    /// There is no room for copies.
+    pub no_room: Option<Deed>,
+    /// Copies on the disk go bad.
+    pub lose_copies: Option<Deed>,
     /// The daemon dies; processes live on.
     pub crash: Option<Deed>,
     /// The machine dies with everything that runs on it, and keeps its disk.
@@ -253,6 +263,16 @@ pub struct Condition {
     pub submissions_at_least: Option<u64>,
     /// So many jobs came of its submissions.
     pub copies: Option<usize>,
+    /// What each of its ranks left is on so many disks or more.
+    pub disks_at_least: Option<usize>,
+    /// The next attempt begins with a copy of `keep/` that was made while the one before ran.
+    pub saved: Option<bool>,
+    /// What it left was given up.
+    pub removed: Option<bool>,
+    /// Every keeper knows that.
+    pub removed_everywhere: Option<bool>,
+    /// The record says that not all it left could be copied.
+    pub not_copied: Option<bool>,
 
     /// A message about the job.
     pub message: Option<Parsed<MessageName>>,
@@ -338,7 +358,7 @@ pub const SEAL: &str = "seal";
 
 /// Every message that goes from one node to another, as
 /// [`p2pit_protocol::message::Message::name`] calls it, and [`SEAL`].
-pub const MESSAGES: [&str; 42] = [
+pub const MESSAGES: [&str; 46] = [
     SEAL,
     "init",
     "inited",
@@ -377,6 +397,10 @@ pub const MESSAGES: [&str; 42] = [
     "ask",
     "report",
     "end-recorded",
+    "save",
+    "save-held",
+    "ask-copies",
+    "copies",
     "soft",
     "reconcile",
     "reconciled",

@@ -194,6 +194,11 @@ impl<'v> Play<'v> {
         if let Some(name) = &step.stop {
             self.world.stop(self.cast.tasks[name.as_str()]);
         }
+        for (name, undo) in [(&step.remove, false), (&step.restore, true)] {
+            if let Some(name) = name {
+                self.world.remove(self.cast.tasks[name.as_str()], undo);
+            }
+        }
         if let Some(cut) = &step.cut {
             self.cut(cut).map_err(|what| self.nobody(index, &what))?;
         }
@@ -229,6 +234,7 @@ impl<'v> Play<'v> {
             retries: job.retries,
             policy: job.policy.map_or(Policy::for_retries(job.retries), |policy| policy.0.0),
             lost_after_ms: job.lost_after.map_or(plain.lost_after_ms, |span| span.0),
+            keep_every_ms: job.keep_every.map_or(plain.keep_every_ms, |span| span.0),
             grace_ms: job.grace.map_or(plain.grace_ms, |span| span.0),
             ..plain
         };
@@ -302,6 +308,8 @@ impl<'v> Play<'v> {
                 let disk = world.disk(of.unwrap_or_default());
                 world.crash_and_restore(at, disk, for_ms);
             }
+            "no-room" => world.take_room(at, for_ms),
+            "lose-copies" => world.lose_copies(at),
             "suspend" => world.stand_still(at, Still::Machine, for_ms),
             "pause" => world.stand_still(at, Still::Daemon, for_ms),
             "clock" => self.clock(deed, at)?,

@@ -301,7 +301,8 @@ impl<'t> Checker<'t> {
             self.condition(&field.key("when"), when, true)?;
         }
         self.one_action(field, step)?;
-        if self.healed && step.submit.is_none() && step.stop.is_none() && step.expect.is_none() {
+        let harmless = [&step.submit, &step.stop, &step.remove, &step.restore];
+        if self.healed && harmless.iter().all(|it| it.is_none()) && step.expect.is_none() {
             return Err(self.reader.wrong(field, "after `heal` nothing goes wrong any more"));
         }
         self.healed |= step.heal.is_some();
@@ -314,8 +315,12 @@ impl<'t> Checker<'t> {
                 return Err(self.reader.wrong(&field.key("submit"), "it is submitted already"));
             }
         }
-        if let Some(name) = &step.stop {
-            self.submitted_job(&field.key("stop"), name)?;
+        for (key, name) in
+            [("stop", &step.stop), ("remove", &step.remove), ("restore", &step.restore)]
+        {
+            if let Some(name) = name {
+                self.submitted_job(&field.key(key), name)?;
+            }
         }
         if let Some(cut) = &step.cut {
             self.sides(&field.key("cut").key("from"), &cut.from)?;
@@ -338,6 +343,8 @@ impl<'t> Checker<'t> {
         let others = [
             step.submit.is_some(),
             step.stop.is_some(),
+            step.remove.is_some(),
+            step.restore.is_some(),
             step.cut.is_some(),
             step.lose.is_some(),
             step.heal.is_some(),
@@ -366,6 +373,7 @@ impl<'t> Checker<'t> {
             "cloned-disk",
             "suspend",
             "pause",
+            "no-room",
         ];
         fits(deed.lasts.is_some(), "for", &comes_back)?;
         fits(deed.of.is_some(), "of", &["cloned-disk"])?;
@@ -382,7 +390,7 @@ impl<'t> Checker<'t> {
                 needs(deed.lasts.is_some(), "for")?;
                 self.machine(&field.key("of"), deed.of.as_deref().unwrap_or_default())
             }
-            "suspend" | "pause" => needs(deed.lasts.is_some(), "for"),
+            "suspend" | "pause" | "no-room" => needs(deed.lasts.is_some(), "for"),
             "clock" => needs(of_clock(deed).iter().any(|(given, _)| *given), "rate-ppm"),
             "empty-disk" | "restored-disk" => needs(deed.lasts.is_some(), "for"),
             _ => Ok(()),
@@ -537,6 +545,8 @@ fn of_clock(deed: &Deed) -> [(bool, &'static str); 5] {
 /// What a step does to machines, by the name of the field.
 pub(super) fn deeds(step: &Step) -> impl Iterator<Item = (&'static str, &Deed)> {
     let all = [
+        ("no-room", &step.no_room),
+        ("lose-copies", &step.lose_copies),
         ("crash", &step.crash),
         ("reboot", &step.reboot),
         ("leave", &step.leave),

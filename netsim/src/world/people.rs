@@ -191,6 +191,41 @@ impl World {
         self.after(ms, Occurrence::Submit { task, tried });
     }
 
+    /// The owner of a task's job gives up what it left, or takes that back.
+    pub fn remove(&mut self, task: usize, undo: bool) {
+        self.after(0, Occurrence::RemoveJob { task, undo });
+    }
+
+    /// Any keeper that is up is asked, until one has it recorded.
+    pub(super) fn remove_task(&mut self, task: usize, undo: bool) {
+        let wanted = &self.workload.tasks[task];
+        let Some(job) = wanted.job else { return };
+        let keepers = self.ledger.registers.get(&job).map(|register| register.keepers().to_vec());
+        let keepers = keepers.unwrap_or_default().into_iter();
+        let mut keepers = keepers.filter_map(|(keeper, _)| self.machine_of(keeper));
+        let again = Occurrence::RemoveJob { task, undo };
+        let Some(asked) = keepers.find(|at| self.machines[*at].is_awake()) else {
+            self.after(2_000, again);
+            return;
+        };
+        let machine = &self.machines[asked];
+        let request = UserRequest {
+            pool: self.pool.id,
+            audience: BTreeSet::from([machine.peer]),
+            nonce: self.people.bytes(),
+            expires_wall_ms: machine.clock.now(self.now_ms).wall_ms + 30_000,
+            command: wire::encode(&UserCommand::Remove { job, undo }),
+        };
+        let signed = request.sign(&self.pool.users[self.workload.tasks[task].user]);
+        self.mix("remove", asked, &[&job.0]);
+        let reply = self.with_daemon(asked, |peer, now| peer.handle_user_request(&signed, now));
+        let answer = format!("{reply:?}");
+        self.trace.say(self.now_ms, Some(job), || format!("its owner removes it: {answer}"));
+        if !matches!(reply, Some(Reply::Removed { recorded: true, .. } | Reply::Denied { .. })) {
+            self.after(2_000, again);
+        }
+    }
+
     pub(super) fn stop_task(&mut self, task: usize) {
         let wanted = &self.workload.tasks[task];
         let Some(job) = wanted.job else { return };

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     CANNOT_MS, COPIES_CHECK_MS, EndOrder, INPUT_HOLDERS, RankOrder, SAVE_RESEND_MS,
-    SAVE_RESEND_MS_MAX, SaveOrder, candidates, copies_for, holders,
+    SAVE_RESEND_MS_MAX, SaveOrder, candidates, copies_for, holders, in_order_of,
 };
 use crate::{
     BlobId, JobId, Now, PeerId, StoreId,
@@ -26,6 +26,8 @@ const SAVES_MAX: usize = 4_096;
 const TELL_MS: u64 = 1_000;
 /// How often the others are told that something cannot be copied here.
 const REFUSALS_TOLD: u32 = 3;
+/// How long a keeper may lack the record before it does not count for copies.
+const LACKS_MS: u64 = 10_000;
 /// The longest reason of another node's that is remembered, in bytes.
 const REASON_BYTES_MAX: usize = 256;
 
@@ -45,13 +47,17 @@ struct Held {
 }
 
 /// The keepers that are the stores that keep the record, as far as is known: a node that lost its
-/// disk knows nothing of it.
-fn stores_of(kept: &Kept, me: PeerId, scene: Scene<'_>) -> Vec<PeerId> {
+/// disk knows nothing of it. In the order in which they hold what `rank` leaves, where one is given.
+fn stores_of(kept: &Kept, rank: Option<Rank>, me: PeerId, scene: Scene<'_>) -> Vec<PeerId> {
     let same = |(node, store): &&Keeper| {
         let posted = scene.board.get(*node);
         *node == me || posted.is_none_or(|posted| posted.advert.store == *store)
     };
-    kept.keepers.iter().filter(same).map(|(node, _)| *node).collect()
+    let mut keepers = kept.keepers.clone();
+    if let Some(rank) = rank {
+        in_order_of(rank, &mut keepers);
+    }
+    keepers.iter().filter(same).map(|(node, _)| *node).collect()
 }
 
 /// What this node has to bring here of a job; see [`super::CopyOrder`].
@@ -80,6 +86,8 @@ struct Told {
     /// When it last said of a rank that it is being copied.
     busy_ms: BTreeMap<Rank, u64>,
     cannot: Option<Cannot>,
+    /// Since when it keeps no record of the job, though it is named as a keeper.
+    lacks_ms: Option<u64>,
 }
 
 /// A copy of `keep/` that a process here made.
@@ -140,6 +148,8 @@ pub(crate) struct Copies {
     began_ms: u64,
     /// Who is present may have changed.
     pub(crate) look_around: bool,
+    /// It is time to see whether keepers of jobs that are over are gone.
+    pub(crate) look_at_done: bool,
     /// It is time to tell again what cannot be copied here.
     repeats: bool,
     /// Jobs whose orders are to be thought over.
@@ -168,12 +178,23 @@ impl Copies {
             present: BTreeMap::new(),
             began_ms: 0,
             look_around: true,
+            look_at_done: false,
             repeats: false,
             dirty: BTreeSet::new(),
             news: BTreeSet::new(),
             overdue: BTreeSet::new(),
             timers: Timers::default(),
         }
+    }
+
+    /// Whether anything is to be thought over, or told.
+    pub(crate) fn has_work(&self) -> bool {
+        self.look_around
+            || self.look_at_done
+            || self.repeats
+            || !self.dirty.is_empty()
+            || !self.news.is_empty()
+            || !self.overdue.is_empty()
     }
 
     /// Begin to look, at a start.
@@ -198,6 +219,7 @@ impl Copies {
             match timer {
                 Timer::Check => {
                     (self.look_around, self.repeats) = (true, true);
+                    self.look_at_done = true;
                     self.forget_refusals(now);
                     self.timers.set(Timer::Check, now.after(COPIES_CHECK_MS));
                 }
@@ -211,7 +233,7 @@ impl Copies {
 
     /// Jobs that cannot be copied here of which the others are to be told again: the first time
     /// may not have reached everybody.
-    pub(crate) fn to_repeat(&mut self) -> Vec<JobId> {
+    pub(crate) fn repeated(&mut self) -> Vec<JobId> {
         let due = core::mem::take(&mut self.repeats);
         let mut jobs = Vec::new();
         for (job, cannot) in self.cannot.iter_mut().filter(|_| due) {
@@ -260,7 +282,9 @@ impl Copies {
         self.dirty.insert(job);
     }
 
-    fn away_since(&self, node: PeerId) -> u64 {
+    /// Since when `node` is away, on the boot clock; of nodes that were never seen, since this
+    /// one looks.
+    pub(crate) fn away_since(&self, node: PeerId) -> u64 {
         self.away.get(&node).copied().unwrap_or(self.began_ms)
     }
 
@@ -382,7 +406,7 @@ impl Copies {
         if expired || body.removed.is_some() || self.cannot.contains_key(&job) {
             return None;
         }
-        let keepers = stores_of(kept, self.me, scene);
+        let keepers = stores_of(kept, None, self.me, scene);
         let may = |node: PeerId| self.is_present(node, scene) && !self.has_refused(job, node);
         let first = |keepers: &[PeerId], most| {
             keepers.iter().copied().filter(|node| may(*node)).take(most).any(|node| node == self.me)
@@ -396,6 +420,8 @@ impl Copies {
         let ranks = body.ranks.iter().filter(|_| started).filter_map(|rank| {
             let should = copies_for(kept.keepers.len());
             let runner = self.runner(rank, scene);
+            let number = rank.assignment.rank;
+            let keepers = stores_of(kept, Some(number), self.me, scene);
             let is_mine = holders(runner, &keepers, should, may).contains(&self.me);
             if runner == Some(self.me) || !is_mine {
                 return None;
@@ -531,15 +557,19 @@ impl Copies {
             ranks: BTreeMap::new(),
             busy_ms: BTreeMap::new(),
             cannot: None,
+            lacks_ms: None,
         });
         if told.attempt != attempt {
             told.busy_ms.clear();
         }
         (told.attempt, told.at_ms) = (attempt, now.boot_ms);
         told.ranks.clear();
-        // A keeper that never had the record holds nothing of it.
+        // A keeper that does not get the record holds nothing of it.
         let keeps = kept.keepers.iter().any(|(keeper, _)| *keeper == from);
-        let mut cannot = (keeps && seq == 0).then(|| "it does not have the record".to_owned());
+        let since_ms = told.lacks_ms.unwrap_or(now.boot_ms);
+        told.lacks_ms = (keeps && seq == 0).then_some(since_ms);
+        let lacks = told.lacks_ms.is_some_and(|ms| ms.saturating_add(LACKS_MS) <= now.boot_ms);
+        let mut cannot = lacks.then(|| "it does not have the record".to_owned());
         let named = |rank: Rank| body.ranks.iter().any(|record| record.assignment.rank == rank);
         for mut state in states.into_iter().take(COPIES_MAX) {
             if let Some(mut reason) = state.cannot.take() {
@@ -610,6 +640,7 @@ impl Copies {
                 ranks: BTreeMap::new(),
                 busy_ms: BTreeMap::new(),
                 cannot: None,
+                lacks_ms: None,
             };
             self.told.entry(job).or_default().entry(*node).or_insert(blank).cannot = cannot;
             self.dirty.insert(job);
@@ -773,7 +804,8 @@ impl Copies {
     ) -> Standing {
         let (job, attempt, rank) = (kept.spec.job, kept.value.body.attempt, record.assignment.rank);
         let should = copies_for(kept.keepers.len());
-        let (runner, keepers) = (self.runner(record, scene), stores_of(kept, self.me, scene));
+        let keepers = stores_of(kept, Some(rank), self.me, scene);
+        let runner = self.runner(record, scene);
         let (mut all, mut have, mut possible, mut gone_ms) = (0, 0, 0, 0);
         // Whether all are known to have nothing, and there is no disk any more that had it.
         let mut hopeless = runner.is_none();

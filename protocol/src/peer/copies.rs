@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
-use super::{Event, Peer};
+use super::{Event, Peer, user::denied};
 use crate::{
     BlobId, JobId, Now, PeerId, UserId,
     bidder::WorkId,
     copies::{CopyOrder, SaveOrder, Scene},
-    job::{Attempt, Rank, RankState, State},
+    job::{Attempt, Rank, RankState, Removed, State},
     message::{Message, Reply},
+    record::Body,
+    steward::{DONE_OP, Stewards},
 };
 
 impl Peer {
@@ -179,7 +181,13 @@ impl Peer {
                 self.out.events.push_back(Event::CopiesChanged { job });
             }
         }
-        for job in self.copies.to_repeat() {
+        if core::mem::take(&mut self.copies.look_at_done)
+            && self.shy_until_ms.is_none()
+            && !self.store_refused
+        {
+            self.with_stewards(now, Stewards::check_done);
+        }
+        for job in self.copies.repeated() {
             self.tell_of_copies(job);
         }
         for job in self.copies.told_now(now) {
@@ -187,8 +195,40 @@ impl Peer {
         }
     }
 
+    /// Give up what a job left, or take that back: a change of the record that any keeper may
+    /// propose, since nobody drives a job that is over.
     pub(super) fn remove_data(&mut self, user: UserId, job: JobId, undo: bool, now: Now) -> Reply {
-        let _ = (user, job, undo, now, State::Done);
-        Reply::Denied { reason: "jobs cannot be removed yet".to_owned() }
+        let Some(kept) = self.registers.get(job) else { return self.unknown(job) };
+        if !self.roster.state().may_control_job(user, kept.spec.spec.owner) {
+            return denied("remove", job);
+        }
+        let state = kept.value.body.state();
+        if state != State::Done {
+            let id = &job.to_string()[..8];
+            let reason = format!("job {id} is {state}, not over: stop it first");
+            return Reply::Denied { reason };
+        }
+        if self.shy_until_ms.is_some() || self.store_refused {
+            return Reply::Removed { removed: kept.value.body.removed, recorded: false };
+        }
+        if !kept.chosen {
+            self.make_sure(job, now);
+        }
+        let done = |body: &Body| body.removed.is_none() == undo;
+        let due = self.registers.get(job).filter(|kept| kept.chosen && !done(&kept.value.body));
+        if let Some(kept) = due
+            && !self.registers.is_busy(job)
+        {
+            let (seq, mut body) = (kept.value.seq, kept.value.body.clone());
+            body.removed = (!undo).then_some(Removed { by: user, at_ms: now.wall_ms });
+            self.registers.compare_and_set(job, seq, DONE_OP, body, now);
+            // With one keeper it is recorded at once.
+            self.finish(now);
+        }
+        let kept = self.registers.get(job);
+        Reply::Removed {
+            removed: kept.and_then(|kept| kept.value.body.removed),
+            recorded: kept.is_some_and(|kept| kept.chosen && done(&kept.value.body)),
+        }
     }
 }

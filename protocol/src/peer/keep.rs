@@ -9,7 +9,7 @@ use crate::{
     JobId, Now, PeerId, UserId,
     bidder::Proven,
     identity::SignedBytes,
-    job::VerifiedSpec,
+    job::{State, VerifiedSpec},
     message::{Adopt, Install, Message},
     record::{Certificate, Keeper, Link, Value, check_force_recover, follow},
     sabotage::Rule,
@@ -102,8 +102,21 @@ impl Peer {
         }
         let jobs: Vec<JobId> = self.registers.iter().map(|(job, _)| *job).collect();
         for job in jobs {
+            if self.is_behind_its_head(job) {
+                self.registers.read(job, now);
+            }
             self.with_stewards(now, |stewards, cx| stewards.consider(job, cx));
         }
+    }
+
+    /// Whether this keeper missed what others have of a job that is over.
+    pub(super) fn is_behind_its_head(&self, job: JobId) -> bool {
+        let (Some(kept), Some(head)) = (self.registers.get(job), self.soft.head_of(job)) else {
+            return false;
+        };
+        head.state == State::Done
+            && head.keepers.contains(&self.me)
+            && (kept.value.epoch, kept.value.seq) < (head.epoch, head.seq)
     }
 
     pub(super) fn handle_record(&mut self, from: PeerId, message: Message, now: Now) {

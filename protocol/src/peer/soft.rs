@@ -108,6 +108,11 @@ impl SoftState {
         self.heads.values().map(|(head, _)| head)
     }
 
+    /// What was said last of `job`.
+    pub(super) fn head_of(&self, job: JobId) -> Option<&Head> {
+        self.heads.get(&job).map(|(head, _)| head)
+    }
+
     /// The signed head of `job`.
     pub(super) fn head(&self, job: JobId) -> Option<Soft> {
         self.heads.get(&job).and_then(|(_, id)| self.items.get(id)).cloned()
@@ -233,8 +238,14 @@ impl Peer {
         let named = head.keepers.contains(&head.keeper) && head.keepers.len() <= KEEPERS_MAX;
         let fresh = member && !old && !future && later && named;
         if fresh {
-            self.bidder.hint(head.job, &head.keepers);
+            let job = head.job;
+            self.bidder.hint(job, &head.keepers);
             self.soft.insert_head(head, item);
+            let speaks = self.shy_until_ms.is_none() && !self.store_refused;
+            if speaks && self.is_behind_its_head(job) {
+                // What it left was given up, say, and nobody reached this keeper then.
+                self.registers.read(job, now);
+            }
         }
         fresh
     }
@@ -276,8 +287,11 @@ impl Peer {
             let Some(kept) = self.registers.get(job) else { continue };
             let ours = kept.chosen && kept.value.body.steward == self.me;
             let over = kept.value.body.state() == State::Done;
-            let known = self.soft.heads.get(&job).map(|(head, _)| head.epoch);
-            if ours && (over || known != Some(kept.value.epoch)) {
+            let known = self.soft.heads.get(&job).map(|(head, _)| (head.epoch, head.seq));
+            let epoch = known.map(|(epoch, _)| epoch);
+            // Of a job that is over nobody is the steward: who knows more than the others says so.
+            let more = kept.chosen && over && known < Some((kept.value.epoch, kept.value.seq));
+            if more || (ours && (over || epoch != Some(kept.value.epoch))) {
                 self.announce_head(job, now);
             }
         }

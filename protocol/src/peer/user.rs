@@ -105,7 +105,7 @@ impl Peer {
     }
 
     /// The answer about a job whose record is not here, or not driven here.
-    fn unknown(&self, job: JobId) -> Reply {
+    pub(super) fn unknown(&self, job: JobId) -> Reply {
         let names = |keepers: &[Keeper]| keepers.iter().map(|(keeper, _)| *keeper).collect();
         if let Some(kept) = self.registers.get(job) {
             let steward = Some(kept.value.body.steward);
@@ -145,7 +145,7 @@ impl Peer {
     }
 
     /// Begin to find out what is chosen, unless this store must not speak (yet).
-    fn make_sure(&mut self, job: JobId, now: Now) {
+    pub(super) fn make_sure(&mut self, job: JobId, now: Now) {
         if self.shy_until_ms.is_none() && !self.store_refused {
             self.registers.read(job, now);
             self.finish(now);
@@ -235,7 +235,7 @@ impl Peer {
     }
 }
 
-fn denied(verb: &str, job: JobId) -> Reply {
+pub(super) fn denied(verb: &str, job: JobId) -> Reply {
     let id = &job.to_string()[..8];
     let reason = format!("only the owner of job {id} and admins of the pool may {verb} it");
     Reply::Denied { reason }

@@ -15,7 +15,7 @@ use crate::{
 /// How long a keeper is away before it is replaced.
 pub const AWAY_MS: u64 = 10 * 60_000;
 /// For how long a node's word that it would keep a record is believed.
-const WILLING_MS: u64 = 30_000;
+pub(super) const WILLING_MS: u64 = 30_000;
 /// How often it is looked whether keepers went or came.
 pub const KEEPERS_CHECK_MS: u64 = 20_000;
 
@@ -99,6 +99,33 @@ fn choose(
     chosen
 }
 
+/// The keepers that stay of `current`, filled up with nodes that can be reached; those that do not
+/// stay come last, where there are not enough others.
+pub(super) fn keepers_for_record(
+    job: JobId,
+    current: &[Keeper],
+    stay: Vec<Keeper>,
+    cx: &Context<'_>,
+) -> Vec<Keeper> {
+    let me = cx.registers.identity();
+    let all = eligible(me, false, cx.board, cx.roster, &job.0);
+    let wanted = keepers_for(all.len().max(stay.len())).max(stay.len());
+    let is_new = |keeper: &Keeper| !current.contains(keeper) || stay.contains(keeper);
+    let there = |keeper: &Keeper| keeper.0 == me.0 || cx.board.is_connected(keeper.0);
+    let reachable: Vec<Keeper> =
+        all.into_iter().filter(|keeper| there(keeper) && is_new(keeper)).collect();
+    let away: Vec<Keeper> =
+        current.iter().filter(|keeper| !stay.contains(keeper)).copied().collect();
+    let mut next = choose(stay, &reachable, wanted, cx.board, me.0, cx.roster);
+    let member = |keeper: &Keeper| cx.roster.state().is_member_node(keeper.0);
+    let room = wanted.saturating_sub(next.len());
+    let names = |next: &[Keeper], node: PeerId| next.iter().any(|(named, _)| *named == node);
+    let rest: Vec<Keeper> =
+        away.into_iter().filter(|keeper| member(keeper) && !names(&next, keeper.0)).collect();
+    next.extend(rest.into_iter().take(room));
+    next
+}
+
 impl Stewards {
     /// Give every job driven here the keepers it should have.
     pub(super) fn check_keepers(&mut self, cx: &mut Context<'_>) {
@@ -153,7 +180,7 @@ impl Stewards {
 
     /// See [`Message::WillKeep`].
     pub(crate) fn handle_will_keep(&mut self, from: PeerId, store: StoreId, cx: &mut Context<'_>) {
-        if self.drives.is_empty() || self.asked.get(&from) != Some(&store) {
+        if self.asked.get(&from) != Some(&store) {
             return;
         }
         let fresh_ms = cx.now.boot_ms.saturating_sub(WILLING_MS);
@@ -161,6 +188,9 @@ impl Stewards {
         let before = self.willing.insert(from, (store, cx.now.boot_ms));
         let news = before.is_none_or(|(named, _)| named != store);
         let at_ms = cx.now.after(WILLING_MS / 100);
+        if self.drives.is_empty() {
+            return;
+        }
         if news && self.timers.due(&Timer::Keepers).is_none_or(|due_ms| at_ms < due_ms) {
             self.timers.set(Timer::Keepers, at_ms);
         }
@@ -207,7 +237,7 @@ impl Stewards {
     }
 
     /// Whether a keeper will never answer as that store again.
-    fn is_gone(&self, (node, store): Keeper, cx: &Context<'_>) -> bool {
+    pub(super) fn is_gone(&self, (node, store): Keeper, cx: &Context<'_>) -> bool {
         if !cx.roster.state().is_member_node(node) {
             return true;
         }
