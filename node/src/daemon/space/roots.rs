@@ -301,7 +301,8 @@ pub(super) mod tests {
             hold: p2pit_protocol::HoldId([0; 16]),
             grant: Grant { gpus: Vec::new(), cpu_cores: 1, ram_mib: 0 },
         };
-        value.body.ranks = vec![RankRecord { assignment, state: RankState::Ended, end: Some(end) }];
+        let (state_of_rank, end) = (RankState::Ended, Some(end));
+        value.body.ranks = vec![RankRecord { assignment, state: state_of_rank, end, store: None }];
         let saved = Saved { rank: Rank(0), attempt: Attempt(1), node: node(), tree: tree(5) };
         value.body.saved = vec![saved];
         value.body.history.push(Change { state, at_ms: 10_000, reason: String::new() });
