@@ -169,11 +169,10 @@ fn what_is_removed_is_gone_from_every_node_until_that_is_taken_back() {
     });
     let job = &job.expect("three of four nodes keep a job");
     let short = &job[..8];
+    let homes: Vec<PathBuf> = pool.nodes().iter().map(|node| node.home().to_owned()).collect();
     let places = |job: &str| -> Vec<PathBuf> {
-        let dirs = pool
-            .nodes()
-            .iter()
-            .flat_map(|node| ["jobs", "copies"].map(|dir| node.home().join(dir).join(job)));
+        let dirs =
+            homes.iter().flat_map(|home| ["jobs", "copies"].map(|dir| home.join(dir).join(job)));
         dirs.filter(|dir| dir.exists()).collect()
     };
     let before = places(job);
