@@ -127,3 +127,76 @@ pub struct SaveOrder {
     /// The directory, as a tree.
     pub tree: BlobId,
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::identity::KeyPair;
+
+    fn node(n: u8) -> PeerId {
+        PeerId(KeyPair::from_seed(&[n; 32]).public())
+    }
+
+    fn nodes(numbers: impl IntoIterator<Item = u8>) -> Vec<PeerId> {
+        numbers.into_iter().map(node).collect()
+    }
+
+    #[test]
+    fn the_node_that_ran_a_rank_comes_first_and_who_is_away_is_left_out() {
+        let keepers = nodes([1, 2, 3]);
+        let of = |ran, away: u8| holders(ran, &keepers, 2, |peer| peer != node(away));
+        assert_eq!(of(Some(node(9)), 99), nodes([9, 1]), "the node, and one keeper");
+        assert_eq!(of(Some(node(2)), 99), nodes([2, 1]), "a keeper counts once");
+        assert_eq!(of(Some(node(9)), 1), nodes([9, 2]));
+        assert_eq!(of(Some(node(9)), 9), nodes([1, 2]), "two keepers, where the node is gone");
+        assert_eq!(of(None, 99), nodes([1, 2]), "or lost its disk");
+        assert_eq!(holders(None, &nodes([1]), 2, |_| true), nodes([1]), "no more than there are");
+    }
+
+    #[test]
+    fn copies_of_a_gang_are_spread_over_the_keepers() {
+        let first = |rank| {
+            let mut keepers = [0, 1, 2];
+            in_order_of(Rank(rank), &mut keepers);
+            keepers
+        };
+        assert_eq!([first(0), first(1), first(2)], [[1, 2, 0], [2, 0, 1], [0, 1, 2]]);
+        assert_eq!(first(3), first(0));
+        let mut none: [u8; 0] = [];
+        in_order_of(Rank(u32::MAX), &mut none);
+    }
+
+    #[test]
+    fn five_keepers_hold_three_copies() {
+        assert_eq!([1, 2, 3, 4, 5].map(copies_for), [2, 2, 2, 2, 3]);
+    }
+
+    proptest! {
+        /// Whoever is away and whatever ran where: those who should hold are distinct, are there,
+        /// and are as many as should and can; and a node that goes adds at most one other.
+        #[test]
+        fn one_that_goes_is_replaced_by_one_other(
+            ran in 0_u8..8,
+            keepers in 1_u8..=5,
+            away in 0_u8..=255,
+            goes in 0_u8..8,
+        ) {
+            let keepers = nodes(0..keepers);
+            let should = copies_for(keepers.len());
+            let all = nodes(0..8);
+            let place = |peer: PeerId| all.iter().position(|known| *known == peer).unwrap_or(0);
+            let there = |peer: PeerId| away >> place(peer) & 1 == 0;
+            let before = holders(Some(node(ran)), &keepers, should, there);
+            let can = candidates(Some(node(ran)), &keepers).filter(|peer| there(*peer)).count();
+            prop_assert_eq!(before.len(), should.min(can));
+            prop_assert!(before.iter().all(|peer| there(*peer)));
+            let without = |peer| there(peer) && peer != node(goes);
+            let after = holders(Some(node(ran)), &keepers, should, without);
+            let news = after.iter().filter(|peer| !before.contains(peer)).count();
+            prop_assert!(news <= usize::from(before.contains(&node(goes))));
+            prop_assert!(!after.contains(&node(goes)));
+        }
+    }
+}

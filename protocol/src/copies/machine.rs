@@ -75,6 +75,8 @@ struct Cannot {
     until_ms: u64,
     /// How often the others were told; of what this node cannot.
     told: u32,
+    /// Of which configuration of the record.
+    epoch: u32,
 }
 
 /// What another node said of its copies of an attempt, or this one.
@@ -323,9 +325,11 @@ impl Copies {
 
     /// Whether `node` said lately that it cannot hold what `job` leaves.
     fn has_refused(&self, job: JobId, node: PeerId) -> bool {
-        let own = node == self.me && self.cannot.contains_key(&job);
+        if node == self.me {
+            return self.cannot.contains_key(&job);
+        }
         let told = self.told.get(&job).and_then(|told| told.get(&node));
-        own || told.is_some_and(|told| told.cannot.is_some())
+        told.is_some_and(|told| told.cannot.is_some())
     }
 
     // ---- what this node is to hold ----------------------------------------------------
@@ -357,9 +361,20 @@ impl Copies {
             self.told.remove(&job);
             self.announced.remove(&job);
             self.cannot.remove(&job);
+            // Of a job of which nothing was made here either, nobody asks any more.
+            if !self.saves.keys().any(|id| id.job == job) {
+                self.held.remove(&job);
+            }
             return self.duties.remove(&job).is_some();
         };
         self.drop_stale(job, kept);
+        if let Some(cannot) = self.cannot.get_mut(&job)
+            && cannot.epoch != kept.value.epoch
+        {
+            // Who keeps it now may not have heard of it.
+            (cannot.epoch, cannot.told) = (kept.value.epoch, 0);
+            self.repeats = true;
+        }
         let duty = self.duty_of(job, kept, scene);
         if self.duties.get(&job) == duty.as_ref() {
             return false;
@@ -502,8 +517,10 @@ impl Copies {
     }
 
     pub(crate) fn cannot(&mut self, job: JobId, reason: String, now: Now) {
-        let told = self.cannot.get(&job).map_or(1, |cannot| cannot.told + 1);
-        self.cannot.insert(job, Cannot { reason, until_ms: now.after(CANNOT_MS), told });
+        let (told, epoch) =
+            self.cannot.get(&job).map_or((1, 0), |cannot| (cannot.told + 1, cannot.epoch));
+        let until_ms = now.after(CANNOT_MS);
+        self.cannot.insert(job, Cannot { reason, until_ms, told, epoch });
         self.dirty.insert(job);
     }
 
@@ -590,7 +607,7 @@ impl Copies {
             // Said again, it is not said of a longer time.
             let until_ms = told.cannot.as_ref().map(|cannot| cannot.until_ms);
             let until_ms = until_ms.unwrap_or_else(|| now.after(CANNOT_MS));
-            Cannot { reason, until_ms, told: 0 }
+            Cannot { reason, until_ms, told: 0, epoch: 0 }
         });
         if news {
             self.dirty.insert(job);
@@ -633,7 +650,8 @@ impl Copies {
                 continue;
             }
             let reason = "so the steward says".to_owned();
-            let cannot = Some(Cannot { reason, until_ms: now.after(CANNOT_MS), told: 0 });
+            let until_ms = now.after(CANNOT_MS);
+            let cannot = Some(Cannot { reason, until_ms, told: 0, epoch: 0 });
             let blank = Told {
                 attempt: kept.value.body.attempt,
                 at_ms: now.boot_ms,
@@ -676,10 +694,10 @@ impl Copies {
     }
 
     /// Tell who should know how this node stands to the copies of `kept`: the steward; all
-    /// keepers, where something cannot be held here.
-    pub(crate) fn tell(&self, kept: &Kept, out: &mut Outbox) {
+    /// keepers, where something cannot be held here, or can again (`everybody`).
+    pub(crate) fn tell(&self, kept: &Kept, everybody: bool, out: &mut Outbox) {
         let (job, body) = (kept.spec.job, &kept.value.body);
-        let refuses = self.cannot.contains_key(&job);
+        let refuses = everybody || self.cannot.contains_key(&job);
         let ranks = self.states(job, body.attempt);
         let over = body.state() == State::Done;
         let keepers = kept.keepers.iter().map(|(keeper, _)| *keeper);

@@ -61,7 +61,7 @@ impl Peer {
     /// Not all of what was held of this rank is here any more: it went bad, or it was removed.
     pub fn copy_lost(&mut self, job: JobId, attempt: Attempt, rank: Rank, now: Now) {
         self.copies.lost(job, attempt, rank);
-        self.tell_of_copies(job);
+        self.tell_of_copies(job, false);
         self.finish(now);
     }
 
@@ -70,14 +70,14 @@ impl Peer {
     /// or [`Peer::can_copy`].
     pub fn cannot_copy(&mut self, job: JobId, reason: String, now: Now) {
         self.copies.cannot(job, reason, now);
-        self.tell_of_copies(job);
+        self.tell_of_copies(job, false);
         self.finish(now);
     }
 
     /// What was in the way of copying `job` here is not any more.
     pub fn can_copy(&mut self, job: JobId, now: Now) {
         self.copies.can(job);
-        self.tell_of_copies(job);
+        self.tell_of_copies(job, true);
         self.finish(now);
     }
 
@@ -99,12 +99,12 @@ impl Peer {
         self.finish(now);
     }
 
-    fn tell_of_copies(&mut self, job: JobId) {
+    fn tell_of_copies(&mut self, job: JobId, everybody: bool) {
         if self.shy_until_ms.is_some() || self.store_refused {
             return;
         }
         if let Some(kept) = self.registers.get(job) {
-            self.copies.tell(kept, &mut self.out);
+            self.copies.tell(kept, everybody, &mut self.out);
         }
     }
 
@@ -188,10 +188,10 @@ impl Peer {
             self.with_stewards(now, Stewards::check_done);
         }
         for job in self.copies.repeated() {
-            self.tell_of_copies(job);
+            self.tell_of_copies(job, false);
         }
         for job in self.copies.told_now(now) {
-            self.tell_of_copies(job);
+            self.tell_of_copies(job, false);
         }
     }
 
@@ -230,5 +230,206 @@ impl Peer {
             removed: kept.and_then(|kept| kept.value.body.removed),
             recorded: kept.is_some_and(|kept| kept.chosen && done(&kept.value.body)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        BlobId, StoreId,
+        copies::{CANNOT_MS, COPIES_CHECK_MS, EndOrder},
+        job::{Ending, Outcome, RankAssignment, RankEnd, RankRecord},
+        peer::{SHY_MS, Transmit, user::tests as user},
+        record::{Ballot, Value},
+        request::Grant,
+        roster::testing::{Replica, admit_node, claim, node_key},
+        steward::AWAY_MS,
+    };
+
+    const TREE: BlobId = BlobId([0xe0; 32]);
+
+    fn at(ms: u64) -> Now {
+        Now { boot_ms: user::START.boot_ms + ms, wall_ms: user::START.wall_ms + ms }
+    }
+
+    fn node(n: u8) -> PeerId {
+        PeerId(node_key(n).public())
+    }
+
+    /// Four nodes, of whom three keep a job; rank 0 ran, or runs, on the fourth.
+    fn replica() -> Replica {
+        let mut replica = Replica::founder();
+        for n in [2, 3, 4] {
+            let claim = claim(replica.roster.pool(), 1, n, n);
+            replica.as_node(admit_node(claim, &format!("node{n}"))).unwrap();
+        }
+        replica
+    }
+
+    fn value(replica: &Replica, state: State, end: Option<RankEnd>) -> Value {
+        let birth = Value::birth(&user::spec(replica));
+        let mut body = birth.body.clone();
+        body.attempt = Attempt(1);
+        let grant = Grant { gpus: Vec::new(), cpu_cores: 1, ram_mib: 0 };
+        let hold = crate::HoldId([1; 16]);
+        let (rank, group, process) = (Rank(0), 0, 0);
+        let node = node(4);
+        body.ranks = vec![RankRecord {
+            assignment: RankAssignment { rank, group, process, node, hold, grant },
+            state: if end.is_some() { RankState::Ended } else { RankState::Running },
+            end,
+            store: Some(StoreId([4; 16])),
+        }];
+        body.outcome = (state == State::Done).then_some(Outcome::Succeeded);
+        body.enter(state, user::START.wall_ms, "so it goes");
+        birth.successor(body)
+    }
+
+    fn end() -> RankEnd {
+        let bare = RankEnd::bare(Ending::Exited { code: 0 }, user::START.wall_ms);
+        RankEnd { log_bytes: 7, keep: Some(TREE), ..bare }
+    }
+
+    /// Keeper `n` with this value, connected to all others.
+    fn keeper(n: u8, value: &Value) -> Peer {
+        let replica = replica();
+        let ballot = Ballot::ZERO.next_of(StoreId([n; 16]));
+        let mut peer = user::restarted(&replica, n, value, ballot);
+        for other in (1..=4).filter(|other| *other != n) {
+            peer.peer_connected(node(other), at(0));
+        }
+        peer.handle_timeout(at(SHY_MS));
+        sent(&mut peer);
+        peer
+    }
+
+    fn sent(peer: &mut Peer) -> Vec<(PeerId, Message)> {
+        while peer.poll_write().is_some() || peer.poll_event().is_some() {}
+        let sent = std::iter::from_fn(|| peer.poll_transmit());
+        let copies = sent.filter_map(|transmit| match transmit {
+            Transmit::Direct { to, message: message @ Message::Copies { .. } } => {
+                Some((to, message))
+            }
+            _ => None,
+        });
+        copies.collect()
+    }
+
+    fn ends(peer: &Peer, job: JobId) -> Option<Vec<(Rank, Option<EndOrder>)>> {
+        let order = peer.copies_wanted(job)?;
+        Some(order.ranks.iter().map(|rank| (rank.rank, rank.end)).collect())
+    }
+
+    #[test]
+    fn the_second_keeper_holds_what_rank_0_left_and_the_third_when_it_is_away() {
+        let done = value(&replica(), State::Done, Some(end()));
+        let job = done.job;
+        let [first, mut second, mut third] = [1, 2, 3].map(|n| keeper(n, &done));
+        assert_eq!(ends(&first, job), None);
+        let wanted = EndOrder { log_bytes: 7, keep: Some(TREE), artifacts: None };
+        assert_eq!(ends(&second, job), Some(vec![(Rank(0), Some(wanted))]));
+        let sources = second.copies_wanted(job).unwrap().ranks[0].sources.clone();
+        assert_eq!(sources, [node(4), node(3), node(1)], "its node before the other keepers");
+        assert_eq!(ends(&third, job), None);
+
+        second.copied(job, Attempt(1), Rank(0), at(4_000));
+        assert_eq!(ends(&second, job), None, "it is here");
+        second.copy_lost(job, Attempt(1), Rank(0), at(5_000));
+        assert_eq!(ends(&second, job).map(|ends| ends.len()), Some(1), "and is made anew");
+
+        third.peer_disconnected(node(2), at(4_000));
+        third.handle_timeout(at(4_000 + AWAY_MS - COPIES_CHECK_MS));
+        assert_eq!(ends(&third, job), None, "it may come back");
+        third.handle_timeout(at(4_000 + AWAY_MS + COPIES_CHECK_MS));
+        assert_eq!(ends(&third, job), Some(vec![(Rank(0), Some(wanted))]));
+        third.peer_connected(node(2), at(5_000 + AWAY_MS + COPIES_CHECK_MS));
+        assert_eq!(ends(&third, job), None, "it came back");
+    }
+
+    #[test]
+    fn who_cannot_hold_something_says_so_and_the_next_does_for_a_while() {
+        let done = value(&replica(), State::Done, Some(end()));
+        let job = done.job;
+        let (mut second, mut third) = (keeper(2, &done), keeper(3, &done));
+        second.cannot_copy(job, "no room".to_owned(), at(4_000));
+        assert_eq!(ends(&second, job), None);
+        let said = sent(&mut second);
+        let to: Vec<PeerId> = said.iter().map(|(to, _)| *to).collect();
+        assert_eq!(to, [node(1), node(3)], "the other keepers are told");
+        third.handle_message(node(2), said[1].1.clone(), at(4_010));
+        assert_eq!(ends(&third, job).map(|ends| ends.len()), Some(1));
+        third.handle_timeout(at(4_010 + CANNOT_MS + COPIES_CHECK_MS));
+        assert_eq!(ends(&third, job), None, "it is asked once more");
+        second.can_copy(job, at(9_000));
+        assert_eq!(ends(&second, job).map(|ends| ends.len()), Some(1));
+    }
+
+    #[test]
+    fn what_was_given_up_or_has_expired_is_not_copied() {
+        let mut done = value(&replica(), State::Done, Some(end()));
+        let job = done.job;
+        let mut second = keeper(2, &done);
+        second.set_keep_done(60_000, at(4_000));
+        assert!(second.copies_wanted(job).is_some());
+        second.handle_timeout(at(60_000 + COPIES_CHECK_MS));
+        assert_eq!(second.copies_wanted(job), None);
+        let by = user::owner();
+        done.body.removed = Some(crate::job::Removed { by, at_ms: user::START.wall_ms });
+        assert_eq!(keeper(2, &done).copies_wanted(job), None);
+    }
+
+    #[test]
+    fn saves_are_taken_from_the_node_that_runs_the_rank_and_nobody_else() {
+        let running = value(&replica(), State::Running, None);
+        let job = running.job;
+        let mut second = keeper(2, &running);
+        let (attempt, rank) = (Attempt(1), Rank(0));
+        let order = second.copies_wanted(job).unwrap();
+        assert!(order.ranks[0].follow && order.ranks[0].save.is_none());
+        let save = |seq| Message::Save { job, attempt, rank, seq, tree: TREE };
+        second.handle_message(node(3), save(1), at(4_000));
+        assert_eq!(second.copies_wanted(job), Some(order), "another node says nothing of it");
+        second.handle_message(node(4), save(2), at(4_000));
+        let wanted = second.copies_wanted(job).unwrap().ranks[0].save;
+        assert_eq!(wanted, Some(SaveOrder { seq: 2, tree: TREE }));
+        second.save_held(job, attempt, rank, 2, TREE, at(5_000));
+        assert_eq!(second.copies_wanted(job).unwrap().ranks[0].save, None);
+        let held = Message::SaveHeld { job, attempt, rank, seq: 2 };
+        let transmits = std::iter::from_fn(|| second.poll_transmit());
+        let direct = Transmit::Direct { to: node(4), message: held };
+        assert_eq!(transmits.filter(|transmit| *transmit == direct).count(), 1);
+    }
+
+    #[test]
+    fn what_is_held_is_told_to_keepers_only() {
+        let done = value(&replica(), State::Cleaning, Some(end()));
+        let job = done.job;
+        let mut second = keeper(2, &done);
+        second.copied(job, Attempt(1), Rank(0), at(4_000));
+        sent(&mut second);
+        let ask = Message::AskCopies { job, attempt: Attempt(1), without: Vec::new() };
+        for (from, ranks) in [(node(1), 1), (node(4), 0)] {
+            second.handle_message(from, ask.clone(), at(4_100));
+            let said = sent(&mut second);
+            let [(to, Message::Copies { ranks: told, .. })] = &said[..] else { panic!("{said:?}") };
+            assert_eq!((*to, told.len()), (from, ranks), "a tree's id is as good as the tree");
+        }
+    }
+
+    #[test]
+    fn only_owner_and_admins_remove_and_only_what_is_over() {
+        let replica = replica();
+        let running = value(&replica, State::Running, None);
+        let job = running.job;
+        let mut peer = keeper(1, &running);
+        let reply = peer.remove_data(user::owner(), job, false, at(4_000));
+        assert!(matches!(&reply, Reply::Denied { reason } if reason.contains("stop it first")));
+        let stranger = UserId(crate::roster::testing::user_key(9).public());
+        let mut peer = keeper(1, &value(&replica, State::Done, Some(end())));
+        let reply = peer.remove_data(stranger, job, false, at(4_000));
+        assert!(matches!(&reply, Reply::Denied { reason } if reason.contains("only the owner")));
+        let reply = peer.remove_data(user::owner(), job, false, at(4_000));
+        assert_eq!(reply, Reply::Removed { removed: None, recorded: false }, "not chosen yet");
     }
 }

@@ -242,7 +242,7 @@ pub(super) fn denied(verb: &str, job: JobId) -> Reply {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::{BTreeMap, VecDeque};
 
     use super::*;
@@ -257,10 +257,10 @@ mod tests {
         sabotage::Sabotage,
     };
 
-    const START: Now = Now { boot_ms: 1_000, wall_ms: WALL_MS };
+    pub(in crate::peer) const START: Now = Now { boot_ms: 1_000, wall_ms: WALL_MS };
     const LATER: Now = Now { boot_ms: 1_000 + SHY_MS, wall_ms: WALL_MS + SHY_MS };
 
-    fn owner() -> UserId {
+    pub(in crate::peer) fn owner() -> UserId {
         UserId(user_key(1).public())
     }
 
@@ -268,7 +268,7 @@ mod tests {
         (PeerId(node_key(n).public()), StoreId([n; 16]))
     }
 
-    fn spec(replica: &Replica) -> VerifiedSpec {
+    pub(in crate::peer) fn spec(replica: &Replica) -> VerifiedSpec {
         let spec = JobSpec {
             pool: replica.roster.pool(),
             owner: owner(),
@@ -297,7 +297,12 @@ mod tests {
     }
 
     /// Node `n` after a restart, with a record of which it accepted this value in this ballot.
-    fn restarted(replica: &Replica, n: u8, value: &Value, accepted: Ballot) -> Peer {
+    pub(in crate::peer) fn restarted(
+        replica: &Replica,
+        n: u8,
+        value: &Value,
+        accepted: Ballot,
+    ) -> Peer {
         let config = Config {
             key: node_key(n),
             store: keeper(n).1,
