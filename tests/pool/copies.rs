@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use super::transfers::switch_off;
+use super::transfers::{start_with, switch_off};
 use p2pit_tests::{Node, Pool, SOON, end_all, lines_of, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -200,6 +200,33 @@ fn when_a_holder_leaves_another_keeper_makes_the_copy() {
     lose(pool.node(4));
     assert_eq!(lines_of(&asked.log(&id), 0), ["step 1", "step 2"]);
     assert_eq!(asked.p2pit(&["cp", &id, "keep/model", "-"]).ok(), "model\n");
+}
+
+#[test]
+fn a_node_is_not_left_before_others_have_what_only_it_has() {
+    const BYTES: usize = 2 << 20;
+    let pool = pool_with_worker();
+    switch_off(&pool, 4);
+    for n in 1..=3 {
+        pool.node(n).shut_down();
+        start_with(pool.node(n), "download: 256KiB/s");
+    }
+    let (first, worker) = (pool.node(1), pool.node(4));
+    let writes = format!("head -c {BYTES} /dev/urandom > ../artifacts/big; echo wrote");
+    let id = first.submit(&["Large", "[v100]", "-d", &writes]);
+    worker.restart();
+    first.wait_for_state(&id, "CLEANING");
+    let why = first.p2pit(&["why", &id]).ok();
+    assert!(why.contains("being copied"), "{why}");
+    let left = worker.p2pit(&["leave"]);
+    left.ended(0);
+    assert!(left.stderr.contains("others are copying"), "{}", left.stderr);
+
+    first.wait_for_outcome(&id, "succeeded");
+    let copied = pool.path().join("big");
+    first.p2pit(&["cp", &id, "artifacts/big", copied.to_str().unwrap()]).ended(0);
+    assert_eq!(fs::metadata(&copied).unwrap().len(), BYTES as u64);
+    assert_eq!(lines_of(&first.log(&id), 0), ["wrote"]);
 }
 
 /// When the last line of a log was written, by its own clock.

@@ -54,6 +54,9 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from
 const TRANSFERS_MAX: usize = 8;
 /// Inputs remembered.
 const KEPT_MAX: usize = 4_096;
+/// Logs that are followed at a time, each by a stream that stays open: of more than these it is
+/// asked now and then what there is. A connection has only so many streams.
+const FOLLOWED_MAX: usize = 200;
 /// How long a node may take to say whether a log follows.
 const GATE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -67,6 +70,7 @@ pub(crate) struct Copies {
     shelf: Shelf,
     jobs: Mutex<BTreeMap<JobId, Job>>,
     transfers: Semaphore,
+    followed: Semaphore,
     /// Inputs that were made safe from a loss of power since this daemon started.
     kept: Mutex<BTreeSet<BlobId>>,
 }
@@ -81,7 +85,8 @@ struct Job {
 impl Copies {
     pub(crate) fn new(shelf: Shelf) -> Self {
         let (jobs, kept) = (Mutex::default(), Mutex::default());
-        Self { shelf, jobs, transfers: Semaphore::new(TRANSFERS_MAX), kept }
+        let (transfers, followed) = (Semaphore::new(TRANSFERS_MAX), Semaphore::new(FOLLOWED_MAX));
+        Self { shelf, jobs, transfers, followed, kept }
     }
 
     /// An input is safe from a loss of power.
@@ -432,7 +437,9 @@ impl Tail<'_> {
         orders: &mut Orders,
     ) -> Result<Stopped, Trouble> {
         // Others only copy from it, too.
-        let follow = wanted.rank.follow && source == wanted.rank.node;
+        let is_followed = wanted.rank.follow && source == wanted.rank.node;
+        let place = if is_followed { self.shared.copies.followed.try_acquire().ok() } else { None };
+        let follow = place.is_some();
         let question = Request::Tail {
             spec: wanted.spec.signed.clone(),
             links: wanted.links.clone(),
@@ -448,6 +455,7 @@ impl Tail<'_> {
         let gate = gate.await.context("it does not answer").map_err(there)?;
         gate.map_err(|e| there(e.into()))?.pass().map_err(there)?;
         let mut sync_at = Instant::now() + SYNC_EVERY;
+        let mut target = wanted.rank.end.map(|end| end.log_bytes);
         loop {
             let stopped = tokio::select! {
                 biased;
@@ -461,14 +469,16 @@ impl Tail<'_> {
                 },
                 () = sleep(sync_at.saturating_duration_since(Instant::now())) => None,
                 changed = orders.changed() => {
-                    let is_same = changed.is_ok() && self::wanted(orders, self.id).is_some_and(|now| {
-                        // Until it has all: what it lacks then is asked for anew.
-                        let target = now.rank.end.map_or(u64::MAX, |end| end.log_bytes);
-                        self.bytes() < target && now.rank.sources == wanted.rank.sources
-                    });
+                    let now = if changed.is_ok() { self::wanted(orders, self.id) } else { None };
+                    let is_same =
+                        now.as_ref().is_some_and(|now| now.rank.sources == wanted.rank.sources);
+                    target = now.and_then(|now| now.rank.end).map(|end| end.log_bytes);
                     if is_same { None } else { Some(Ok(Stopped::Changed)) }
                 }
             };
+            // All of it is here, and somebody waits for that.
+            let is_there = target.is_some_and(|target| self.bytes() >= target);
+            let stopped = stopped.or(is_there.then_some(Ok(Stopped::Changed)));
             if Instant::now() >= sync_at || stopped.is_some() {
                 self.sync().await.map_err(Trouble::Here)?;
                 sync_at = Instant::now() + SYNC_EVERY;
@@ -514,6 +524,12 @@ impl Tail<'_> {
 
 // ---- trees ----------------------------------------------------------------------------
 
+/// What follows a turn.
+enum Step {
+    Idle,
+    Again,
+}
+
 async fn copy_trees(
     shared: &Arc<Shared>,
     id: WorkId,
@@ -527,12 +543,25 @@ async fn copy_trees(
         let done = if let Some(end) = wanted.rank.end {
             let end = end_copy(&wanted.rank, &end);
             if held.end.as_ref() == Some(&end) {
-                Ok(None)
+                tell_end(shared, id).await;
+                Ok(Step::Idle)
             } else {
                 shared.copies.set_complete(id, false);
-                make_end(shared, id, &wanted, &end, &mut durable, &mut orders)
-                    .await
-                    .map(|made| made.then(|| held.end = Some(end)))
+                let made = make_end(
+                    shared,
+                    id,
+                    &wanted,
+                    &end,
+                    &mut durable,
+                    &mut orders,
+                    held.save.as_ref(),
+                );
+                made.await.map(|made| {
+                    if made {
+                        held.end = Some(end);
+                    }
+                    Step::Again
+                })
             }
         } else if let Some(save) = wanted.rank.save
             && held.save.as_ref().is_none_or(|known| known.seq < save.seq)
@@ -540,23 +569,20 @@ async fn copy_trees(
             let before = held.save.as_ref().map(|save| save.tree);
             make_save(shared, id, &wanted, save, before, &orders).await.map(|copy| {
                 held.save = Some(copy);
-                Some(())
+                Step::Again
             })
         } else {
-            Ok(None)
+            Ok(Step::Idle)
         };
         match done {
-            Ok(made) => {
-                patience = Patience::new();
-                if let Some(end) = &held.end
-                    && wanted.rank.end.as_ref().is_some_and(|it| end_copy(&wanted.rank, it) == *end)
-                {
-                    tell_end(shared, id).await;
-                }
-                if made.is_none() && orders.changed().await.is_err() {
+            Ok(Step::Again) => patience = Patience::new(),
+            Ok(Step::Idle) => {
+                if orders.changed().await.is_err() {
                     return;
                 }
             }
+            // The log is not copied any more: both begin anew.
+            Err(FetchError::Unwanted) if durable.has_changed().is_err() => return,
             Err(FetchError::Unwanted) => {}
             Err(FetchError::Here(reason)) => {
                 cannot(shared, id.job, &reason).await;
@@ -593,6 +619,7 @@ async fn make_end(
     end: &EndCopy,
     durable: &mut watch::Receiver<u64>,
     orders: &mut Orders,
+    save: Option<&SaveCopy>,
 ) -> Result<bool, FetchError> {
     let watched = orders.clone();
     let is_wanted = || {
@@ -602,12 +629,11 @@ async fn make_end(
         std::future::ready(rank.any(|it| it.end == wanted.rank.end))
     };
     for tree in end.keep.iter().chain(&end.artifacts) {
-        bring(shared, wanted, *tree, None, is_wanted).await?;
+        bring(shared, wanted, *tree, save.map(|save| save.tree), is_wanted).await?;
     }
     tokio::select! {
-        // Its sender lives as long as this.
         come = durable.wait_for(|bytes| *bytes >= end.log_bytes) => if come.is_err() {
-            return Ok(false);
+            return Err(FetchError::Unwanted);
         },
         _ = orders.changed() => return Ok(false),
     }
@@ -752,4 +778,59 @@ async fn hold_input<W: Future<Output = bool> + Send>(
         shared.keep_tree(tree).await.map_err(FetchError::Here)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use p2pit_protocol::identity::KeyPair;
+
+    use super::*;
+    use crate::transfer::{
+        Tree, TreePath,
+        tree::{Entry, Kind},
+    };
+
+    #[test]
+    fn a_copy_that_is_not_whole_any_more_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = BlobStore::open(&dir.path().join("blobs")).unwrap();
+        let shelf = Shelf::at(dir.path().join("copies"));
+        let id = WorkId { job: JobId([7; 32]), attempt: Attempt(1), rank: Rank(0) };
+        let tree = |content: &[u8]| {
+            let blob = store.put_bytes(content).unwrap();
+            let kind = Kind::File { blob, size: content.len() as u64, executable: false };
+            let path = TreePath::from_bytes("file").unwrap();
+            let tree = Tree::new(vec![Entry { path, kind }]).unwrap();
+            (store.put_bytes(&tree.encode().unwrap()).unwrap(), blob)
+        };
+        let ((keep, kept), (saved, in_save)) = (tree(b"kept"), tree(b"saved"));
+        let node = PeerId(KeyPair::from_seed(&[1; 32]).public());
+        let end = EndCopy { node, log_bytes: 4, keep: Some(keep), artifacts: None };
+        let save = SaveCopy { node, seq: 3, tree: saved };
+        let write = |log: &[u8]| {
+            let rank_dir = shelf.log_path(id).parent().unwrap().to_owned();
+            std::fs::create_dir_all(&rank_dir).unwrap();
+            std::fs::write(shelf.job_dir(id.job).join("spec"), "of the job").unwrap();
+            std::fs::write(shelf.log_path(id), log).unwrap();
+            shelf.write_end(id, &end).unwrap();
+            shelf.write_save(id, &save).unwrap();
+        };
+        let stock = || {
+            let stock = take_stock(&shelf, &store).unwrap();
+            let [(found, held)] = &stock[..] else { panic!("{stock:?}") };
+            assert_eq!((*found, held), (id, &shelf.held(id)));
+            (held.end.is_some(), held.save.is_some())
+        };
+        write(b"log\n");
+        assert_eq!(stock(), (true, true));
+        std::fs::write(shelf.log_path(id), "lo").unwrap();
+        assert_eq!(stock(), (false, true), "its log was cut off");
+        write(b"log\nand more\n");
+        assert_eq!(stock(), (true, true));
+        store.remove(&kept).unwrap();
+        assert_eq!(stock(), (false, true));
+        store.remove(&in_save).unwrap();
+        assert_eq!(stock(), (false, false));
+        assert_eq!(shelf.held(id).log_bytes, 13, "what is here stays");
+    }
 }

@@ -13,10 +13,12 @@
 //! power; blobs are in the store. All calls block.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, DirBuilder, File},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex},
 };
 
 use p2pit_protocol::{
@@ -28,7 +30,10 @@ use p2pit_protocol::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
-    daemon::work::{SPEC_FILE, rank_dirs, read_spec},
+    daemon::{
+        lock,
+        work::{SPEC_FILE, rank_dirs, read_spec},
+    },
     home::write_atomic,
     workspace::LOG_NAME,
 };
@@ -72,16 +77,20 @@ impl Held {
     }
 }
 
-/// The directory of all copies.
+/// Ranks remembered whose directories are safe from a loss of power.
+const SETTLED_MAX: usize = 4_096;
+
+/// The directory of all copies. Clones share what they remember.
 #[derive(Debug, Clone)]
 pub(crate) struct Shelf {
     root: PathBuf,
+    settled: Arc<Mutex<BTreeSet<WorkId>>>,
 }
 
 impl Shelf {
     /// Nothing is made yet.
     pub(crate) fn at(root: PathBuf) -> Self {
-        Self { root }
+        Self { root, settled: Arc::default() }
     }
 
     pub(crate) fn job_dir(&self, job: JobId) -> PathBuf {
@@ -124,23 +133,36 @@ impl Shelf {
         read_spec(&self.job_dir(job))
     }
 
-    /// Makes the directory of a rank, and writes the job's spec where it is not there yet.
+    /// Makes the directory of a rank, and writes the job's spec where it is not there yet. What
+    /// a loss of power takes of that is made again.
     pub(crate) fn make(&self, id: WorkId, spec: &VerifiedSpec) -> io::Result<()> {
-        let dir = self.rank_dir(id);
-        if dir.is_dir() {
+        DirBuilder::new().recursive(true).mode(0o700).create(self.rank_dir(id))?;
+        let path = self.job_dir(id.job).join(SPEC_FILE);
+        let bytes = wire::encode(&spec.signed);
+        if fs::metadata(&path).is_ok_and(|known| known.len() == bytes.len() as u64) {
             return Ok(());
         }
-        DirBuilder::new().recursive(true).mode(0o700).create(self.job_dir(id.job))?;
-        let path = self.job_dir(id.job).join(SPEC_FILE);
-        if !path.is_file() {
-            write_atomic(&path, &wire::encode(&spec.signed))?;
+        let mut file = tempfile::NamedTempFile::new_in(self.job_dir(id.job))?;
+        file.write_all(&bytes)?;
+        file.persist(&path)?;
+        Ok(())
+    }
+
+    /// Makes what [`Self::make`] made survive a loss of power.
+    fn settle(&self, id: WorkId) -> io::Result<()> {
+        if lock(&self.settled).contains(&id) {
+            return Ok(());
         }
-        DirBuilder::new().mode(0o700).create(&dir).or_else(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => Ok(()),
-            _ => Err(error),
-        })?;
-        sync_dir(&self.job_dir(id.job))?;
-        sync_dir(&self.root)
+        let job_dir = self.job_dir(id.job);
+        for path in [&job_dir.join(SPEC_FILE), &job_dir, &self.root] {
+            File::open(path)?.sync_all()?;
+        }
+        let mut settled = lock(&self.settled);
+        if settled.len() >= SETTLED_MAX {
+            settled.clear();
+        }
+        settled.insert(id);
+        Ok(())
     }
 
     /// What is here of a rank; nothing where a list cannot be read, since its copy is made
@@ -152,10 +174,12 @@ impl Shelf {
     }
 
     pub(crate) fn write_save(&self, id: WorkId, save: &SaveCopy) -> io::Result<()> {
+        self.settle(id)?;
         write(&self.rank_dir(id).join(SAVE), save)
     }
 
     pub(crate) fn write_end(&self, id: WorkId, end: &EndCopy) -> io::Result<()> {
+        self.settle(id)?;
         write(&self.rank_dir(id).join(END), end)
     }
 
@@ -248,10 +272,6 @@ fn remove_file(path: &Path) -> io::Result<()> {
     }
 }
 
-fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
-}
-
 #[cfg(test)]
 mod tests {
     use p2pit_protocol::identity::KeyPair;
@@ -270,6 +290,7 @@ mod tests {
         assert_eq!(shelf.held(id(1, 0)), Held::default());
         fs::create_dir_all(shelf.rank_dir(id(1, 0))).unwrap();
         fs::create_dir_all(shelf.rank_dir(id(2, 11))).unwrap();
+        fs::write(shelf.job_dir(id(1, 0).job).join(SPEC_FILE), "of the job").unwrap();
         let node = PeerId(KeyPair::from_seed(&[1; 32]).public());
         let (keep, tree) = (BlobId([1; 32]), BlobId([2; 32]));
         let end = EndCopy { node, log_bytes: 4, keep: Some(keep), artifacts: None };
