@@ -397,7 +397,8 @@ enum Act {
 
 fn content(number: u8) -> Vec<u8> {
     // Some of them have an outboard.
-    let length = if number.is_multiple_of(4) { GROUP_BYTES as usize + 9 } else { 9 + usize::from(number) };
+    let length =
+        if number.is_multiple_of(4) { GROUP_BYTES as usize + 9 } else { 9 + usize::from(number) };
     vec![number; length]
 }
 
