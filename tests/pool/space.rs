@@ -155,6 +155,55 @@ fn a_list_of_files_that_went_bad_stops_sweeps_and_its_owner_hears_of_it() {
     });
 }
 
+#[test]
+fn what_is_removed_is_gone_from_every_node_until_that_is_taken_back() {
+    let mut pool = Pool::of(&["sim:1xv100", "sim:1xv100", "sim:1xv100", "sim:1xgtx1070"]);
+    let node = pool.node(1).clone();
+    // One that runs where it is not kept.
+    let job = (0..20).find_map(|_| {
+        let script = "echo said; echo data > $JOB_DIR/keep/left";
+        let job = node.submit(&["Left", "[gtx1070]", "-d", script]);
+        let done = node.wait_for_outcome(&job, "succeeded");
+        let keepers = done["keepers"].as_array().unwrap().clone();
+        (!keepers.contains(&"n4".into())).then_some(job)
+    });
+    let job = &job.expect("three of four nodes keep a job");
+    let short = &job[..8];
+    let homes: Vec<PathBuf> = pool.nodes().iter().map(|node| node.home().to_owned()).collect();
+    let places = |job: &str| -> Vec<PathBuf> {
+        let dirs =
+            homes.iter().flat_map(|home| ["jobs", "copies"].map(|dir| home.join(dir).join(job)));
+        dirs.filter(|dir| dir.exists()).collect()
+    };
+    let before = places(job);
+    assert!(before.len() > 1, "{before:?}");
+
+    let live = node.submit(&["Live", "[v100]", "-d", "sleep 600"]);
+    node.p2pit(&["rm", "--yes", &live]).refused(1, &["is not over", "p2pit stop"]);
+    node.p2pit(&["stop", &live]).ended(0);
+    node.p2pit(&["rm", job]).refused(1, &["nothing was removed", "--yes"]);
+    node.p2pit(&["rm", "--undo", job]).ended(0);
+    assert_eq!(places(job), before);
+
+    node.p2pit(&["rm", "--yes", job]).ended(0);
+    for read in [&["ls", job][..], &["log", job], &["cp", job, "keep/left", "x"]] {
+        node.p2pit(read).refused(1, &["was removed by anna", "p2pit rm", "--undo"]);
+    }
+    let shown = pool.node(3).job(job);
+    assert_eq!((&shown["removed"]["by"], &shown["outcome"]), (&"anna".into(), &"succeeded".into()));
+    wait_until("nothing of it is in its place", SOON, || places(job).is_empty().then_some(()));
+
+    pool.node(2).p2pit(&["rm", "--undo", short]).ended(0);
+    wait_until("all of it is back", SOON, || (places(job) == before).then_some(()));
+    assert_eq!(lines_of(&node.log(job), 0), ["said"]);
+    assert!(node.p2pit(&["ls", job, "keep"]).ok().contains("keep/left"));
+    assert!(node.job(job)["removed"].is_null());
+
+    let other = pool.add_stranger("boris", &["--gpus", "none"]);
+    other.p2pit(&["rm", "--yes", short]).refused(1, &["owner"]);
+    assert_eq!(places(job), before);
+}
+
 /// Starts the node's daemon again with these settings, and with sweeps every moment.
 fn tidy_with(node: &Node, settings: &[&str]) {
     node.shut_down();

@@ -391,18 +391,22 @@ fn fresh_pushed(shared: &Shared) -> Vec<BlobId> {
 
 /// Walks everything, and puts the counters right.
 async fn count(shared: &Arc<Shared>) -> anyhow::Result<()> {
-    let (store, home) = (shared.store.clone(), shared.home.clone());
-    let (census, dirs) = tokio::task::spawn_blocking(move || {
-        let dirs = usage::of(&[home.jobs(), home.copies(), home.trash()])?;
-        anyhow::Ok((store.census()?, dirs))
-    })
-    .await??;
+    let store = shared.store.clone();
+    let census = tokio::task::spawn_blocking(move || store.census()).await??;
+    count_beside(shared).await?;
+    tracing::debug!(?census, "counted what is stored");
+    Ok(())
+}
+
+/// Walks what is beside the store, which grows without being asked.
+async fn count_beside(shared: &Arc<Shared>) -> anyhow::Result<()> {
+    let dirs = [shared.home.jobs(), shared.home.copies(), shared.home.trash()];
+    let dirs = tokio::task::spawn_blocking(move || usage::of(&dirs)).await??;
     if let [jobs, copies, bin] = dirs[..] {
         let mut counted = lock(&shared.space.counted);
         *counted = Counted { jobs, copies, bin, at: Some(Instant::now()), full: counted.full };
         shared.store.set_beside(jobs + copies + bin);
     }
-    tracing::debug!(?census, "counted what is stored");
     Ok(())
 }
 
@@ -412,7 +416,7 @@ async fn look_at_room(shared: &Arc<Shared>) {
     let is_old = counted.at.is_none_or(|at| at.elapsed() > COUNT_EVERY);
     if shared.settings.storage.is_some()
         && is_old
-        && let Err(reason) = count(shared).await
+        && let Err(reason) = count_beside(shared).await
     {
         warn!(reason = format!("{reason:#}"), "what is stored here cannot be counted");
     }

@@ -13,7 +13,7 @@ use tempfile::NamedTempFile;
 
 use super::{
     BlobStore, Error, TMP, create_private_dir, read_some,
-    room::{Reserved, room_at},
+    room::{Reserved, room_at, room_of},
 };
 use crate::transfer::verified::{self, GROUP_BYTES};
 
@@ -42,10 +42,12 @@ impl BlobStore {
         // A file that somebody keeps appending to has an end all the same.
         let size = file.metadata().map_err(Error::io("read", path))?.len();
         let temp = self.temp()?;
-        // Shared blocks take no room, as long as the file stays.
         if ioctl_ficlone(temp.as_file(), file).is_ok() {
             // Shared blocks do not change with the file.
-            let size = temp.as_file().metadata().map_err(Error::io("read", path))?.len();
+            let metadata = temp.as_file().metadata().map_err(Error::io("read", path))?;
+            let size = metadata.len();
+            let room = u64::try_from(room_of(&metadata)).unwrap_or_default();
+            self.fits(room).map_err(Error::io("write", temp.path()))?;
             let (id, outboard) =
                 verified::hash(temp.as_file(), size).map_err(Error::io("read", temp.path()))?;
             let taken = Taken { store: self, temp, id, outboard, _reserved: None };

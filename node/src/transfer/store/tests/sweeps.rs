@@ -397,7 +397,8 @@ enum Act {
 
 fn content(number: u8) -> Vec<u8> {
     // Some of them have an outboard.
-    let length = if number % 4 == 0 { GROUP_BYTES as usize + 9 } else { 9 + usize::from(number) };
+    let length =
+        if number.is_multiple_of(4) { GROUP_BYTES as usize + 9 } else { 9 + usize::from(number) };
     vec![number; length]
 }
 
@@ -435,7 +436,7 @@ fn carry_out(it: &Fixture, model: &mut Model, act: &Act) {
             // made durable, and only then is it a root.
             let slices: Vec<&[u8]> = contents.iter().map(Vec::as_slice).collect();
             let all_here = contents.iter().all(|content| it.store.has(&BlobId::of(content)));
-            if !all_here || number % 2 == 0 {
+            if !all_here || number.is_multiple_of(2) {
                 it.tree(&slices);
             }
             let root = manifest_of(&contents);
