@@ -632,8 +632,13 @@ impl Shared {
                         shared.standing.changed.notify_one();
                         shared.reach_changed.notify_one();
                     }
-                    Event::Relays(_) | Event::Connected(..) | Event::Disconnected(_) => {
+                    Event::Relays(_) | Event::Connected(..) => {
                         shared.standing.changed.notify_one();
+                    }
+                    Event::Disconnected(_) => {
+                        shared.standing.changed.notify_one();
+                        // It may be dialled again at once.
+                        shared.reach_changed.notify_one();
                     }
                     _ => {}
                 }

@@ -23,16 +23,16 @@ const PUNCHED: Duration = Duration::from_secs(60);
 #[test]
 fn nodes_behind_nats_join_by_tickets_of_each_other_and_run_each_others_jobs() {
     let Some(mut internet) = Internet::new() else { return };
-    let sites =
-        [internet.public("p"), internet.behind("a", Nat::Keeps), internet.behind("b", Nat::Keeps)];
-    let newcomer = internet.behind("c", Nat::Keeps);
+    let public = internet.public("p");
+    let [at_a, at_b, at_c] = ["a", "b", "c"].map(|name| internet.behind(name, Nat::Keeps));
     let mut pool = Pool::empty();
-    let [p, a, b] = found(&mut pool, &sites, ["none", "none", "sim:1xv100"]);
-    for node in [&a, &b] {
-        wait_for_relay(node, &["p"]);
+    let sites = [("p", &public, "none"), ("a", &at_a, "none"), ("b", &at_b, "sim:1xv100")];
+    let [p, a, _] = found(&mut pool, sites);
+    for node in ["a", "b"] {
+        wait_for_relay(&p, node, &["p"]);
     }
     assert_eq!(a.nodes()["p"]["dialled"], true);
-    assert_eq!(a.nodes()["b"]["dialled"], false);
+    assert_eq!(p.nodes()["b"]["dialled"], false);
 
     // From one NAT to the other, and back; more than a message takes.
     let job = pool.job_dir("job", &[(".compute", "#!/bin/sh\ncp data ../keep/\necho ran here")]);
@@ -61,7 +61,7 @@ fn nodes_behind_nats_join_by_tickets_of_each_other_and_run_each_others_jobs() {
     // Somebody else, from behind a NAT, by a ticket that was made behind another.
     let ticket = a.invite();
     let c = pool.home("c");
-    newcomer.join(&c, Some(&ticket), &["--gpus", "none"]).ended(0);
+    at_c.join(&c, Some(&ticket), &["--gpus", "none"]).ended(0);
     pool.take_in(&c);
     wait_until_online(&pool);
 }
@@ -69,16 +69,18 @@ fn nodes_behind_nats_join_by_tickets_of_each_other_and_run_each_others_jobs() {
 #[test]
 fn between_nats_that_let_no_hole_be_punched_a_member_passes_on() {
     let Some(mut internet) = Internet::new() else { return };
-    let sites = [
-        internet.public("p"),
-        internet.public("q"),
-        internet.behind("a", Nat::Random),
-        internet.behind("b", Nat::Random),
-    ];
+    let [at_p, at_q] = ["p", "q"].map(|name| internet.public(name));
+    let [at_a, at_b] = ["a", "b"].map(|name| internet.behind(name, Nat::Random));
     let mut pool = Pool::empty();
-    let [p, _, a, b] = found(&mut pool, &sites, ["none", "none", "none", "sim:1xv100"]);
-    for node in [&a, &b] {
-        wait_for_relay(node, &["p", "q"]);
+    let sites = [
+        ("p", &at_p, "none"),
+        ("q", &at_q, "none"),
+        ("a", &at_a, "none"),
+        ("b", &at_b, "sim:1xv100"),
+    ];
+    let [p, _, a, _] = found(&mut pool, sites);
+    for node in ["a", "b"] {
+        wait_for_relay(&p, node, &["p", "q"]);
     }
     let id = a.submit(&["Across", "[v100]", "-d", "echo ran; echo kept > ../keep/it"]);
     a.wait_for_outcome(&id, "succeeded");
@@ -110,11 +112,11 @@ fn between_nats_that_let_no_hole_be_punched_a_member_passes_on() {
 #[test]
 fn a_node_that_moves_to_another_network_is_found_there() {
     let Some(mut internet) = Internet::new() else { return };
-    let mut sites = [internet.public("p"), internet.public("a")];
+    let [at_p, mut at_a] = ["p", "a"].map(|name| internet.public(name));
     let mut pool = Pool::empty();
-    let [p, a] = found(&mut pool, &sites, ["none", "sim:1xv100"]);
-    let before = format!("{}:", sites[1].address());
-    sites[1].move_to("198.51.100.77");
+    let [p, a] = found(&mut pool, [("p", &at_p, "none"), ("a", &at_a, "sim:1xv100")]);
+    let before = format!("{}:", at_a.address());
+    at_a.move_to("198.51.100.77");
     wait_until("the node is found where it is", MOVED, || {
         let node = &p.nodes()["a"];
         let data = node["data"].to_string();
@@ -132,10 +134,11 @@ fn a_node_that_moves_to_another_network_is_found_there() {
 #[test]
 fn where_udp_is_blocked_tcp_carries_what_it_can_and_the_doctor_says_so() {
     let Some(mut internet) = Internet::new() else { return };
-    let sites = [internet.public("p"), internet.behind("a", Nat::Keeps)];
+    let (at_p, at_a) = (internet.public("p"), internet.behind("a", Nat::Keeps));
     let mut pool = Pool::empty();
-    let [p, a] = found(&mut pool, &sites, ["sim:1xv100", "sim:1xgtx1070"]);
-    sites[1].block_udp();
+    let sites = [("p", &at_p, "sim:1xv100"), ("a", &at_a, "sim:1xgtx1070")];
+    let [p, a] = found(&mut pool, sites);
+    at_a.block_udp();
     wait_until("TCP takes over", BLOCKED, || {
         let (found, code) = doctor(&a);
         let udp = severity(&found, "udp") == Some("warning");
@@ -153,21 +156,16 @@ fn where_udp_is_blocked_tcp_carries_what_it_can_and_the_doctor_says_so() {
     }
     // A start without UDP finds the pool as well.
     a.shut_down();
-    sites[1].restart(&a);
+    at_a.restart(&a);
     wait_until_online(&pool);
 }
 
-/// A pool with a node at each site, the first of which founds it; each sees the others.
+/// A pool with nodes of these names and GPUs at these sites, the first of which founds it; each
+/// sees the others.
 #[track_caller]
-fn found<const N: usize>(pool: &mut Pool, sites: &[Site; N], gpus: [&str; N]) -> [Node; N] {
-    let names = ["p", "q", "a", "b"];
-    let names: Vec<&str> = match N {
-        2 => vec!["p", "a"],
-        3 => vec!["p", "a", "b"],
-        _ => names.to_vec(),
-    };
+fn found<const N: usize>(pool: &mut Pool, sites: [(&str, &Site, &str); N]) -> [Node; N] {
     let mut nodes: Vec<Node> = Vec::new();
-    for ((site, name), gpus) in sites.iter().zip(names).zip(gpus) {
+    for (name, site, gpus) in sites {
         let node = pool.home(name);
         let ticket = nodes.first().map(Node::invite);
         site.join(&node, ticket.as_deref(), &["--gpus", gpus, "--cpus", "4"]).ended(0);
@@ -189,14 +187,14 @@ fn wait_until_online(pool: &Pool) {
     });
 }
 
-/// The others know that it cannot be dialled, and who passes on for it.
+/// Somebody else knows that a node cannot be dialled, and who passes on for it.
 #[track_caller]
-fn wait_for_relay(node: &Node, relays: &[&str]) {
-    wait_until(&format!("{relays:?} pass on for {}", node.name()), SOON, || {
-        let nodes = node.nodes();
+fn wait_for_relay(at: &Node, name: &str, relays: &[&str]) {
+    wait_until(&format!("{relays:?} pass on for {name}"), SOON, || {
+        let nodes = at.nodes();
         let ids: Vec<&Value> = relays.iter().map(|relay| &nodes[*relay]["id"]).collect();
-        let mine = nodes[node.name()]["relays"].as_array()?;
-        (mine.len() == ids.len() && ids.iter().all(|id| mine.contains(id))).then_some(())
+        let its = nodes[name]["relays"].as_array()?;
+        (its.len() == ids.len() && ids.iter().all(|id| its.contains(id))).then_some(())
     });
 }
 

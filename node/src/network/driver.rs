@@ -443,8 +443,13 @@ impl Driver {
         if is_first {
             self.emit(Event::Connected(to, route));
         } else if !moved.is_empty() {
-            debug!(peer = %to, "moved to another address");
-            self.close_stale(to, id, moved);
+            // gossip tells its topics once, with the first connection: the peer, which knows
+            // of this one alone, would never hear them. So both begin anew.
+            debug!(peer = %to, "moved to another address: it may dial again");
+            for id in moved.into_iter().chain([id]) {
+                self.swarm.close_connection(id);
+            }
+            return;
         }
         self.flush(to);
     }
