@@ -84,15 +84,16 @@ fn a_job_comes_through_lines_that_are_slow_late_and_lose_packets() {
     assert!(second.daemon_process().is_some());
     world.heal();
     world.slow("n3", None);
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     assert_eq!(world.dropped(), 0);
 }
 
 /// One machine drives a job that waits, one that starts and one that runs.
 #[test]
 fn jobs_that_wait_start_and_run_go_on_when_the_machine_that_drove_them_goes_out() {
-    let Some(world) = World::of(&["none", "sim:1xv100", "sim:2xgtx1070"]) else { return };
-    let (first, second) = (world.named("n1"), world.named("n2"));
+    let Some(mut world) = World::of(&["none", "sim:1xv100", "sim:2xgtx1070"]) else { return };
+    let (first, second) = (world.named("n1").clone(), world.named("n2").clone());
+    let (first, second) = (&first, &second);
     let runs = first.submit(&["Runs", "[v100]", "-d", COUNT]);
     wait_for_ticks(second, &runs, 2);
     let waits = first.submit(&["Waits", "[v100]", "-d", "echo ran"]);
@@ -120,15 +121,22 @@ fn jobs_that_wait_start_and_run_go_on_when_the_machine_that_drove_them_goes_out(
     let seen = ticks(second, &runs);
     wait_for_ticks(second, &runs, seen + 3);
     world.slow("n3", None);
-    let job = wait_for_end(second, &starts);
-    assert_eq!((&job["outcome"], &job["attempt"]), (&json!("succeeded"), &json!(1)), "{job:#}");
+    tell(&runs);
+    for job in [&runs, &waits, &starts] {
+        wait_for_all_ended(second, job);
+    }
+    // What they left may have to wait for the third that keeps it.
+    world.boot("n1");
+    first.restart();
+    for job in [&runs, &waits, &starts] {
+        for node in world.nodes() {
+            let job = wait_for_end(node, job);
+            let said = (&job["outcome"], &job["attempt"]);
+            assert_eq!(said, (&json!("succeeded"), &json!(1)), "{job:#}");
+        }
+    }
     for rank in 0..2 {
         assert_eq!(lines_of(&second.log(&starts), rank), [(12 << 20).to_string()]);
-    }
-    tell(&runs);
-    for job in [&runs, &waits] {
-        let job = wait_for_end(second, job);
-        assert_eq!((&job["outcome"], &job["attempt"]), (&json!("succeeded"), &json!(1)), "{job:#}");
     }
     assert_counted(second, &runs, 0);
     assert_eq!(lines_of(&second.log(&waits), 0), ["ran"]);
@@ -138,8 +146,9 @@ fn jobs_that_wait_start_and_run_go_on_when_the_machine_that_drove_them_goes_out(
 /// two goes as well.
 #[test]
 fn a_record_outlives_the_wiped_disk_of_one_keeper_and_then_the_loss_of_another() {
-    let Some(world) = World::of(&["none", "none", "sim:1xv100"]) else { return };
-    let [first, second, third] = world.nodes() else { panic!("three nodes") };
+    let Some(mut world) = World::of(&["none", "none", "sim:1xv100"]) else { return };
+    let [first, second, third] = ["n1", "n2", "n3"].map(|name| world.named(name).clone());
+    let [first, second, third] = [&first, &second, &third];
     let job = first.submit(&["Kept", "[v100]", "-d", COUNT]);
     wait_for_ticks(first, &job, 2);
     assert_eq!(names(&first.job(&job)["keepers"]), ["n1", "n2", "n3"]);
@@ -159,7 +168,11 @@ fn a_record_outlives_the_wiped_disk_of_one_keeper_and_then_the_loss_of_another()
     let seen = ticks(third, &job);
     wait_for_ticks(third, &job, seen + 3);
     tell(&job);
-    for node in [second, third] {
+    wait_for_all_ended(second, &job);
+    // What it left may have to wait for the third that keeps it.
+    world.boot("n1");
+    first.restart();
+    for node in world.nodes() {
         let job = wait_for_end(node, &job);
         assert_eq!((&job["outcome"], &job["attempt"]), (&json!("succeeded"), &json!(1)), "{job:#}");
     }
@@ -174,7 +187,7 @@ fn a_job_ends_although_the_disk_of_the_machine_that_drives_it_is_full() {
     for (name, gpus) in [("n1", "none"), ("n2", "none"), ("n3", "sim:1xv100")] {
         world.add(name, &["--gpus", gpus, "--cpus", "4"]);
     }
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     let [first, second, third] = world.nodes() else { panic!("three nodes") };
     let job = first.submit(&["Driven", "[v100]", "-d", COUNT]);
     wait_for_ticks(second, &job, 2);
@@ -182,11 +195,13 @@ fn a_job_ends_although_the_disk_of_the_machine_that_drives_it_is_full() {
     disk.fill(0);
     tell(&job);
     for node in [second, third] {
+        wait_for_all_ended(node, &job);
+    }
+    disk.free();
+    for node in world.nodes() {
         let job = wait_for_end(node, &job);
         assert_eq!((&job["outcome"], &job["attempt"]), (&json!("succeeded"), &json!(1)), "{job:#}");
     }
-    disk.free();
-    assert_eq!(wait_for_end(first, &job)["outcome"], "succeeded");
     assert_eq!(first.daemon().pid(), daemon);
     assert_counted(first, &job, 0);
 }
@@ -257,7 +272,7 @@ fn a_submission_whose_daemon_dies_is_unknown_and_can_be_asked_for() {
     // Its inputs had not come, so nothing was sent.
     world.slow("laptop", None);
     laptop.restart();
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     laptop.p2pit(&["show", &format!("job:{job}")]).refused(1, &["no node", "keeps job"]);
     let again = laptop.submit(&["Again", "[v100]", "-d", "true"]);
     assert_eq!(wait_for_end(world.node(1), &again)["outcome"], "succeeded");
@@ -318,7 +333,7 @@ fn a_partition_of_a_minute_ends_nothing_on_either_side() {
     });
     assert!(world.dropped() > 0);
     world.heal();
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     for (job, ranks) in [(&gang, 2), (&lone, 1)] {
         for rank in 0..ranks {
             let seen = lines_of(&first.log(job), rank).len();
@@ -352,7 +367,7 @@ fn a_daemon_that_stands_still_is_replaced_and_does_no_harm_when_it_goes_on() {
     wait_until("it stood still", 2 * CUT, || (since.elapsed() >= CUT).then_some(()));
     world.go_on(first);
     world.go_on(third);
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     let seen = ticks(second, &job);
     wait_for_ticks(second, &job, seen + 3);
     assert_eq!(pids(&[&job]), counters);
@@ -382,7 +397,7 @@ fn a_gang_does_not_notice_that_the_daemons_are_upgraded_below_it() {
         let runs = fs::read_link(format!("/proc/{}/exe", node.daemon().pid())).unwrap();
         assert_eq!(runs, new);
     }
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     assert_eq!(pids(&[&gang]), counters);
     for rank in 0..2 {
         let seen = lines_of(&first.log(&gang), rank).len();
@@ -409,7 +424,7 @@ fn nothing_is_lost_when_all_daemons_are_killed_at_once() {
     daemons.iter().for_each(|daemon| daemon.signal(Signal::KILL));
     wait_until("all are dead", SOON, || daemons.iter().all(Process::has_ended).then_some(()));
     world.nodes().iter().rev().for_each(Node::restart);
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     assert_eq!(pids(&[&gang]), counters);
     for rank in 0..2 {
         let seen = lines_of(&first.log(&gang), rank).len();
@@ -445,7 +460,7 @@ fn a_machine_that_was_restarted_says_so_of_what_ran_there() {
         world.boot(name);
         node.restart();
     }
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     let job = wait_for_end(&first, &again);
     assert_eq!((&job["outcome"], &job["attempt"]), (&json!("succeeded"), &json!(2)), "{job:#}");
     assert_eq!(lines_of(&first.log(&again), 0).last(), Some(&"n2"));
@@ -488,7 +503,7 @@ fn machines_whose_wall_clocks_differ_run_jobs_together() {
         node.shut_down();
         node.restart_with(&[(WALL_CLOCK_OFF_MS, off)]);
     }
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     let first = world.named("n1");
     let gang = first.submit(&["Gang", "2:[v100]", "-d", "echo ran"]);
     let job = wait_for_end(first, &gang);
@@ -501,7 +516,7 @@ fn machines_whose_wall_clocks_differ_run_jobs_together() {
 #[track_caller]
 fn add_laptop(world: &mut World) -> Node {
     let laptop = world.add("laptop", &["--client"]);
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     laptop
 }
 
@@ -584,6 +599,19 @@ fn wait_for_end(node: &Node, job: &str) -> Value {
         let job: Value = serde_json::from_str(&ended.stdout).ok()?;
         (job["state"] == "DONE").then_some(job)
     })
+}
+
+/// Returns once it is recorded that every process of the job has ended.
+#[track_caller]
+fn wait_for_all_ended(node: &Node, job: &str) {
+    wait_until("every process has ended", TAKEN_OVER, || {
+        let ended = node.p2pit(&["show", &format!("job:{job}"), "--json"]);
+        let job: Value = serde_json::from_str(&ended.stdout).ok()?;
+        let ranks = job["ranks"].as_array()?;
+        let has_ended = |rank: &Value| rank["state"] == "ended";
+        let is_over = job["state"] == "CLEANING" || job["state"] == "DONE";
+        (is_over && !ranks.is_empty() && ranks.iter().all(has_ended)).then_some(())
+    });
 }
 
 /// A counter's log has every number once, in order, and its last word.
