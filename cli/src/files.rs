@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Context as _;
 use p2pit_node::{
-    api::types::{Fetch, Files, JobFiles, Manifest, Pull, PullEvent, RankFiles, path},
+    api::types::{Copied, Fetch, Files, JobFiles, Manifest, Pull, PullEvent, RankFiles, path},
     transfer::{
         BlobStore, Pace, Tree, TreePath,
         exchange::{self, ReceiveError, Wanted},
@@ -17,6 +17,7 @@ use p2pit_node::{
 };
 use p2pit_protocol::{
     BlobId, JobId, PeerId, PoolId,
+    job::Attempt,
     message::{Command, JobView},
 };
 
@@ -43,56 +44,129 @@ pub(crate) struct Left {
     pool: PoolId,
     job: JobId,
     pub(crate) tree: Tree,
+    /// Those that have shown their files.
     holders: BTreeMap<BlobId, Vec<PeerId>>,
-    /// Nodes that could not be asked, and why: their files are missing.
-    pub(crate) silent: Vec<String>,
+    /// Others that may have any: keepers have copies.
+    others: BTreeSet<PeerId>,
+    /// Of whom nothing could be had.
+    pub(crate) missing: Vec<String>,
+    /// What is not of now.
+    pub(crate) notes: Vec<String>,
+}
+
+/// Of each rank what is known to be the newest, and who has it.
+#[derive(Debug, Default)]
+struct Gathered {
+    ranks: BTreeMap<u32, (PeerId, RankFiles)>,
+    continued: Option<Manifest>,
+    others: BTreeSet<PeerId>,
+}
+
+impl Gathered {
+    /// A node may have run a rank in an earlier attempt than that of `now`, which says nothing
+    /// where another runs it now.
+    fn add(&mut self, node: PeerId, files: JobFiles, now: Attempt) {
+        self.continued = self.continued.take().or(files.continued);
+        // What the rank's node says itself is before any copy.
+        let age = |files: &RankFiles| {
+            let own = (files.copy.is_none() && files.attempt == now.0, files.attempt);
+            (own, files.copy.is_none(), files.copy)
+        };
+        for rank in files.ranks {
+            match self.ranks.get(&rank.rank) {
+                Some((_, known)) if age(known) >= age(&rank) => {}
+                Some(_) | None => drop(self.ranks.insert(rank.rank, (node, rank))),
+            }
+        }
+        self.others.insert(node);
+    }
+}
+
+type Asked = (Vec<(PeerId, JobFiles)>, Vec<(PeerId, anyhow::Error)>);
+
+/// Asks each of the nodes for the files of ranks that ran there, or for its copies; those that
+/// say that they have none are in neither list.
+async fn ask(
+    session: &Session,
+    pool: PoolId,
+    job: JobId,
+    nodes: &[PeerId],
+    copies: bool,
+) -> anyhow::Result<Asked> {
+    if nodes.is_empty() {
+        return Ok((Vec::new(), Vec::new()));
+    }
+    let signed = session.sign(pool, nodes, &Command::Files(job))?;
+    let asked = nodes.iter().map(|&node| {
+        let files = Files { node, signed: signed.clone(), copies };
+        async move { session.client.post::<JobFiles>(path::FILES, &files).await }
+    });
+    let (mut answers, mut silent) = (Vec::new(), Vec::new());
+    for (node, answer) in nodes.iter().zip(futures::future::join_all(asked).await) {
+        match answer {
+            Ok(files) => answers.push((*node, files)),
+            Err(reason) => silent.push((*node, reason)),
+        }
+    }
+    Ok((answers, silent))
 }
 
 impl Left {
-    /// Asks every node of the job's ranks.
+    /// Asks every node of the job's ranks, and for those that do not answer the keepers, which
+    /// have copies.
     pub(crate) async fn gather(
         session: &Session,
         pool: PoolId,
         view: &JobView,
     ) -> anyhow::Result<Self> {
         let nodes = nodes_of(view);
-        if nodes.is_empty() {
-            // Nobody has been given a process of it.
-            let (tree, holders, silent) = (Tree::default(), BTreeMap::new(), Vec::new());
-            return Ok(Self { pool, job: view.job, tree, holders, silent });
+        let (answers, silent) = ask(session, pool, view.job, &nodes, false).await?;
+        let attempt = view.attempt.number;
+        let ranks_of = |node: PeerId| view.attempt.ranks.iter().filter(move |it| it.node == node);
+        let mut gathered = Gathered::default();
+        for (node, files) in answers {
+            gathered.add(node, files, attempt);
         }
-        let signed = session.sign(pool, &nodes, &Command::Files(view.job))?;
-        let asked = nodes.iter().map(|&node| {
-            let files = Files { node, signed: signed.clone() };
-            async move { session.client.post::<JobFiles>(path::FILES, &files).await }
-        });
-        let answers = futures::future::join_all(asked).await;
-        let mut ranks = Vec::new();
-        let mut continued = None;
-        let mut silent = Vec::new();
-        for (node, answer) in nodes.iter().zip(answers) {
-            match answer {
-                Ok(files) => {
-                    ranks.extend(files.ranks.into_iter().map(|rank| (*node, rank)));
-                    continued = continued.or(files.continued);
-                }
-                Err(reason) => silent.push((*node, reason)),
+        let missing: Vec<u32> =
+            silent.iter().flat_map(|(node, _)| ranks_of(*node)).map(|rank| rank.rank.0).collect();
+        // Also before the next attempt has begun: what the last one kept.
+        if !missing.is_empty() || nodes.is_empty() && attempt > Attempt(0) {
+            let (answers, _) = ask(session, pool, view.job, &view.keepers, true).await?;
+            for (node, files) in answers {
+                gathered.add(node, files, attempt);
             }
         }
-        if ranks.is_empty()
-            && let Some((_, reason)) = silent.pop()
-        {
+        let nothing = || missing.iter().all(|rank| !gathered.ranks.contains_key(rank));
+        if gathered.ranks.is_empty() && !missing.is_empty() && nothing() {
+            let reason = silent.into_iter().next().map(|(_, reason)| reason);
+            let reason = reason.unwrap_or_else(|| anyhow::anyhow!("they do not answer"));
             return Err(reason.context("no node of the job can show its files"));
         }
         // Names are only for saying who is missing.
         let names =
             if silent.is_empty() { Names::default() } else { Names::load(&session.client).await? };
-        let silent = silent
-            .iter()
-            .map(|(node, reason)| format!("node {}: {reason:#}", names.node(*node)))
-            .collect();
-        let (tree, holders) = unite(ranks, continued)?;
-        Ok(Self { pool, job: view.job, tree, holders, silent })
+        let (mut missed, mut notes) = (Vec::new(), Vec::new());
+        for (node, reason) in &silent {
+            let name = names.node(*node);
+            for rank in ranks_of(*node) {
+                let rank = rank.rank.0;
+                match gathered.ranks.get(&rank) {
+                    None => missed.push(format!("node {name}: {reason:#}")),
+                    Some((_, RankFiles { copy: Some(Copied::End) | None, .. })) => {}
+                    Some((source, files)) => notes.push(format!(
+                        "node {name} does not answer: keep/ of process {rank} is a copy that node \
+                         {} has, taken while attempt {} ran",
+                        names.node(*source),
+                        files.attempt
+                    )),
+                }
+            }
+        }
+        missed.dedup();
+        let Gathered { ranks, continued, mut others } = gathered;
+        others.extend(view.keepers.iter().copied());
+        let (tree, holders) = unite(ranks.into_values().collect(), continued)?;
+        Ok(Self { pool, job: view.job, tree, holders, others, missing: missed, notes })
     }
 
     pub(crate) fn job(&self) -> JobId {
@@ -145,7 +219,7 @@ impl Left {
             let mut asked = BTreeMap::<PeerId, Vec<Wanted>>::new();
             for wanted in missing {
                 let id = wanted.ask.id;
-                let holders = self.holders.get(&id).map(Vec::as_slice).unwrap_or_default();
+                let holders = self.sources_of(&id);
                 let failures =
                     |node: &PeerId| failed.get(node).map_or(0, |(failures, _)| *failures);
                 match holders.iter().find(|node| failures(node) < FAILURES_MAX) {
@@ -207,6 +281,13 @@ impl Left {
         }
     }
 
+    /// Who has shown a blob, and then who may have it.
+    fn sources_of(&self, blob: &BlobId) -> Vec<PeerId> {
+        let holders = self.holders.get(blob).map(Vec::as_slice).unwrap_or_default();
+        let others = self.others.iter().filter(|node| !holders.contains(node));
+        holders.iter().chain(others).copied().collect()
+    }
+
     /// Has the daemon bring the blobs of `tree` into its own store.
     pub(crate) async fn pull(
         &self,
@@ -216,7 +297,8 @@ impl Left {
     ) -> anyhow::Result<()> {
         let blobs: Vec<(BlobId, u64)> = tree.blobs().into_iter().collect();
         let holders = blobs.iter().filter_map(|(id, _)| self.holders.get(id)).flatten();
-        let nodes: Vec<PeerId> = holders.copied().collect::<BTreeSet<_>>().into_iter().collect();
+        let holders = holders.copied().collect::<BTreeSet<PeerId>>();
+        let nodes: Vec<PeerId> = holders.union(&self.others).copied().collect();
         let signed = session.sign(self.pool, &nodes, &Command::Files(self.job))?;
         let progress = out.progress("fetching", tree.total_bytes());
         let pull = Pull { nodes, signed, blobs };
@@ -290,7 +372,7 @@ type United = (Tree, BTreeMap<BlobId, Vec<PeerId>>);
 fn unite(ranks: Vec<(PeerId, RankFiles)>, continued: Option<Manifest>) -> anyhow::Result<United> {
     let mut holders = BTreeMap::<BlobId, Vec<PeerId>>::new();
     let (mut keeps, mut artifacts) = (Vec::new(), Vec::new());
-    for (node, RankFiles { rank, keep, artifacts: left }) in ranks {
+    for (node, RankFiles { rank, attempt: _, copy: _, keep, artifacts: left }) in ranks {
         for (manifest, trees) in [(keep, &mut keeps), (left, &mut artifacts)] {
             let Some(manifest) = manifest else { continue };
             let tree = Tree::decode(&manifest.0)
@@ -343,7 +425,8 @@ mod tests {
     }
 
     fn left() -> Left {
-        let rank = |rank, keep, artifacts| RankFiles { rank, keep, artifacts };
+        let rank =
+            |rank, keep, artifacts| RankFiles { rank, attempt: 1, copy: None, keep, artifacts };
         let (tree, holders) = unite(
             vec![
                 (peer(1), rank(0, tree(&[("log", "a"), ("same", "s"), ("d/x", "xyz")]), tree(&[]))),
@@ -352,7 +435,50 @@ mod tests {
             None,
         )
         .unwrap();
-        Left { pool: PoolId([0; 32]), job: JobId([0; 32]), tree, holders, silent: Vec::new() }
+        let (pool, job) = (PoolId([0; 32]), JobId([0; 32]));
+        let others = [peer(2), peer(3)].into();
+        let (missing, notes) = (Vec::new(), Vec::new());
+        Left { pool, job, tree, holders, others, missing, notes }
+    }
+
+    #[test]
+    fn who_shown_a_blob_is_asked_before_who_may_have_it() {
+        let left = left();
+        let a = BlobId::of(b"a");
+        assert_eq!(left.sources_of(&a), [peer(1), peer(2), peer(3)]);
+        assert_eq!(left.sources_of(&BlobId::of(b"s")), [peer(1), peer(2), peer(3)]);
+        assert_eq!(left.sources_of(&BlobId::of(b"?")), [peer(2), peer(3)]);
+    }
+
+    #[test]
+    fn of_several_copies_the_newest_counts_and_what_a_node_says_of_its_own_most() {
+        let files = |attempt, copy| JobFiles {
+            node: peer(1),
+            ranks: vec![RankFiles { rank: 0, attempt, copy, keep: None, artifacts: None }],
+            continued: None,
+        };
+        let order = [
+            files(1, Some(Copied::Save(9))),
+            files(1, Some(Copied::End)),
+            files(1, None),
+            files(2, Some(Copied::Save(1))),
+            files(2, Some(Copied::Save(2))),
+            files(2, Some(Copied::End)),
+            files(2, None),
+        ];
+        for (index, older) in order.iter().enumerate() {
+            for newer in &order[index..] {
+                for both in [[older, newer], [newer, older]] {
+                    let mut gathered = Gathered::default();
+                    for (n, files) in both.iter().enumerate() {
+                        gathered.add(peer(n as u8), (*files).clone(), Attempt(2));
+                    }
+                    let (_, found) = &gathered.ranks[&0];
+                    let of = |files: &RankFiles| (files.attempt, files.copy);
+                    assert_eq!(of(found), of(&newer.ranks[0]));
+                }
+            }
+        }
     }
 
     #[test]

@@ -2,10 +2,9 @@
 //!
 //! Following joins one stream of views from a keeper with one stream of lines from each
 //! node that the views name. Either may break and is opened again, that of the keeper at the
-//! next one; lines that were shown
-//! are counted by their label, `worker 0` and the like, and passed over then. Lines are
-//! held for a moment and put in the order of their time, since streams overtake each other.
-//! The line that says DONE is held back until every node's stream has ended.
+//! next one; that of a node goes on where it was, at that node or at a keeper that has copies of
+//! what it writes. Lines are held for a moment and put in the order of their time, since streams
+//! overtake each other. The line that says DONE is held back until every node's stream has ended.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,7 +13,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use p2pit_node::api::types::{Log, Watch, path};
+use p2pit_node::api::{
+    log::{Chunks, Held as HeldLog, Part, Parts},
+    types::{Log, Logs, NodeInfo, Watch, path},
+};
 use p2pit_protocol::{
     JobId, PeerId, PoolId,
     job::{Attempt, Change, Outcome, RankState, State},
@@ -40,7 +42,7 @@ const EVENTS_MAX: usize = 64;
 /// A node that is being prepared, or does not answer, is asked again after this.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// How often a node is asked for its lines once the job is over.
-const TRIES_AFTER_END: u32 = 3;
+const TRIES_AFTER_END: usize = 3;
 /// How long a line waits for earlier ones of other streams.
 const HOLD: Duration = Duration::from_millis(100);
 /// As long, at first, do lines that had been written before anybody followed.
@@ -52,9 +54,12 @@ const WHY_AFTER: Duration = Duration::from_secs(3);
 /// A keeper that restarts is back within this, and another steward in office.
 const KEEPER_PATIENCE: Duration = Duration::from_secs(120);
 /// Logs larger than this together are not put in order.
-const MERGE_BYTES_MAX: usize = 256 << 20;
+const MERGE_BYTES_MAX: u64 = 256 << 20;
 /// Nodes write shorter lines than this.
 const LINE_BYTES_MAX: usize = 1 << 20;
+
+/// Where lines go.
+type Sink<'a> = dyn FnMut(&[u8]) -> anyhow::Result<()> + Send + 'a;
 
 /// Which job's log, for whom, and how much of it.
 #[derive(Debug)]
@@ -93,68 +98,199 @@ impl Reading<'_> {
         follower.run(events).await
     }
 
-    /// Shows what there is, in the order of time.
+    /// Shows what there is of all attempts, in the order of time.
     pub(crate) async fn read(&self, view: &JobView) -> anyhow::Result<()> {
-        let nodes = nodes_of(view);
-        let logs = futures::future::join_all(nodes.iter().map(|node| self.read_node(*node))).await;
-        let mut lines = Vec::new();
-        let mut too_large = false;
-        for (node, log) in nodes.iter().zip(logs) {
-            match log {
-                Ok(Some(bytes)) => lines.push(bytes),
-                Ok(None) => too_large = true,
-                Err(reason) => self.warn_unreadable(*node, &reason).await,
-            }
+        self.write(view, &mut |bytes| self.out.data(bytes)).await
+    }
+
+    /// As [`Self::read`], into something else.
+    pub(crate) async fn write(&self, view: &JobView, sink: &mut Sink<'_>) -> anyhow::Result<()> {
+        let mut found = self.look_for_logs(view).await?;
+        let bytes = found.sources.values().filter_map(|held| Some(held.first()?.1.bytes));
+        if bytes.sum::<u64>() > MERGE_BYTES_MAX {
+            self.out.warn("the log is too large to be put in order: it is shown rank by rank");
+            self.write_unordered(view, &found, sink).await?;
+            return self.warn_of_missing(view, &found).await;
         }
+        let logs = self.read_all(&mut found).await;
+        let mut lines: Vec<Vec<u8>> = logs.into_values().collect();
         // Behind what happened in the same millisecond, so that DONE stands at the end.
         if self.worker.is_none() {
             lines.extend(view.history.iter().map(|change| history_line(change).into_bytes()));
         }
-        if too_large {
-            self.out.warn("the log is too large to be put in order: it is shown node by node");
-            return self.read_unordered(view, &nodes).await;
-        }
-        self.out.data(merge(&lines, self.worker))
+        self.warn_of_missing(view, &found).await?;
+        sink(&merge(&lines, self.worker))
     }
 
-    /// A node's lines; `None` where they are more than can be put in order.
-    async fn read_node(&self, node: PeerId) -> anyhow::Result<Option<Vec<u8>>> {
-        let mut stream = self.session.client.post_bytes(path::LOG, &self.log(node, false)?).await?;
-        let mut log = Vec::new();
-        while let Some(bytes) = stream.next().await? {
-            log.extend_from_slice(&bytes);
-            if log.len() > MERGE_BYTES_MAX {
-                return Ok(None);
-            }
+    /// Asks the nodes that may have logs of the job which they have: those of its ranks and its
+    /// keepers, and all others where something is lacking then.
+    async fn look_for_logs(&self, view: &JobView) -> anyhow::Result<Found> {
+        let mut found = Found::default();
+        self.ask_for_logs(&mut found, nodes_of(view).into_iter().chain(view.keepers.clone()))
+            .await?;
+        if found.is_lacking(view) {
+            let nodes: Vec<NodeInfo> = self.session.client.get(path::NODES).await?;
+            let online = nodes.iter().filter(|node| node.reach != "offline").map(|node| node.node);
+            self.ask_for_logs(&mut found, online).await?;
         }
-        Ok(Some(log))
+        found.sort();
+        Ok(found)
     }
 
-    async fn read_unordered(&self, view: &JobView, nodes: &[PeerId]) -> anyhow::Result<()> {
-        if self.worker.is_none() {
-            self.out.data(view.history.iter().map(history_line).collect::<String>())?;
+    async fn ask_for_logs(
+        &self,
+        found: &mut Found,
+        nodes: impl Iterator<Item = PeerId>,
+    ) -> anyhow::Result<()> {
+        let new: Vec<PeerId> = nodes.filter(|node| found.asked.insert(*node)).collect();
+        if new.is_empty() {
+            return Ok(());
         }
-        for node in nodes {
-            let mut tap = Tap::default();
-            let log = self.log(*node, false)?;
-            let mut stream = match self.session.client.post_bytes(path::LOG, &log).await {
-                Ok(stream) => stream,
-                Err(reason) => {
-                    self.warn_unreadable(*node, &reason).await;
-                    continue;
-                }
-            };
-            while let Some(bytes) = stream.next().await? {
-                self.out.data(tap.take(&bytes, self.worker))?;
+        let signed = self.session.sign(self.pool, &new, &Command::Log(self.job))?;
+        let asked = new.iter().map(|&node| {
+            let logs = Logs { node, signed: signed.clone() };
+            async move { self.session.client.post::<Vec<HeldLog>>(path::LOGS, &logs).await }
+        });
+        for (node, answer) in new.iter().zip(futures::future::join_all(asked).await) {
+            match answer {
+                Ok(held) => found.add(*node, held),
+                // It has nothing.
+                Err(reason) if is_request(&reason) => {}
+                Err(reason) => drop(found.silent.insert(*node, reason)),
             }
-            self.out.data(tap.rest(self.worker))?;
         }
         Ok(())
     }
 
-    fn log(&self, node: PeerId, follow: bool) -> anyhow::Result<Log> {
+    /// Each rank's log from the best of those that have it, or the next.
+    async fn read_all(&self, found: &mut Found) -> BTreeMap<Part, Vec<u8>> {
+        let mut logs = BTreeMap::new();
+        loop {
+            let mut asked = BTreeMap::<PeerId, Vec<Part>>::new();
+            for (part, sources) in &found.sources {
+                if !logs.contains_key(part)
+                    && let Some((node, _)) = sources.first()
+                {
+                    asked.entry(*node).or_default().push(*part);
+                }
+            }
+            if asked.is_empty() {
+                return logs;
+            }
+            let read = asked.iter().map(|(node, parts)| self.read_parts(*node, parts));
+            let read = futures::future::join_all(read).await;
+            for ((node, parts), read) in asked.into_iter().zip(read) {
+                match read {
+                    Ok(read) => logs.extend(read),
+                    Err(reason) => {
+                        for part in parts {
+                            found.give_up(part, node);
+                        }
+                        found.silent.insert(node, reason);
+                    }
+                }
+            }
+        }
+    }
+
+    async fn read_parts(
+        &self,
+        node: PeerId,
+        parts: &[Part],
+    ) -> anyhow::Result<BTreeMap<Part, Vec<u8>>> {
+        let mut logs: BTreeMap<Part, Vec<u8>> = parts.iter().map(|part| (*part, vec![])).collect();
+        let ranks = parts.iter().map(|(attempt, rank)| (*attempt, *rank, 0)).collect();
+        let log = self.log(node, Parts { own: false, ranks }, false)?;
+        let mut stream = self.session.client.post_bytes(path::LOG, &log).await?;
+        let mut chunks = Chunks::default();
+        while let Some(bytes) = stream.next().await? {
+            chunks.push(&bytes);
+            while let Some(chunk) = chunks.pop()? {
+                logs.entry(chunk.part).or_default().extend_from_slice(&chunk.bytes);
+            }
+        }
+        Ok(logs)
+    }
+
+    async fn write_unordered(
+        &self,
+        view: &JobView,
+        found: &Found,
+        sink: &mut Sink<'_>,
+    ) -> anyhow::Result<()> {
+        if self.worker.is_none() {
+            sink(view.history.iter().map(history_line).collect::<String>().as_bytes())?;
+        }
+        for (part, sources) in &found.sources {
+            let mut tap = Tap::default();
+            for (node, _) in sources {
+                let (attempt, rank) = *part;
+                let parts = Parts { own: false, ranks: vec![(attempt, rank, tap.bytes_of(*part))] };
+                match self.write_log(*node, parts, &mut tap, sink).await {
+                    Ok(()) => break,
+                    Err(reason) => self.warn_unreadable(*node, &reason).await,
+                }
+            }
+            sink(&tap.rest(self.worker))?;
+        }
+        Ok(())
+    }
+
+    async fn write_log(
+        &self,
+        node: PeerId,
+        parts: Parts,
+        tap: &mut Tap,
+        sink: &mut Sink<'_>,
+    ) -> anyhow::Result<()> {
+        let log = self.log(node, parts, false)?;
+        let mut stream = self.session.client.post_bytes(path::LOG, &log).await?;
+        tap.open();
+        while let Some(bytes) = stream.next().await? {
+            sink(&tap.take(&bytes, self.worker)?)?;
+        }
+        Ok(())
+    }
+
+    /// Says of what there is no log, and of what there is a copy only.
+    async fn warn_of_missing(&self, view: &JobView, found: &Found) -> anyhow::Result<()> {
+        let mut named = BTreeSet::new();
+        for rank in &view.attempt.ranks {
+            let part = (view.attempt.number, rank.rank);
+            let source = found.sources.get(&part).and_then(|sources| sources.first());
+            let Some(reason) = found.silent.get(&rank.node) else { continue };
+            if !named.insert(rank.node) {
+                continue;
+            }
+            match source {
+                None => self.warn_unreadable(rank.node, reason).await,
+                Some((node, held)) if !held.complete => {
+                    self.note_copy(rank.node, *node).await;
+                }
+                Some(_) => {}
+            }
+        }
+        if found.sources.is_empty() && view.state() == State::Done {
+            let job = short_job(self.job);
+            self.out.warn(&format!("no node that answers has anything of the log of job {job}"));
+        }
+        Ok(())
+    }
+
+    async fn note_copy(&self, node: PeerId, source: PeerId) {
+        // A name is a courtesy; the note must come without one.
+        let names = Names::load(&self.session.client).await.unwrap_or_default();
+        self.out.note(&format!(
+            "node {} does not answer: its lines are from the copy of node {}, and what it wrote \
+             last may be missing",
+            names.node(node),
+            names.node(source)
+        ));
+    }
+
+    fn log(&self, node: PeerId, parts: Parts, follow: bool) -> anyhow::Result<Log> {
         let signed = self.session.sign(self.pool, &[node], &Command::Log(self.job))?;
-        Ok(Log { node, signed, follow })
+        Ok(Log { node, signed, parts, follow })
     }
 
     async fn warn_unreadable(&self, node: PeerId, reason: &anyhow::Error) {
@@ -162,6 +298,52 @@ impl Reading<'_> {
         let names = Names::load(&self.session.client).await.unwrap_or_default();
         let name = names.node(node);
         self.out.warn(&format!("the lines of node {name} cannot be read: {reason:#}"));
+    }
+}
+
+fn is_request(reason: &anyhow::Error) -> bool {
+    reason.downcast_ref::<Problem>().is_some_and(Problem::is_request)
+}
+
+/// Who has logs of a job.
+#[derive(Debug, Default)]
+struct Found {
+    asked: BTreeSet<PeerId>,
+    /// Those that have a rank's log, the best first.
+    sources: BTreeMap<Part, Vec<(PeerId, HeldLog)>>,
+    silent: BTreeMap<PeerId, anyhow::Error>,
+}
+
+impl Found {
+    fn add(&mut self, node: PeerId, held: Vec<HeldLog>) {
+        for held in held {
+            let part = (held.attempt, held.rank);
+            self.sources.entry(part).or_default().push((node, held));
+        }
+    }
+
+    /// The log itself before a whole copy, and that before a shorter one.
+    fn sort(&mut self) {
+        for sources in self.sources.values_mut() {
+            sources.sort_by_key(|(node, held)| {
+                core::cmp::Reverse((held.own, held.complete, held.bytes, *node))
+            });
+        }
+    }
+
+    fn give_up(&mut self, part: Part, node: PeerId) {
+        if let Some(sources) = self.sources.get_mut(&part) {
+            sources.retain(|(source, _)| *source != node);
+        }
+    }
+
+    /// Whether there may be more elsewhere: of a rank of this attempt, or of one before, of
+    /// which a view does not tell where it ran.
+    fn is_lacking(&self, view: &JobView) -> bool {
+        let Attempt(now) = view.attempt.number;
+        let has = |attempt| self.sources.keys().any(|(known, _)| *known == Attempt(attempt));
+        let of_now = |rank| self.sources.contains_key(&(view.attempt.number, rank));
+        view.attempt.ranks.iter().any(|rank| !of_now(rank.rank)) || (1..now).any(|it| !has(it))
     }
 }
 
@@ -269,14 +451,23 @@ impl Follower<'_> {
             Event::WatchEnded(result) => self.watch_ended(result),
             Event::Lines(node, bytes) => {
                 let tap = self.taps.entry(node).or_default();
-                let lines = tap.take(&bytes, self.reading.worker);
+                let lines = tap.take(&bytes, self.reading.worker)?;
                 self.held.add(&mut tap.latest, &lines, Instant::now());
+                let source = tap.source;
+                if source > 0
+                    && !std::mem::replace(&mut tap.was_told_of_copy, true)
+                    && let Some(copy) = self.sources_of(node).get(source)
+                {
+                    self.reading.note_copy(node, *copy).await;
+                }
                 Ok(())
             }
             Event::LinesEnded(node, attempt, result) => {
-                let tap = self.taps.entry(node).or_default();
-                let rest = tap.rest(self.reading.worker);
-                self.held.add(&mut tap.latest, &rest, Instant::now());
+                if result.is_ok() {
+                    let tap = self.taps.entry(node).or_default();
+                    let rest = tap.rest(self.reading.worker);
+                    self.held.add(&mut tap.latest, &rest, Instant::now());
+                }
                 self.lines_ended(node, attempt, result).await
             }
         }
@@ -429,6 +620,7 @@ impl Follower<'_> {
         let (attempt, state) = (view.attempt.number, view.state());
         let mut ready = BTreeMap::new();
         for rank in &view.attempt.ranks {
+            self.taps.entry(rank.node).or_default().ranks.insert((attempt, rank.rank));
             let is_ready = rank.state != RankState::Assigned || state > State::Preparing;
             *ready.entry(rank.node).or_insert(false) |= is_ready;
         }
@@ -449,13 +641,22 @@ impl Follower<'_> {
         Ok(())
     }
 
+    /// Who can be asked for a node's lines: itself, and then the keepers, which copy them.
+    fn sources_of(&self, node: PeerId) -> Vec<PeerId> {
+        let keepers = self.view.iter().flat_map(|view| &view.keepers).copied();
+        core::iter::once(node).chain(keepers.filter(|keeper| *keeper != node)).collect()
+    }
+
     fn open_tap(&mut self, node: PeerId) -> anyhow::Result<()> {
         let attempt = self.view.as_ref().map_or(Attempt(0), |view| view.attempt.number);
-        let log = self.reading.log(node, true)?;
+        let sources = self.sources_of(node);
+        let tap = self.taps.entry(node).or_default();
+        tap.source %= sources.len();
+        let log = self.reading.log(sources[tap.source], tap.wanted(), true)?;
+        tap.open();
         let (client, sender) = (Arc::clone(&self.reading.session.client), self.sender.clone());
-        self.taps.entry(node).or_default().open();
         self.tasks.spawn(async move {
-            let result = read_lines(&client, &log, &sender).await;
+            let result = read_lines(&client, node, &log, &sender).await;
             // Nobody listens where the command is ending.
             let _ = sender.send(Event::LinesEnded(node, attempt, result)).await;
         });
@@ -469,20 +670,42 @@ impl Follower<'_> {
         result: anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         let is_done = self.view.as_ref().is_some_and(|view| view.state() == State::Done);
+        let runs = self.view.as_ref().is_some_and(|view| {
+            let mut ranks = view.attempt.ranks.iter().filter(|rank| rank.node == node);
+            !is_done && ranks.any(|rank| rank.state != RankState::Ended)
+        });
+        let sources = self.sources_of(node).len();
         let tap = self.taps.entry(node).or_default();
-        let Err(reason) = result else {
-            tap.phase = Phase::Ended(attempt);
-            return self.open_taps();
+        let is_of_copy = tap.source > 0;
+        let reason = match result {
+            Ok(()) if is_of_copy && runs => {
+                // The node may be back.
+                tap.source = 0;
+                tap.phase = Phase::Again(Instant::now() + ASK_AGAIN);
+                return Ok(());
+            }
+            Ok(()) => {
+                tap.phase = Phase::Ended(attempt);
+                return self.open_taps();
+            }
+            Err(reason) => reason,
         };
         if is_done {
             tap.failures += 1;
         }
-        if tap.failures >= TRIES_AFTER_END {
-            tap.phase = Phase::GivenUp;
-            self.reading.warn_unreadable(node, &reason).await;
-        } else {
-            tap.phase = Phase::Again(Instant::now() + ASK_AGAIN);
+        if tap.source == 0 {
+            tap.trouble = Some(format!("{reason:#}"));
         }
+        if tap.failures >= TRIES_AFTER_END * sources {
+            tap.phase = Phase::GivenUp;
+            let reason = anyhow::Error::msg(tap.trouble.take().unwrap_or_default());
+            self.reading.warn_unreadable(node, &reason).await;
+            return Ok(());
+        }
+        tap.source = (tap.source + 1) % sources;
+        // All were asked: they may know more in a moment.
+        let pause = if tap.source == 0 { ASK_AGAIN } else { Duration::ZERO };
+        tap.phase = Phase::Again(Instant::now() + pause);
         Ok(())
     }
 }
@@ -503,12 +726,13 @@ async fn watch_views(
 
 async fn read_lines(
     client: &Client,
+    node: PeerId,
     log: &Log,
     sender: &mpsc::Sender<Event>,
 ) -> anyhow::Result<()> {
     let mut stream = client.post_bytes(path::LOG, log).await?;
     while let Some(bytes) = stream.next().await? {
-        if sender.send(Event::Lines(log.node, bytes)).await.is_err() {
+        if sender.send(Event::Lines(node, bytes)).await.is_err() {
             break;
         }
     }
@@ -597,13 +821,25 @@ impl Latest {
 #[derive(Debug, Default)]
 struct Tap {
     phase: Phase,
-    failures: u32,
+    failures: usize,
     latest: Latest,
+    /// Which of its sources is asked: 0 is the node itself.
+    source: usize,
+    was_told_of_copy: bool,
+    /// Why the node itself could not be read last.
+    trouble: Option<String>,
+    /// Ranks that ran there.
+    ranks: BTreeSet<Part>,
+    chunks: Chunks,
+    /// What came of each rank's log.
+    logs: BTreeMap<Part, PartLog>,
+}
+
+#[derive(Debug, Default)]
+struct PartLog {
+    bytes: u64,
     /// The beginning of a line.
     partial: Vec<u8>,
-    /// Lines taken so far, by label, and how many of those this stream repeats.
-    taken: BTreeMap<Vec<u8>, u64>,
-    repeated: BTreeMap<Vec<u8>, u64>,
 }
 
 #[derive(Debug, Default)]
@@ -621,44 +857,61 @@ enum Phase {
 impl Tap {
     fn open(&mut self) {
         self.phase = Phase::Open;
-        self.partial.clear();
-        self.repeated = self.taken.clone();
+        self.chunks = Chunks::default();
     }
 
-    /// The whole lines that are new and wanted.
-    fn take(&mut self, bytes: &[u8], worker: Option<u32>) -> Vec<u8> {
+    fn bytes_of(&self, part: Part) -> u64 {
+        self.logs.get(&part).map_or(0, |log| log.bytes)
+    }
+
+    /// What to ask the source for: a copy is of the newest attempt there.
+    fn wanted(&self) -> Parts {
+        let own = self.source == 0;
+        let newest = self.ranks.last().map(|(attempt, _)| *attempt);
+        let known = self.logs.keys().filter(|_| own).copied();
+        let copied = self.ranks.iter().filter(|(attempt, _)| !own && Some(*attempt) == newest);
+        let ranks = known.chain(copied.copied());
+        let ranks = ranks.map(|part| (part.0, part.1, self.bytes_of(part))).collect();
+        Parts { own, ranks }
+    }
+
+    /// The whole lines that are wanted.
+    fn take(&mut self, bytes: &[u8], worker: Option<u32>) -> anyhow::Result<Vec<u8>> {
+        self.chunks.push(bytes);
+        let mut wanted = Vec::new();
+        while let Some(chunk) = self.chunks.pop()? {
+            let log = self.logs.entry(chunk.part).or_default();
+            log.bytes += chunk.bytes.len() as u64;
+            log.take(&chunk.bytes, worker, &mut wanted);
+        }
+        Ok(wanted)
+    }
+
+    /// Last lines without their end.
+    fn rest(&mut self, worker: Option<u32>) -> Vec<u8> {
+        let mut wanted = Vec::new();
+        for log in self.logs.values_mut().filter(|log| !log.partial.is_empty()) {
+            log.take(b"\n", worker, &mut wanted);
+        }
+        wanted
+    }
+}
+
+impl PartLog {
+    fn take(&mut self, bytes: &[u8], worker: Option<u32>, wanted: &mut Vec<u8>) {
         self.partial.extend_from_slice(bytes);
         let end = match self.partial.iter().rposition(|byte| *byte == b'\n') {
             Some(at) => at + 1,
             None if self.partial.len() > LINE_BYTES_MAX => self.partial.len(),
-            None => return Vec::new(),
+            None => return,
         };
         let rest = self.partial.split_off(end);
         let whole = std::mem::replace(&mut self.partial, rest);
-        let mut wanted = Vec::with_capacity(whole.len());
         for line in whole.split_inclusive(|byte| *byte == b'\n') {
-            if self.is_new(line) && is_of(line, worker) {
+            if is_of(line, worker) {
                 wanted.extend_from_slice(line);
             }
         }
-        wanted
-    }
-
-    /// A last line without its end.
-    fn rest(&mut self, worker: Option<u32>) -> Vec<u8> {
-        if self.partial.is_empty() { Vec::new() } else { self.take(b"\n", worker) }
-    }
-
-    fn is_new(&mut self, line: &[u8]) -> bool {
-        let label = label(line).unwrap_or_default();
-        if let Some(left) = self.repeated.get_mut(label)
-            && *left > 0
-        {
-            *left -= 1;
-            return false;
-        }
-        *self.taken.entry(label.to_vec()).or_default() += 1;
-        true
     }
 }
 
@@ -709,7 +962,11 @@ fn merge(logs: &[Vec<u8>], worker: Option<u32>) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use p2pit_node::api::log::Chunk;
+    use p2pit_protocol::job::Rank;
+
     use super::*;
+    use crate::view::samples::{peer, view};
 
     const TIME: &str = "2025-06-15T15:06:40.12";
 
@@ -717,31 +974,51 @@ mod tests {
         String::from_utf8(bytes).unwrap()
     }
 
+    fn part(attempt: u32, rank: u32) -> Part {
+        (Attempt(attempt), Rank(rank))
+    }
+
+    fn chunk(rank: u32, text: &str) -> Vec<u8> {
+        Chunk { part: part(1, rank), bytes: text.as_bytes().to_vec() }.encode()
+    }
+
     #[test]
     fn lines_come_out_whole_whatever_the_pieces() {
         let log = format!("[{TIME}3Z] [worker 0] one\n[{TIME}4Z] [worker 0] two\nrest");
         for size in 1..log.len() {
             let mut tap = Tap::default();
-            let mut shown: Vec<u8> =
-                log.as_bytes().chunks(size).flat_map(|piece| tap.take(piece, None)).collect();
+            let pieces = log.as_bytes().chunks(size);
+            let mut shown: Vec<u8> = pieces
+                .flat_map(|piece| {
+                    let piece = Chunk { part: part(1, 0), bytes: piece.to_vec() };
+                    tap.take(&piece.encode(), None).unwrap()
+                })
+                .collect();
             shown.extend(tap.rest(None));
             assert_eq!(text(shown), format!("{log}\n"));
         }
     }
 
     #[test]
-    fn a_stream_that_is_opened_again_repeats_nothing() {
+    fn a_stream_that_is_opened_again_goes_on_where_it_was_also_elsewhere() {
         let mut tap = Tap::default();
         let line = |worker: u8, n: u8| format!("[{TIME}3Z] [worker {worker}] {n}\n");
+        tap.ranks = [part(1, 0), part(2, 0), part(2, 1)].into();
+        assert_eq!(tap.wanted(), Parts { own: true, ranks: vec![] });
         tap.open();
-        let first = [line(0, 1), line(1, 1), line(0, 2)].concat();
-        assert_eq!(text(tap.take(first.as_bytes(), None)), first);
-        tap.take(b"[cut", None);
+        let sent = [chunk(0, &line(0, 1)), chunk(1, &line(1, 1)), chunk(0, "[cut")].concat();
+        // The last piece comes only in part: it is as if it had not come.
+        let shown = tap.take(&sent[..sent.len() - 1], None).unwrap();
+        assert_eq!(text(shown), [line(0, 1), line(1, 1)].concat());
+        let bytes = line(0, 1).len() as u64;
+        let had = vec![(Attempt(1), Rank(0), bytes), (Attempt(1), Rank(1), bytes)];
+        assert_eq!(tap.wanted(), Parts { own: true, ranks: had });
         tap.open();
-        // The second time, the lines of two ranks come one rank after the other.
-        let again = [line(0, 1), line(0, 2), line(0, 3), line(1, 1), line(1, 2)].concat();
-        let expected = [line(0, 3), line(1, 2)].concat();
-        assert_eq!(text(tap.take(again.as_bytes(), None)), expected);
+        assert_eq!(text(tap.take(&chunk(0, &line(0, 2)), None).unwrap()), line(0, 2));
+        // A keeper is asked for the newest attempt only.
+        tap.source = 1;
+        let ranks = vec![(Attempt(2), Rank(0), 0), (Attempt(2), Rank(1), 0)];
+        assert_eq!(tap.wanted(), Parts { own: false, ranks });
     }
 
     #[test]
@@ -749,12 +1026,56 @@ mod tests {
         let log = format!(
             "[{TIME}3Z] [worker 1] a\n[{TIME}3Z] [worker 11] b\n[{TIME}3Z] [daemon] c\nnaked\n"
         );
-        let shown = Tap::default().take(log.as_bytes(), Some(1));
+        let shown = Tap::default().take(&chunk(0, &log), Some(1)).unwrap();
         assert_eq!(text(shown), format!("[{TIME}3Z] [worker 1] a\n"));
         assert_eq!(
             text(merge(&[log.into_bytes()], Some(11))),
             format!("[{TIME}3Z] [worker 11] b\n")
         );
+    }
+
+    #[test]
+    fn the_log_itself_is_read_before_a_copy_and_a_whole_copy_before_a_longer_one() {
+        let held = |own, complete, bytes| HeldLog {
+            attempt: Attempt(1),
+            rank: Rank(0),
+            bytes,
+            own,
+            complete,
+        };
+        let mut found = Found::default();
+        found.add(peer(1), vec![held(false, false, 9)]);
+        found.add(peer(2), vec![held(false, true, 8)]);
+        found.add(peer(3), vec![held(true, false, 5)]);
+        found.sort();
+        let order = |found: &Found| -> Vec<PeerId> {
+            found.sources[&part(1, 0)].iter().map(|(node, _)| *node).collect()
+        };
+        assert_eq!(order(&found), [peer(3), peer(2), peer(1)]);
+        found.give_up(part(1, 0), peer(3));
+        assert_eq!(order(&found), [peer(2), peer(1)]);
+    }
+
+    #[test]
+    fn others_are_asked_where_an_earlier_attempt_or_a_rank_is_lacking() {
+        let mut view = view(State::Running, None);
+        view.attempt.number = Attempt(2);
+        let rank = view.attempt.ranks[0].rank;
+        view.attempt.ranks.truncate(1);
+        let held = |attempt| HeldLog {
+            attempt: Attempt(attempt),
+            rank,
+            bytes: 1,
+            own: false,
+            complete: true,
+        };
+        let mut found = Found::default();
+        found.add(peer(1), vec![held(2)]);
+        assert!(found.is_lacking(&view), "the first attempt");
+        found.add(peer(2), vec![held(1)]);
+        assert!(!found.is_lacking(&view));
+        found.sources.remove(&(Attempt(2), rank));
+        assert!(found.is_lacking(&view), "the rank of this one");
     }
 
     #[test]

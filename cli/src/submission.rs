@@ -48,6 +48,8 @@ pub(crate) struct Wish {
     pub(crate) retries: u32,
     pub(crate) policy: Policy,
     pub(crate) lost_after_ms: u64,
+    /// 0: never.
+    pub(crate) keep_every_ms: u64,
 }
 
 /// A directory hashed, and a pool that could run it.
@@ -132,6 +134,7 @@ pub(crate) async fn submit(
         retries: wish.retries,
         policy: wish.policy,
         lost_after_ms: wish.lost_after_ms,
+        keep_every_ms: wish.keep_every_ms,
         nonce: random()?,
         submitted_at_ms: wall_ms(),
         keepers: planned.keepers,
@@ -296,9 +299,12 @@ async fn continue_job(session: &Session, out: &Output, text: &str) -> anyhow::Re
     let job = found.job();
     let view = found.view_to_read(session, &p2pit_protocol::message::Command::Files(job)).await?;
     let left = Left::gather(session, found.pool, &view).await?;
-    if let Some(reason) = left.silent.first() {
+    if let Some(reason) = left.missing.first() {
         let message = format!("not all that job {} kept can be had: {reason}", short_job(job));
         return Err(Problem::broken(message).into());
+    }
+    for note in &left.notes {
+        out.warn(note);
     }
     let keep = left.tree.subtree(&TreePath::from_bytes(KEEP)?).unwrap_or_default();
     left.pull(session, out, &keep).await?;

@@ -46,6 +46,8 @@ pub(crate) struct Job {
     pub(crate) retried: u32,
     pub(crate) policy: Policy,
     pub(crate) lost_after_ms: u64,
+    /// 0: never.
+    pub(crate) keep_every_ms: u64,
     pub(crate) attempt: u32,
     pub(crate) ranks: Vec<Rank>,
     pub(crate) usage: Usage,
@@ -64,6 +66,21 @@ pub(crate) struct Rank {
     pub(crate) ram_mib: u64,
     pub(crate) state: RankState,
     pub(crate) end: Option<RankEnd>,
+    /// `None` where the keepers were not asked.
+    pub(crate) copies: Option<Copies>,
+}
+
+/// Who has what a process left, and what it kept while it ran.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Copies {
+    /// Nodes that have all that it left, its own first.
+    pub(crate) holders: Vec<String>,
+    /// Nodes that are copying it.
+    pub(crate) copying: Vec<String>,
+    /// Nodes with a copy of its `keep/` from while it ran: which one it is.
+    pub(crate) saves: Vec<(String, u64)>,
+    /// Nodes that cannot hold a copy, and why.
+    pub(crate) cannot: Vec<(String, String)>,
 }
 
 /// How much of its GPUs a job uses, in per cent; `None` where unknown.
@@ -271,8 +288,12 @@ impl Job {
             retried,
             policy,
             lost_after_ms,
+            keep_every_ms,
             outcome,
             attempt,
+            saved: _,
+            removed: _,
+            holds: _,
         } = view;
         let ranks = attempt.ranks.iter().map(|rank| Rank {
             rank: rank.rank.0,
@@ -284,7 +305,8 @@ impl Job {
             cpu_cores: rank.grant.cpu_cores,
             ram_mib: rank.grant.ram_mib,
             state: rank.state,
-            end: rank.end.clone(),
+            end: rank.end.as_deref().cloned(),
+            copies: None,
         });
         Self {
             id: *job,
@@ -316,9 +338,40 @@ impl Job {
             retried: *retried,
             policy: *policy,
             lost_after_ms: *lost_after_ms,
+            keep_every_ms: *keep_every_ms,
             attempt: attempt.number.0,
             ranks: ranks.collect(),
             usage: Usage::default(),
+        }
+    }
+
+    /// Takes in what keepers say that they hold of its current attempt.
+    pub(crate) fn add_copies(&mut self, views: &[(PeerId, &JobView)], names: &Names) {
+        for rank in &mut self.ranks {
+            let copies = rank.copies.get_or_insert_default();
+            let has_results = rank.end.as_ref().is_some_and(RankEnd::has_results);
+            if has_results && !names.is_offline(rank.node_id) {
+                copies.holders.push(rank.node.clone());
+            }
+            for (keeper, view) in views {
+                if view.attempt.number.0 != self.attempt {
+                    continue;
+                }
+                let name = names.node(*keeper);
+                for held in view.holds.iter().filter(|held| held.rank.0 == rank.rank) {
+                    if held.complete && *keeper != rank.node_id {
+                        copies.holders.push(name.clone());
+                    } else if held.under_way {
+                        copies.copying.push(name.clone());
+                    }
+                    if let Some((seq, _)) = held.save {
+                        copies.saves.push((name.clone(), seq));
+                    }
+                    if let Some(reason) = &held.cannot {
+                        copies.cannot.push((name.clone(), reason.clone()));
+                    }
+                }
+            }
         }
     }
 
@@ -443,6 +496,7 @@ pub(crate) mod samples {
             retried: 1,
             policy: Policy::Restart,
             lost_after_ms: 86_400_000,
+            keep_every_ms: 60_000,
             outcome,
             attempt: AttemptView {
                 number: Attempt(1),
@@ -460,6 +514,9 @@ pub(crate) mod samples {
                     end: None,
                 }],
             },
+            saved: Vec::new(),
+            removed: None,
+            holds: Vec::new(),
         }
     }
 

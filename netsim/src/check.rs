@@ -5,6 +5,8 @@
 
 mod answers;
 mod d1;
+pub(crate) mod d2;
+mod d3;
 mod g1;
 mod g3;
 mod g4;
@@ -124,6 +126,8 @@ pub fn all() -> Vec<Box<dyn Checker>> {
         Box::new(x4::WholeOrNothing::default()),
         Box::new(x6::LeasesEnd),
         Box::new(d1::SubmittedIsSafe),
+        Box::new(d2::DoneIsSafe),
+        Box::new(d3::RetriesGoOn),
         Box::new(partition::PartitionsKillNothing),
         Box::new(w2::BoundsHold::default()),
         Box::new(answers::AnswersHold),

@@ -8,7 +8,7 @@ use std::{
 };
 
 use p2pit_protocol::{
-    HoldId, JobId, StoreId,
+    BlobId, HoldId, JobId, StoreId,
     bidder::WorkId,
     job::{Attempt, Ending, Rank, State},
     record::{Ballot, Replica, Value},
@@ -40,6 +40,10 @@ pub struct Ledger {
     pub refused: BTreeSet<JobId>,
     /// Jobs whose submission was confirmed.
     pub submitted: BTreeSet<JobId>,
+    /// Every copy of a rank's `keep/` that was made while it ran, with its number.
+    pub saves: BTreeMap<BlobId, (WorkId, u64)>,
+    /// When machines last said that they cannot copy what a job left.
+    pub refusals: BTreeMap<(usize, JobId), u64>,
     /// Jobs a user was told are being stopped, with the attempt they were at.
     pub stops: BTreeMap<JobId, Attempt>,
 }

@@ -32,12 +32,22 @@ pub struct Machine {
     pub journal: BTreeMap<Vec<u8>, Vec<u8>>,
     /// Trees on its disk.
     pub trees: BTreeSet<BlobId>,
+    /// Ranks of which all they left is on its disk: log and results.
+    pub left: BTreeSet<WorkId>,
+    /// The newest copy of each rank's `keep/` on its disk, from while the rank ran.
+    pub saves: BTreeMap<WorkId, Save>,
+    /// Jobs of which something is being copied here: lost with the daemon.
+    pub copying: BTreeSet<JobId>,
+    /// There is no room for copies.
+    pub no_room: bool,
     /// GPUs that others compute on now.
     pub foreign: BTreeSet<GpuUuid>,
     /// The daemon, while it runs.
     pub daemon: Option<Peer>,
     /// How often the daemon was started.
     pub starts: u64,
+    /// When the daemon was started last.
+    pub started_ms: u64,
     /// How often that was written to its disk.
     pub boots: u64,
     /// How its disk was emptied, counted.
@@ -66,6 +76,19 @@ pub struct Machine {
     pub timer: Option<(u64, u64)>,
 }
 
+/// A copy of a rank's `keep/` from while the rank ran.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Save {
+    /// Its number within the attempt.
+    pub seq: u64,
+    /// The directory.
+    pub tree: BlobId,
+    /// Since when it is on this disk.
+    pub at_ms: u64,
+    /// The rank ran on this machine.
+    pub own: bool,
+}
+
 /// What stands still, without being gone: the boot clock runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Still {
@@ -81,6 +104,8 @@ pub struct Disk {
     pub(crate) member: Member,
     pub(crate) journal: BTreeMap<Vec<u8>, Vec<u8>>,
     pub(crate) trees: BTreeSet<BlobId>,
+    pub(crate) left: BTreeSet<WorkId>,
+    pub(crate) saves: BTreeMap<WorkId, Save>,
     pub(crate) boots: u64,
 }
 
@@ -162,9 +187,14 @@ impl Machine {
             clock,
             journal: BTreeMap::new(),
             trees: BTreeSet::new(),
+            left: BTreeSet::new(),
+            saves: BTreeMap::new(),
+            copying: BTreeSet::new(),
+            no_room: false,
             foreign: BTreeSet::new(),
             daemon: None,
             starts: 0,
+            started_ms: 0,
             boots: 0,
             wipes: 0,
             disk_full: false,

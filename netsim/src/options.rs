@@ -120,6 +120,14 @@ options! {
     prepare_ms_max: u64,
     /// Of a thousand preparations, how many fail.
     prepare_failure_permille: u64,
+    /// How long a copy of what a rank left takes at most.
+    copy_ms_max: u64,
+    /// How often `keep/` is copied off its node at most, in milliseconds between.
+    keep_every_ms: u64,
+    /// How often a machine has no room for copies for a while.
+    no_rooms: u64,
+    /// How often copies on a disk go bad.
+    lost_copies: u64,
 }
 
 /// What two boot clocks that keep the promised bound of 0.1 % may each be off.
@@ -177,6 +185,7 @@ impl Options {
         let mut random = Random::of(seed, "options");
         let r = &mut random;
         let more = MoreFaults::draw(seed);
+        let mut copies = Random::of(seed, "copies");
         Self {
             seed,
             removed_rule: None,
@@ -224,6 +233,10 @@ impl Options {
             retry_percent: more.retry_percent,
             prepare_ms_max: r.between(100, 20_000),
             prepare_failure_permille: r.between(0, 40),
+            copy_ms_max: copies.between(20, 8_000),
+            keep_every_ms: copies.between(2_000, 30_000),
+            no_rooms: if copies.percent(60) { copies.between(1, 6) } else { 0 },
+            lost_copies: if copies.percent(60) { copies.between(1, 6) } else { 0 },
         }
     }
 
@@ -353,6 +366,8 @@ impl Options {
             span_ms: 1_000,
             run_ms_max: 5_000,
             prepare_ms_max: 500,
+            copy_ms_max: 50,
+            keep_every_ms: p2pit_protocol::job::KEEP_EVERY_MS,
             ..Self::draw_all(seed).without_faults()
         }
     }
@@ -380,6 +395,8 @@ impl Options {
             deaf_percent: 0,
             stop_percent: 0,
             prepare_failure_permille: 0,
+            no_rooms: 0,
+            lost_copies: 0,
             ..self
         }
     }

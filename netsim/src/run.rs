@@ -210,6 +210,8 @@ impl fmt::Display for Counts {
             restarts,
             processes,
             jobs,
+            copies,
+            saves,
         } = self;
         write!(
             f,
@@ -220,7 +222,7 @@ impl fmt::Display for Counts {
              stores given up, {full_disks} full \
              disks, {pauses} pauses, {suspends} suspends, {cuts} cuts, {wall_steps} steps of wall \
              clocks, {restarts} restarts, {messages} messages, {lost} lost, {duplicates} \
-             duplicated, {events} events"
+             duplicated, {copies} copies of results, {saves} of keep/, {events} events"
         )
     }
 }
@@ -252,5 +254,7 @@ impl Counts {
         self.restarts += other.restarts;
         self.processes += other.processes;
         self.jobs += other.jobs;
+        self.copies += other.copies;
+        self.saves += other.saves;
     }
 }

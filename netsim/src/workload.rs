@@ -6,7 +6,7 @@ use p2pit_protocol::{
     BlobId, JobId,
     identity::SignedBytes,
     inventory::{Capacity, gpu::parse_simulated},
-    job::{LOST_AFTER_MS, Policy},
+    job::{KEEP_EVERY_MS, LOST_AFTER_MS, Policy},
     request::{Request, satisfiable},
 };
 
@@ -69,6 +69,8 @@ pub struct Behaviour {
     pub policy: Policy,
     /// How long the node of a rank may be silent before the rank is lost.
     pub lost_after_ms: u64,
+    /// How often `keep/` is copied off its node; 0: when the process has ended.
+    pub keep_every_ms: u64,
 }
 
 impl Behaviour {
@@ -89,6 +91,7 @@ impl Behaviour {
             retries: 0,
             policy: Policy::Continue,
             lost_after_ms: LOST_AFTER_MS,
+            keep_every_ms: KEEP_EVERY_MS,
         }
     }
 
@@ -199,6 +202,7 @@ fn draw_task(options: &Options, capacities: &[Capacity], random: &mut Random) ->
             retries: 0,
             policy: Policy::Continue,
             lost_after_ms: LOST_AFTER_MS,
+            keep_every_ms: options.keep_every_ms,
         },
         keepers: Vec::new(),
         spec: None,

@@ -7,6 +7,7 @@
 //! was not written is lost, and so is everything that would have left afterwards. After
 //! every event the checkers look at what it touched.
 
+pub mod copies;
 mod faults;
 mod notes;
 mod people;
@@ -33,7 +34,7 @@ pub use faults::Down;
 pub(crate) use faults::Troubles;
 
 use crate::{
-    check::{self, Checker, Scene, Violation},
+    check::{self, Checker, Scene, Violation, d2},
     clock::{Clock, WALL_START_MS},
     ledger::{Happening, Ledger},
     machine::{Machine, Still},
@@ -77,6 +78,7 @@ pub struct World {
     timer_plans: u64,
     faults: Random,
     executors: Random,
+    copies: Random,
     people: Random,
     healed_ms: Option<u64>,
     moved_ms: u64,
@@ -159,6 +161,10 @@ pub struct Counts {
     pub processes: u64,
     /// Jobs submitted.
     pub jobs: u64,
+    /// Copies made of what ranks left.
+    pub copies: u64,
+    /// Copies made of `keep/` while ranks ran.
+    pub saves: u64,
 }
 
 /// A message on its way.
@@ -225,6 +231,11 @@ enum Occurrence {
     Mend { directions: Vec<(usize, usize)> },
     Foreign { at: usize, gpu: usize, for_ms: u64 },
     ForeignEnds { at: usize, gpu: usize },
+    Save { at: usize, id: WorkId },
+    Copy { at: usize, start: u64, job: JobId },
+    TakeRoom { at: usize, for_ms: u64 },
+    GiveRoom { at: usize },
+    LoseCopies { at: usize },
     Submit { task: usize, tried: u64 },
     Uploaded { task: usize, tried: u64 },
     StopJob { task: usize },
@@ -254,12 +265,14 @@ impl Occurrence {
             | Self::Gather { at, .. }
             | Self::Gathered { at, .. }
             | Self::HandOver { at, .. }
+            | Self::Copy { at, .. }
             | Self::Foreign { at, .. }
             | Self::ForeignEnds { at, .. } => Some((*at, Whose::Daemon)),
             Self::Spawned { at, .. }
             | Self::Exits { at, .. }
             | Self::Limit { at, .. }
             | Self::LeaseEnds { at, .. }
+            | Self::Save { at, .. }
             | Self::Start { at } => Some((*at, Whose::Machine)),
             Self::Crash { .. }
             | Self::Wipe { .. }
@@ -272,6 +285,9 @@ impl Occurrence {
             | Self::Quick { .. }
             | Self::Cut { .. }
             | Self::Mend { .. }
+            | Self::TakeRoom { .. }
+            | Self::GiveRoom { .. }
+            | Self::LoseCopies { .. }
             | Self::Submit { .. }
             | Self::Uploaded { .. }
             | Self::StopJob { .. } => None,
@@ -312,6 +328,7 @@ impl World {
             workload: Workload::draw(&options, &capacities),
             faults: Random::of(options.seed, "faults"),
             executors: Random::of(options.seed, "executors"),
+            copies: Random::of(options.seed, "copies"),
             people: Random::of(options.seed, "people"),
             trace: Trace::new(keep_lines),
             checkers: check::of(&options),
@@ -461,6 +478,15 @@ impl World {
             let preparing = machine.executor.preparing.iter().chain(&machine.executor.prepared);
             left.extend(preparing.map(|id| format!("{name} has directories of {id:?}")));
         }
+        // What its holders lost others make anew, also of a job that is over.
+        for (job, values) in &self.ledger.chosen {
+            let last = values.last().filter(|last| last.body.state() == State::Done);
+            let lacking = last.and_then(|last| d2::lacking(&self.scene(), *job, &last.body));
+            // Where every disk that had it was lost, nobody can.
+            if let Some((id, have, wanted)) = lacking.filter(|(_, have, _)| *have > 0) {
+                left.push(format!("what {id:?} left is on {have} disks, not on {wanted}"));
+            }
+        }
         left
     }
 
@@ -526,6 +552,11 @@ impl World {
             Occurrence::Mend { directions } => self.mend(&directions),
             Occurrence::Foreign { at, gpu, for_ms } => self.foreign(at, gpu, for_ms),
             Occurrence::ForeignEnds { at, gpu } => self.foreign_ends(at, gpu),
+            Occurrence::Save { at, id } => self.save(at, id),
+            Occurrence::Copy { at, start, job } => self.copy(at, start, job),
+            Occurrence::TakeRoom { at, for_ms } => self.take_room(at, for_ms),
+            Occurrence::GiveRoom { at } => self.machines[at].no_room = false,
+            Occurrence::LoseCopies { at } => self.lose_copies(at),
             Occurrence::Submit { task, tried } => self.submit_task(task, tried),
             Occurrence::Uploaded { task, tried } => self.uploaded(task, tried),
             Occurrence::StopJob { task } => self.stop_task(task),
@@ -702,6 +733,7 @@ impl World {
                 self.happenings.push(Happening::Wounded { job, by, pinned });
             }
             Event::StoreRefused { reason } => self.refuse_store(at, &reason),
+            Event::CopiesChanged { job } => self.plan_copy(at, job),
             Event::RecordChanged { .. } | Event::RosterChanged | Event::BoardChanged { .. } => {}
         }
     }
@@ -795,9 +827,8 @@ impl World {
 
     // ---- watching ---------------------------------------------------------------------
 
-    fn check(&mut self) -> Result<(), Violation> {
-        let mut checkers = core::mem::take(&mut self.checkers);
-        let scene = Scene {
+    fn scene(&self) -> Scene<'_> {
+        Scene {
             now_ms: self.now_ms,
             surveys: self.surveys(),
             options: &self.options,
@@ -809,8 +840,12 @@ impl World {
             machines: &self.machines,
             touched: &self.touched,
             happenings: &self.happenings,
-        };
-        let found = check::look(&mut checkers, &scene);
+        }
+    }
+
+    fn check(&mut self) -> Result<(), Violation> {
+        let mut checkers = core::mem::take(&mut self.checkers);
+        let found = check::look(&mut checkers, &self.scene());
         self.checkers = checkers;
         self.touched.clear();
         self.happenings.clear();
@@ -863,7 +898,11 @@ pub fn job_of(message: &Message) -> Option<JobId> {
         | Message::Look { job, .. }
         | Message::Seen { job, .. }
         | Message::Elsewhere { job, .. }
-        | Message::Adopted { job, .. } => Some(*job),
+        | Message::Adopted { job, .. }
+        | Message::Save { job, .. }
+        | Message::SaveHeld { job, .. }
+        | Message::AskCopies { job, .. }
+        | Message::Copies { job, .. } => Some(*job),
         Message::Promise(promise) => Some(promise.job),
         Message::Accept(accept) => Some(accept.job),
         Message::Adopt(adopt) => Some(JobId::of(&adopt.spec.bytes)),
@@ -927,6 +966,13 @@ fn describe(message: &Message) -> String {
         Message::Adopt(adopt) => format!("adopt {}", adopt.attempt),
         Message::Adopted { attempt, term, .. } => format!("adopted {attempt}, term {term}"),
         Message::EndRecorded { attempt, rank, .. } => format!("end-recorded {attempt}.{rank}"),
+        Message::Save { attempt, rank, seq, .. } | Message::SaveHeld { attempt, rank, seq, .. } => {
+            format!("{} {attempt}.{rank}, number {seq}", message.name())
+        }
+        Message::AskCopies { attempt, .. } => format!("ask-copies {attempt}"),
+        Message::Copies { attempt, seq, ranks, .. } => {
+            format!("copies {attempt} at {seq}: {ranks:?}")
+        }
         other => other.name().to_owned(),
     }
 }

@@ -1,5 +1,6 @@
 //! The daemon's HTTP + JSON interface on a unix socket.
 
+pub mod log;
 pub(crate) mod server;
 pub mod types;
 

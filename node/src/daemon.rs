@@ -9,12 +9,16 @@ mod addresses;
 mod anew;
 pub(crate) mod bundle;
 mod clock;
+mod copies;
 mod core;
 pub(crate) mod fetch;
 mod files;
 mod join;
+pub(crate) mod logs;
+pub(crate) mod parting;
 pub(crate) mod push;
 mod reach;
+mod saves;
 pub(crate) mod serve;
 mod work;
 
@@ -51,7 +55,11 @@ pub(crate) use self::{
     clock::now,
     reach::{ASK_TIMEOUT, ReachError, ShutOut},
 };
-use self::{core::Input, work::Work};
+use self::{
+    copies::{Copies, Shelf},
+    core::Input,
+    work::Work,
+};
 use crate::{
     api::types::HandedOver,
     config::{Rate, Settings},
@@ -106,6 +114,7 @@ pub(crate) struct Shared {
     pub(crate) executor: Executor,
     pub(crate) isolation: Isolation,
     pub(crate) work: Work,
+    pub(crate) copies: Copies,
     pub(crate) capacity: Capacity,
     pub(crate) locked_gpus: Vec<String>,
     /// Wakes the task that keeps connections to members.
@@ -270,6 +279,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
     let (journal, journal_thread) = JournalHandle::spawn(journal)?;
     let mut boot = [0; 16];
     getrandom::fill(&mut boot).map_err(|e| anyhow::anyhow!("no randomness: {e}"))?;
+    let copies = Copies::new(Shelf::at(home.copies()));
     let shared = Arc::new(Shared {
         store_id: recovered.store_id,
         boot: BootId(boot),
@@ -285,6 +295,7 @@ pub async fn run(options: Options, ready: impl FnOnce() + Send) -> anyhow::Resul
         executor,
         isolation,
         work: Work::default(),
+        copies,
         capacity,
         locked_gpus,
         reach_changed: Notify::new(),
@@ -391,7 +402,11 @@ async fn resume(shared: &Arc<Shared>, entries: Entries) -> anyhow::Result<()> {
     let unknown = unknown.into_iter().map(|(id, running, _)| (id, running)).collect();
     shared.work.end_unknown(shared, unknown).await;
     let alive: Vec<WorkId> = adopted.iter().map(|(id, ..)| *id).collect();
+    let (shelf, store) = (shared.copies.shelf().clone(), shared.store.clone());
+    let stock = tokio::task::spawn_blocking(move || copies::take_stock(&shelf, &store));
+    let stock = stock.await?.context("copies of other nodes' ranks cannot be looked through")?;
     shared.become_member(peer, &alive, Vec::new()).await?;
+    shared.act(move |peer, now| copies::tell(peer, stock, now)).await?;
     work::sweep(shared).await;
     for (id, running, ended) in adopted {
         if shared.act(move |peer, _| peer.has_rank(id)).await? {

@@ -6,6 +6,7 @@
 //! identity     the user's secret key, where the home was named explicitly
 //! journal/     what must survive a crash  index/    what can be rebuilt
 //! blobs/       content by hash            jobs/     directories of jobs
+//! copies/      of what ranks on other nodes wrote and left
 //! run/         sockets and pids of supervisors
 //! cache/       what costs time alone to lose: hashes of submitted files
 //! api.sock     the daemon's API           daemon.log, ports.json, offer.json
@@ -198,6 +199,10 @@ impl Home {
 
     pub fn jobs(&self) -> PathBuf {
         self.path.join("jobs")
+    }
+
+    pub fn copies(&self) -> PathBuf {
+        self.path.join("copies")
     }
 
     pub fn run(&self) -> PathBuf {

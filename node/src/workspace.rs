@@ -9,6 +9,7 @@
 //!     log         what the process and the daemon said; stays
 //!     port        the port this node keeps free for the job
 //!     collected.json   what the rank left, once it is in the store; stays
+//!     save.json        the last copy of keep/ that was taken while it ran; stays
 //! <home>/data/
 //!     shared/     the same for every job of this node, read-only
 //!     users/USER/ writable by the jobs of one owner
@@ -27,6 +28,7 @@ mod collect;
 mod environment;
 mod port;
 mod remove;
+mod save;
 mod script;
 
 #[cfg(test)]
@@ -51,6 +53,7 @@ use tracing::warn;
 pub use self::{
     collect::{Collected, FilesError, LiveFiles},
     remove::Residue,
+    save::{Save, Saving},
     script::ScriptError,
 };
 use crate::{
@@ -93,6 +96,15 @@ pub struct Prepared {
     /// Free on this node and the job's own until [`Workspace::clean`] or
     /// [`Workspace::discard`].
     pub port: u16,
+}
+
+/// What a rank that is tried again begins with.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Resumed {
+    /// What an earlier attempt kept, which is in the store.
+    pub keep: Option<BlobId>,
+    /// For the log: where that is from, or why there is none.
+    pub notes: Vec<String>,
 }
 
 /// All ranks of an attempt, as every one of them is told.
@@ -217,18 +229,26 @@ impl Workspace {
         self.dir.join(LOG_NAME)
     }
 
+    /// The size of the log now; 0 where there is none.
+    #[must_use]
+    pub fn log_bytes(&self) -> u64 {
+        std::fs::metadata(self.log_path()).map_or(0, |metadata| metadata.len())
+    }
+
     /// Adds lines to the rank's log.
     pub fn log(&self, speaker: Speaker, text: &str) -> io::Result<()> {
         append_to_log(&self.log_path(), &speaker.to_string(), text)
     }
 
     /// Makes everything that the process needs. Where there was something before, of a
-    /// preparation that a crash cut short, it begins anew; the port stays if it can.
+    /// preparation that a crash cut short, it begins anew; the port stays if it can. `keep/`
+    /// is that of `resumed`, else of the job that this one continues, else empty.
     pub fn prepare(
         &self,
         store: &BlobStore,
         spec: &VerifiedSpec,
         assignment: &RankAssignment,
+        resumed: Option<&Resumed>,
     ) -> Result<Prepared, PrepareError> {
         let port_before = port::remembered(&self.dir.join(PORT));
         self.discard().map_err(PrepareError::Residue)?;
@@ -236,7 +256,12 @@ impl Workspace {
         self.say(&self.describe(spec, assignment))?;
 
         let code = self.write_input(store, "code", spec.spec.code, SRC)?;
-        if let Some(continued) = &spec.spec.continues {
+        for note in resumed.iter().flat_map(|resumed| &resumed.notes) {
+            self.say(note)?;
+        }
+        if let Some(keep) = resumed.and_then(|resumed| resumed.keep) {
+            self.write_input(store, "kept files", keep, KEEP)?;
+        } else if let Some(continued) = &spec.spec.continues {
             self.say(&format!("continues job {}", continued.job))?;
             self.write_input(store, "kept files", continued.keep, KEEP)?;
         }

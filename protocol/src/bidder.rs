@@ -174,6 +174,17 @@ impl Bidder {
         &self.book
     }
 
+    /// Who keeps the record of a rank that is committed to or runs here, by what named this node
+    /// last.
+    pub(crate) fn keepers_of_work(&self, id: WorkId) -> Option<Vec<PeerId>> {
+        self.book.work.get(&id).map(Work::keepers)
+    }
+
+    /// The same of a rank that ended here and whose ending no steward has acknowledged yet.
+    pub(crate) fn keepers_of_end(&self, id: WorkId) -> Option<Vec<PeerId>> {
+        self.ends.get(&id).map(|unreported| unreported.keepers.clone())
+    }
+
     pub(crate) fn local_trees(&self) -> &BTreeSet<BlobId> {
         &self.book.local_trees
     }

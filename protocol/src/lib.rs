@@ -8,6 +8,7 @@
 #![warn(missing_docs)]
 
 pub mod bidder;
+pub mod copies;
 pub mod door;
 pub mod identity;
 pub mod inventory;

@@ -1,6 +1,7 @@
 //! What peers say to each other: direct messages, soft state, and what users ask.
 
 mod auction;
+mod copies;
 mod record;
 mod soft;
 mod user;
@@ -11,6 +12,7 @@ pub use auction::{
     Bid, Call, CallFate, Commit, Decline, Key, Offer, PinRefusal, REST_MS_MAX, RankReport, Report,
     Start, Wanted, blinded,
 };
+pub use copies::{COPIES_MAX, CopyState};
 pub use record::{
     Accept, Adopt, ClockReading, Install, LeaseAsk, LeaseGrant, Promise, Renewal, Watch,
 };
@@ -21,7 +23,7 @@ pub use user::{
 };
 
 use crate::{
-    HoldId, JobId, StoreId,
+    BlobId, HoldId, JobId, StoreId,
     identity::SignedBytes,
     job::{Attempt, Rank},
     reconcile::Sum,
@@ -294,6 +296,54 @@ pub enum Message {
         steward: crate::PeerId,
     },
 
+    /// Node → keepers: the process of this rank runs here, and this is its `keep/` as it is now:
+    /// copy it. Repeated until enough of them said [`Message::SaveHeld`].
+    Save {
+        /// The job.
+        job: JobId,
+        /// The attempt.
+        attempt: Attempt,
+        /// The rank.
+        rank: Rank,
+        /// Counts the copies of this rank in this attempt.
+        seq: u64,
+        /// The directory, as a tree.
+        tree: BlobId,
+    },
+    /// Keeper → node: that copy of `keep/`, or a later one, is complete and durable here.
+    SaveHeld {
+        /// The job.
+        job: JobId,
+        /// The attempt.
+        attempt: Attempt,
+        /// The rank.
+        rank: Rank,
+        /// Which one.
+        seq: u64,
+    },
+    /// Steward → keeper, or node of the attempt: what do you hold of this attempt?
+    AskCopies {
+        /// The job.
+        job: JobId,
+        /// The attempt.
+        attempt: Attempt,
+        /// Keepers that the steward does not count on for copies: others are to make them.
+        without: Vec<crate::PeerId>,
+    },
+    /// The answer to [`Message::AskCopies`]; to the steward also without being asked when it
+    /// changes, and to all keepers of the job where something cannot be held.
+    Copies {
+        /// The job.
+        job: JobId,
+        /// The attempt.
+        attempt: Attempt,
+        /// The record's sequence number at the sender: a steward sees that it lacks the latest.
+        seq: u64,
+        /// Ranks that the sender holds something of, is to hold, or cannot; at most
+        /// [`COPIES_MAX`].
+        ranks: Vec<CopyState>,
+    },
+
     /// Soft state handed over directly.
     Soft(Soft),
     /// A turn of range-based set reconciliation over soft state and statements.
@@ -365,6 +415,10 @@ impl Message {
             Self::Ask { .. } => "ask",
             Self::Report(_) => "report",
             Self::EndRecorded { .. } => "end-recorded",
+            Self::Save { .. } => "save",
+            Self::SaveHeld { .. } => "save-held",
+            Self::AskCopies { .. } => "ask-copies",
+            Self::Copies { .. } => "copies",
             Self::Soft(_) => "soft",
             Self::Reconcile { .. } => "reconcile",
             Self::Reconciled { .. } => "reconciled",

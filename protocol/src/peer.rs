@@ -13,6 +13,7 @@
 //! [`Peer::restore`], says [`Peer::restored`], and then calls [`Peer::resume`] with the
 //! processes that still live.
 
+mod copies;
 mod keep;
 mod outbox;
 mod random;
@@ -47,6 +48,7 @@ use self::{
 use crate::{
     BlobId, BootId, JobId, Now, PeerId, PoolId, StatementId, StoreId,
     bidder::{Bidder, Terms, WorkId},
+    copies::Copies,
     door::{self, DoorBook},
     identity::{KeyPair, SignedBytes},
     inventory::{Board, Capacity, GpuUuid},
@@ -147,6 +149,11 @@ pub enum Event {
         /// The rank.
         id: WorkId,
     },
+    /// What this node is to hold of a job may be another: see [`Peer::copies_wanted`].
+    CopiesChanged {
+        /// The job.
+        job: JobId,
+    },
     /// A record kept here has a new value.
     RecordChanged {
         /// The job.
@@ -222,6 +229,7 @@ pub struct Peer {
     registers: Registers,
     stewards: Stewards,
     bidder: Bidder,
+    copies: Copies,
     soft: SoftState,
     submissions: BTreeMap<JobId, Submission>,
     births: BTreeMap<JobId, Birth>,
@@ -279,6 +287,7 @@ impl Peer {
             ),
             stewards: Stewards::new(me, config.boot, config.sabotage),
             bidder: Bidder::new(me, config.boot, hold_prefix, config.sabotage),
+            copies: Copies::new((me, config.store), config.sabotage),
             sabotage: config.sabotage,
             soft,
             submissions: BTreeMap::new(),
@@ -386,6 +395,10 @@ impl Peer {
             None => self.take_up_records(now),
         }
         self.timers.set(Timer::Soft, now.boot_ms);
+        self.copies.begin(now);
+        for job in self.registers.iter().map(|(job, _)| *job) {
+            self.copies.record_changed(job);
+        }
         self.finish(now);
     }
 
@@ -460,6 +473,7 @@ impl Peer {
     /// A connection to a member stands.
     pub fn peer_connected(&mut self, peer: PeerId, now: Now) {
         self.board.set_connected(peer, true);
+        self.copies.connected(peer);
         self.soft.turns.enqueue(peer);
         self.next_turn(now);
         self.finish(now);
@@ -468,6 +482,7 @@ impl Peer {
     /// The last connection to a member fell.
     pub fn peer_disconnected(&mut self, peer: PeerId, now: Now) {
         self.board.set_connected(peer, false);
+        self.copies.disconnected(peer, now);
         self.finish(now);
     }
 
@@ -530,6 +545,7 @@ impl Peer {
         self.with_stewards(now, Stewards::settle);
         self.bidder.handle_timeout(now, &mut self.out);
         self.with_stewards(now, Stewards::handle_timeout);
+        self.copies.handle_timeout(&self.bidder, now, &mut self.out);
         while let Some(timer) = self.timers.pop_due(now.boot_ms) {
             match timer {
                 Timer::Submit(job) => self.send_init(job, now),
@@ -571,6 +587,7 @@ impl Peer {
         [
             own,
             self.bidder.poll_timeout(),
+            self.copies.poll_timeout(),
             self.stewards.poll_timeout(),
             self.registers.poll_timeout(),
         ]
@@ -815,6 +832,10 @@ impl Peer {
             | Message::Renewed { .. }
             | Message::Look { .. }
             | Message::Seen { .. } => self.handle_record(from, message, now),
+            Message::Save { .. }
+            | Message::SaveHeld { .. }
+            | Message::AskCopies { .. }
+            | Message::Copies { .. } => self.handle_copies(from, message, now),
             Message::Soft(item) => {
                 self.handle_soft(item, now);
             }
@@ -828,8 +849,14 @@ impl Peer {
     fn finish(&mut self, now: Now) {
         loop {
             self.with_stewards(now, Stewards::settle);
-            let Some(message) = self.out.local.pop_front() else { break };
-            self.dispatch(self.me, message, now);
+            if let Some(message) = self.out.local.pop_front() {
+                self.dispatch(self.me, message, now);
+                continue;
+            }
+            self.tend_copies(now);
+            if self.out.local.is_empty() {
+                break;
+            }
         }
         self.after_changes(now);
     }
@@ -841,6 +868,7 @@ impl Peer {
     ) {
         let mut cx = steward::Context {
             registers: &mut self.registers,
+            copies: &mut self.copies,
             board: &self.board,
             roster: &self.roster,
             random: &mut self.random,
@@ -895,6 +923,7 @@ impl Peer {
         self.out.put(&Slot::Statement(id), signed);
         self.soft.insert(Soft::statement(signed.clone()));
         self.soft.members_changed = true;
+        self.copies.look_around = true;
         self.out.events.push_back(Event::RosterChanged);
     }
 }

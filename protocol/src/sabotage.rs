@@ -49,11 +49,15 @@ pub enum Rule {
     ResultNamesAttempt,
     /// A job counts as submitted once its inputs are on two nodes. (D1)
     InputsOnTwoNodes,
+    /// A job is done once what it left is on as many nodes as it should be. (D2)
+    DoneWaitsForCopies,
+    /// An attempt begins with the newest copy of what the one before wrote. (D3)
+    RetryTakesNewestSave,
 }
 
 impl Rule {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 24] = [
         Self::TakenIsNotFree,
         Self::CommitNeedsCertificate,
         Self::HoldsExpire,
@@ -76,6 +80,8 @@ impl Rule {
         Self::StartIsWritten,
         Self::ResultNamesAttempt,
         Self::InputsOnTwoNodes,
+        Self::DoneWaitsForCopies,
+        Self::RetryTakesNewestSave,
     ];
 }
 

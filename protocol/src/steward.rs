@@ -12,9 +12,9 @@
 //! | PREPARING | every rank is prepared → STARTING; one refused or silent → WAITING      |
 //! | STARTING  | every rank runs or ended → RUNNING; one never will → STOPPING           |
 //! | RUNNING   | every process ended → CLEANING; one failed, or a stop → STOPPING        |
-//! | STOPPING  | every rank ended → DONE; WAITING where the gang never started whole, or |
-//! |           | the job may be retried                                                  |
-//! | CLEANING  | every rank's results are kept → DONE                                    |
+//! | STOPPING  | every rank ended → CLEANING, and DONE where there is nothing to copy;   |
+//! |           | WAITING where the gang never started whole, or the job may be retried   |
+//! | CLEANING  | every rank's results are on as many nodes as they should be → DONE      |
 //!
 //! A steward acts only while its lease lasts ([`crate::record::STEWARD_MS`]): without it, it
 //! is silent, and goes on where it was once a quorum of keepers heard of it again. A rank
@@ -22,6 +22,7 @@
 //! process has run out on the slowest clock, counted from the last that was granted.
 
 mod auction;
+mod copying;
 mod drive;
 mod keepers;
 mod leases;
@@ -32,6 +33,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use tracing::{debug, info, warn};
 
 pub use auction::{FINISH_MS, ROUND_MS, ROUNDS_MAX, SETTLE_MS};
+pub(crate) use copying::Sight;
 pub(crate) use drive::Drive;
 pub(crate) use keepers::propose;
 pub use keepers::{AWAY_MS, KEEPERS_CHECK_MS, survives};
@@ -39,10 +41,12 @@ pub use leases::RERUN_MS;
 
 use self::{
     auction::{Auction, Step},
+    copying::finish_if_over,
     drive::{Observed, Stage},
 };
 use crate::{
     BootId, HoldId, JobId, Now, PeerId, StoreId, UserId,
+    copies::{Copies, Scene},
     inventory::Board,
     job::{
         Attempt, Ending, Outcome, Policy, Rank, RankAssignment, RankEnd, RankRecord, RankState,
@@ -99,6 +103,7 @@ enum Timer {
 /// What a steward works with at each call.
 pub(crate) struct Context<'a> {
     pub(crate) registers: &'a mut Registers,
+    pub(crate) copies: &'a mut Copies,
     pub(crate) board: &'a Board,
     pub(crate) roster: &'a Roster,
     pub(crate) random: &'a mut Random,
@@ -248,14 +253,40 @@ impl Stewards {
 
     /// A person asks for the job to end.
     pub(crate) fn stop(&mut self, job: JobId, by: UserId, cx: &mut Context<'_>) {
+        let ended = cx.registers.get(job).is_some_and(|kept| {
+            let body = &kept.value.body;
+            !body.ranks.is_empty() && body.all_at_least(RankState::Ended)
+        });
         if let Some(drive) = self.drives.get_mut(&job) {
+            if ended {
+                // Nothing runs any more: what is left to stop is waiting for a node that is gone.
+                drive.give_up_copies = true;
+            }
             drive.observed.stop_asked.get_or_insert(by);
             self.advance(job, cx);
         }
     }
 
+    /// Somebody said what it holds of a job; whether it keeps the record and lacks the latest
+    /// value, by which it would know what there is to copy.
+    pub(crate) fn copies_heard(&mut self, job: JobId, lags: bool, cx: &mut Context<'_>) {
+        let Some(drive) = self.drives.get_mut(&job) else { return };
+        let Some(since_ms) = drive.copies_since_ms else { return };
+        let due_ms = drive.shown_ms.max(since_ms).saturating_add(RESEND_MS);
+        if lags && drive.proposal.is_none() && due_ms <= cx.now.boot_ms && self.acts(job, cx) {
+            // What is chosen is accepted once more, by all of them.
+            if let Some(drive) = self.drives.get_mut(&job) {
+                drive.shown_ms = cx.now.boot_ms;
+            }
+            cx.registers.read(job, cx.now);
+        }
+        self.advance(job, cx);
+    }
+
     /// Why a job waits.
-    pub(crate) fn why(&self, job: JobId, board: &Board, state: State, now: Now) -> WaitView {
+    pub(crate) fn why(&self, sight: &Sight<'_>) -> WaitView {
+        let (job, state) = (sight.kept.spec.job, sight.kept.value.body.state());
+        let Scene { board, now, .. } = sight.scene;
         let mut view =
             WaitView { job, state, summary: String::new(), need: 0, held: 0, nodes: Vec::new() };
         if let Some(drive) = self.drives.get(&job) {
@@ -265,6 +296,9 @@ impl Stewards {
                 Stage::Pinning(_) | Stage::Assigned => {
                     view.held = view.need;
                     view.summary = drive.describe_assigned(state);
+                    if let Some(since_ms) = drive.copies_since_ms {
+                        sight.describe(since_ms, &mut view);
+                    }
                 }
             }
         }
@@ -545,6 +579,7 @@ impl Stewards {
             };
             cx.out.events.push_back(Event::RecordChanged { job });
             cx.out.changed.push(job);
+            cx.copies.record_changed(job);
             self.consider(job, cx);
             let Some(drive) = self.drives.get_mut(&job) else { continue };
             if op.is_some() && drive.proposal == op {
@@ -585,6 +620,16 @@ impl Stewards {
         let (body, at) = (kept.value.body.clone(), (kept.value.epoch, kept.value.seq));
         let Some(drive) = self.drives.get_mut(&job) else { return };
         drive.taken = Some(at);
+        if drive.epoch.replace(at.0).is_some_and(|before| before != at.0) {
+            // Who runs something is to know who keeps the record now.
+            drive.observed.adopted.clear();
+        }
+        let ended = !body.ranks.is_empty() && body.all_at_least(RankState::Ended);
+        if !ended || body.state() == State::Done {
+            (drive.copies_since_ms, drive.give_up_copies) = (None, false);
+        } else if drive.copies_since_ms.is_none() {
+            drive.copies_since_ms = Some(cx.now.boot_ms);
+        }
         for rank in body.ranks.iter().filter(|rank| rank.state == RankState::Ended) {
             let acknowledged = drive.acknowledged.insert((body.attempt, rank.assignment.rank));
             if acknowledged {
@@ -649,8 +694,9 @@ impl Stewards {
         }
         let Some(kept) = cx.registers.get(job).filter(|kept| kept.chosen) else { return };
         let (seq, before) = (kept.value.seq, &kept.value.body);
-        let keepers = kept.keepers.len();
-        let Some((body, farewell)) = self.next_body(drive, before, keepers, cx.now) else {
+        let scene = Scene { board: cx.board, roster: cx.roster, now: cx.now };
+        let sight = Sight { kept, copies: cx.copies, scene };
+        let Some((body, farewell)) = self.next_body(drive, &sight) else {
             return;
         };
         let old_nodes = before.nodes();
@@ -677,13 +723,9 @@ impl Stewards {
 
     /// The next value, and whether the nodes of the one before are to be told that their
     /// attempt is off.
-    fn next_body(
-        &self,
-        drive: &Drive,
-        before: &Body,
-        keepers: usize,
-        now: Now,
-    ) -> Option<(Body, bool)> {
+    fn next_body(&self, drive: &Drive, sight: &Sight<'_>) -> Option<(Body, bool)> {
+        let (before, keepers, now) =
+            (&sight.kept.value.body, sight.kept.keepers.len(), sight.scene.now);
         let at_ms = now.wall_ms;
         let mut body = before.clone();
         let observed = &drive.observed;
@@ -703,6 +745,7 @@ impl Stewards {
                         assignment,
                         state: RankState::Assigned,
                         end: None,
+                        store: None,
                     })
                     .collect();
                 body.start = None;
@@ -713,49 +756,51 @@ impl Stewards {
             }
             State::Preparing => self.next_of_preparing(drive, body, keepers, now),
             State::Starting => {
-                apply_reports(&mut body, observed);
+                apply_reports(&mut body, observed, sight);
                 apply_refusals(&mut body, observed, at_ms);
                 self.apply_losses(&mut body, drive, now);
                 if let Some(reason) = self.cannot_start(drive, &body, now) {
                     body.stop = Some(StopCause::StartFailed(reason.clone()));
                     body.enter(State::Stopping, at_ms, reason);
-                    return Some((finish_if_over(body, drive, at_ms), false));
+                    return Some((finish_if_over(body, drive, sight), false));
                 }
                 if let Some(by) = observed.stop_asked {
                     body.stop = Some(StopCause::By(by));
                     body.enter(State::Stopping, at_ms, "stopped");
-                    return Some((finish_if_over(body, drive, at_ms), false));
+                    return Some((finish_if_over(body, drive, sight), false));
                 }
                 if body.all_at_least(RankState::Running) {
                     body.failed_starts = 0;
                     body.bound &= drive.spec.spec.policy == Policy::Restart && keepers > 2;
                     body.enter(State::Running, at_ms, "every process started");
-                    return Some((running(body, observed, drive, at_ms), false));
+                    return Some((running(body, drive, sight), false));
                 }
                 None
             }
             State::Running => {
-                apply_reports(&mut body, observed);
+                apply_reports(&mut body, observed, sight);
                 apply_refusals(&mut body, observed, at_ms);
                 self.apply_losses(&mut body, drive, now);
                 body.bound &= keepers > 2;
-                let body = running(body, observed, drive, at_ms);
+                let body = running(body, drive, sight);
                 (body != *before).then_some((body, false))
             }
             State::Stopping | State::Cleaning => {
-                apply_reports(&mut body, observed);
+                apply_reports(&mut body, observed, sight);
                 apply_refusals(&mut body, observed, at_ms);
                 self.apply_losses(&mut body, drive, now);
+                let over = body.all_at_least(RankState::Ended);
                 if let Some(by) = observed.stop_asked
-                    && !body.all_at_least(RankState::Ended)
-                    && (matches!(body.stop, None | Some(StopCause::StartFailed(_)))
-                        || (matches!(body.stop, Some(StopCause::RankFailed(_)))
-                            && body.retried < drive.spec.spec.retries))
+                    && ((!over
+                        && (matches!(body.stop, None | Some(StopCause::StartFailed(_)))
+                            || (matches!(body.stop, Some(StopCause::RankFailed(_)))
+                                && body.retried < drive.spec.spec.retries)))
+                        || (over && copying::is_to_be_retried(&body, drive)))
                 {
                     // Else a steward that restarts would auction the gang once more.
                     body.stop = Some(StopCause::By(by));
                 }
-                let body = finish_if_over(body, drive, at_ms);
+                let body = finish_if_over(body, drive, sight);
                 (body != *before).then_some((body, false))
             }
             State::Done => None,
@@ -930,7 +975,9 @@ impl Stewards {
             next_ms = RENEW_MS;
         }
         let adopted = body.nodes().iter().all(|node| drive.observed.adopted.contains(node));
-        if !adopted {
+        if drive.copies_since_ms.is_some() {
+            next_ms = self.ask_for_copies(job, cx);
+        } else if !adopted {
             next_ms = RESEND_MS;
         } else if body.bound {
             // To see in time when a lease has run out.
@@ -1149,7 +1196,7 @@ pub(crate) fn dry_run(
 }
 
 /// Move ranks on as their nodes reported.
-fn apply_reports(body: &mut Body, observed: &Observed) {
+fn apply_reports(body: &mut Body, observed: &Observed, sight: &Sight<'_>) {
     for rank in &mut body.ranks {
         let id = rank.assignment.rank;
         if observed.running.contains(&id) && rank.state < RankState::Running {
@@ -1160,6 +1207,7 @@ fn apply_reports(body: &mut Body, observed: &Observed) {
         {
             rank.state = RankState::Ended;
             rank.end = Some(end.clone());
+            rank.store = sight.copies.store_of(rank.assignment.node, sight.scene);
         }
     }
     let texts = ENDS_BYTES_MAX / body.ranks.len().max(1);
@@ -1211,7 +1259,8 @@ fn apply_refusals(body: &mut Body, observed: &Observed, at_ms: u64) {
 }
 
 /// RUNNING and what follows from it.
-fn running(mut body: Body, observed: &Observed, drive: &Drive, at_ms: u64) -> Body {
+fn running(mut body: Body, drive: &Drive, sight: &Sight<'_>) -> Body {
+    let (observed, at_ms) = (&drive.observed, sight.scene.now.wall_ms);
     let over = body.all_at_least(RankState::Ended);
     let failed = body
         .ranks
@@ -1237,45 +1286,7 @@ fn running(mut body: Body, observed: &Observed, drive: &Drive, at_ms: u64) -> Bo
     if all_exited {
         body.enter(State::Cleaning, at_ms, "every process ended");
     }
-    finish_if_over(body, drive, at_ms)
-}
-
-/// DONE once every rank ended; or WAITING again where the gang never was whole.
-fn finish_if_over(mut body: Body, drive: &Drive, at_ms: u64) -> Body {
-    if !body.all_at_least(RankState::Ended) {
-        return body;
-    }
-    // What may still run somewhere is never run again.
-    let surely_over = !body
-        .ranks
-        .iter()
-        .any(|rank| rank.end.as_ref().is_some_and(|end| end.ending == Ending::Silent));
-    if surely_over && let Some(StopCause::StartFailed(reason)) = body.stop.clone() {
-        body.failed_starts += 1;
-        if body.failed_starts < FAILED_STARTS_MAX && drive.observed.stop_asked.is_none() {
-            body.ranks.clear();
-            body.stop = None;
-            body.start = None;
-            body.enter(State::Waiting, at_ms, format!("the gang did not start whole: {reason}"));
-            return body;
-        }
-    }
-    let (outcome, reason) = outcome::decide(&body, drive.observed.stop_asked);
-    let retries = drive.spec.spec.retries;
-    let failed = matches!(outcome, Outcome::Failed { .. } | Outcome::Lost { .. });
-    if failed && surely_over && body.retried < retries {
-        body.retried += 1;
-        body.ranks.clear();
-        body.stop = None;
-        body.start = None;
-        body.bound = false;
-        let reason = format!("{reason}; retry {} of {retries}", body.retried);
-        body.enter(State::Waiting, at_ms, reason);
-        return body;
-    }
-    body.outcome = Some(outcome);
-    body.enter(State::Done, at_ms, reason);
-    body
+    finish_if_over(body, drive, sight)
 }
 
 /// Ranks numbered in request order, each with the pick made for it.

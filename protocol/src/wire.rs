@@ -16,7 +16,8 @@ use self::bounded::{Allowance, Bounded};
 ///
 /// 2: a certificate comes with a request for a job's inputs. 3: records have several keepers,
 /// and processes have leases. 4: a turn of reconciliation names the asker's set.
-pub const WIRE_VERSION: u16 = 4;
+/// 5: results are copied before a job is done.
+pub const WIRE_VERSION: u16 = 5;
 
 /// The largest message between peers, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;

@@ -50,6 +50,10 @@ fn copying_overwrites_only_where_that_is_asked_for() {
     let pool = Pool::of(&["sim:1xv100"]);
     let (node, dir) = with_results(&pool);
     node.p2pit(&["cp", "@last", "keep", "results"]).ended(0);
+    // Given twice, it makes no second copy inside the first.
+    node.p2pit(&["cp", "@last", "keep", "results"]).refused(1, &["there already", "--continue"]);
+    node.p2pit(&["cp", "@last", "keep", "results", "-c"]).ended(0);
+    assert!(!dir.join("results/keep").exists());
     let file = dir.join("results/a");
     assert_eq!(fs::read_to_string(&file).unwrap(), "first\n");
     assert_eq!(fs::read_to_string(dir.join("results/sub/b")).unwrap(), "second\n");

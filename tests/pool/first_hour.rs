@@ -93,16 +93,25 @@ fn what_is_said_to_a_daemon_that_runs_already_is_not_silently_ignored() {
 }
 
 #[test]
-fn a_node_with_finished_jobs_is_left_only_by_force() {
-    let pool = Pool::of(&["none", "sim:1xv100"]);
-    let node = pool.node(2);
-    // It runs there; the other has the record, and would lose nothing.
+fn a_node_with_finished_jobs_is_left_only_by_force_where_nobody_else_has_them() {
+    let pool = Pool::of(&["sim:1xv100"]);
+    let node = pool.node(1);
     let job = node.submit(&["Precious", "[v100]", "-d", "echo result > x", "--artifact", "x"]);
     node.wait_for_outcome(&job, "succeeded");
     let refused = node.p2pit(&["leave"]);
     refused.refused(1, &["finished jobs", &job[..4], "hint: ", "p2pit download", "--force"]);
     assert_eq!(node.p2pit(&["cp", &job, "artifacts/x", "-"]).ok(), "result\n");
     node.p2pit(&["leave", "--force"]).ended(0);
+}
+
+#[test]
+fn a_node_with_finished_jobs_is_left_where_another_has_what_they_left() {
+    let pool = Pool::of(&["none", "sim:1xv100"]);
+    let (other, node) = (pool.node(1), pool.node(2));
+    let job = node.submit(&["Precious", "[v100]", "-d", "echo result > x", "--artifact", "x"]);
+    node.wait_for_outcome(&job, "succeeded");
+    node.p2pit(&["leave"]).ended(0);
+    assert_eq!(other.p2pit(&["cp", &job, "artifacts/x", "-"]).ok(), "result\n");
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod admission;
 mod bad_disk;
 mod bad_input;
 mod bad_input_tree;
+mod copies;
 mod demo;
 mod environment;
 mod examples;

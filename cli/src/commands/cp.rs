@@ -114,6 +114,7 @@ async fn copy(
     // As for `cp -r`, `keep/.` is what is in `keep`.
     let named = path.as_ref().filter(|_| is_single || !args.path.as_bytes().ends_with(b"/."));
     let target = Target::choose(named, is_single, &args.dest);
+    let target = target.or_earlier_copy(&tree, is_single, &args.dest)?;
     let key = stage_key(left.job(), &args)?;
     let found = Stage::find(&key, &target)?;
     // What an earlier copy has written may make the same words mean another place.
@@ -344,6 +345,21 @@ impl Target {
         }
     }
 
+    /// Where an earlier copy made `dest` itself, that is where this one goes: else the same
+    /// command, given twice, would make a second copy inside the first.
+    fn or_earlier_copy(self, tree: &Tree, is_single: bool, dest: &Path) -> anyhow::Result<Self> {
+        if is_single || self.dir == dest || self.dir.symlink_metadata().is_ok() {
+            return Ok(self);
+        }
+        let earlier = Self { dir: dest.to_owned(), name: None };
+        for entry in tree.entries().iter().filter(|entry| is_leaf(entry)) {
+            if is_there(&earlier.path_of(entry), &entry.kind)? == Some(true) {
+                return Ok(earlier);
+            }
+        }
+        Ok(self)
+    }
+
     /// Looks before anything is brought; what appears meanwhile is not overwritten either.
     fn refuse_existing(&self, tree: &Tree) -> anyhow::Result<()> {
         for entry in tree.entries().iter().filter(|entry| is_leaf(entry)) {
@@ -510,6 +526,29 @@ mod tests {
             assert_eq!(refuse_new_directory(is_single, &dest), Ok(()), "{}", dest.display());
         }
         assert_eq!(target(new.join("deep"), None).existing_parent(), dir);
+    }
+
+    #[test]
+    fn the_same_copy_again_goes_to_where_the_first_went_and_not_inside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keep, results) = (path("keep"), dir.path().join("results"));
+        let kind = Kind::File { blob: BlobId::of(b"new"), size: 3, executable: false };
+        let tree = Tree::new(vec![Entry { path: path("d/a"), kind }]).unwrap();
+        let choose = || {
+            let chosen = Target::choose(Some(&keep), false, &results);
+            chosen.or_earlier_copy(&tree, false, &results).unwrap()
+        };
+        assert_eq!(choose(), target(&results, None));
+        fs::create_dir_all(results.join("d")).unwrap();
+        assert_eq!(choose(), target(results.join("keep"), None), "somebody's own directory");
+        fs::write(results.join("d/a"), "old").unwrap();
+        assert_eq!(choose(), target(results.join("keep"), None), "with something else in it");
+        fs::write(results.join("d/a"), "new").unwrap();
+        assert_eq!(choose(), target(&results, None), "an earlier copy");
+        assert!(choose().refuse_existing(&tree).is_err());
+        // Into a directory that holds several copies.
+        fs::create_dir(results.join("keep")).unwrap();
+        assert_eq!(choose(), target(results.join("keep"), None));
     }
 
     #[test]

@@ -7,11 +7,7 @@ use std::{
 
 use anyhow::Context as _;
 use flate2::{Compression, write::GzEncoder};
-use p2pit_node::{
-    api::types::{Log, path},
-    transfer::{BlobStore, Tree, snapshot::STAGE_PREFIX, tree::Kind},
-};
-use p2pit_protocol::message::Command;
+use p2pit_node::transfer::{BlobStore, Tree, snapshot::STAGE_PREFIX, tree::Kind};
 use tar::{Builder, EntryType, Header};
 
 use super::{
@@ -19,8 +15,7 @@ use super::{
     ls,
 };
 use crate::{
-    args::Globals, follow::nodes_of, jobs::Found, names::Names, output::Output, session::Session,
-    status::Status,
+    args::Globals, follow::Reading, jobs::Found, output::Output, session::Session, status::Status,
 };
 
 /// Download all that a job left as a .tar.gz: `keep/`, `artifacts/` and its log
@@ -59,14 +54,14 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     let progress = out.progress("downloading", left.tree.total_bytes());
     left.fetch(&session, &left.tree, &store, &progress).await?;
     progress.finish();
-    let logs = fetch_logs(&session, out, &found, stage.path()).await?;
+    let log = fetch_log(&session, out, &found, stage.path()).await?;
     let mtime_s = crate::identity::wall_ms() / 1000;
     let tree = left.tree;
     let archive = stage.path().join("archive");
     let packing = archive.clone();
     let file = tokio::task::spawn_blocking(move || {
         let file = std::fs::File::create_new(&packing)?;
-        pack(file, &short, &tree, &store, &logs, mtime_s)
+        pack(file, &short, &tree, &store, &[log], mtime_s)
     })
     .await?
     .context("the archive cannot be made")?;
@@ -85,38 +80,27 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     Ok(Status::DONE)
 }
 
-/// One file for each node, since each wrote its own.
-async fn fetch_logs(
+/// As `p2pit log` shows it.
+async fn fetch_log(
     session: &Session,
     out: &Output,
     found: &Found,
     stage: &Path,
-) -> anyhow::Result<Vec<(String, PathBuf)>> {
+) -> anyhow::Result<(String, PathBuf)> {
     let view = found.view(session, out).await?;
-    let mut logs = Vec::new();
-    for (index, node) in nodes_of(&view).into_iter().enumerate() {
-        let signed = session.sign(found.pool, &[node], &Command::Log(found.job()))?;
-        let log = Log { node, signed, follow: false };
-        let mut stream = match session.client.post_bytes(path::LOG, &log).await {
-            Ok(stream) => stream,
-            Err(reason) => {
-                // A name is a courtesy; the warning must come without one.
-                let names = Names::load(&session.client).await.unwrap_or_default();
-                let node = names.node(node);
-                out.warn(&format!("the log of node {node} is missing: {reason:#}"));
-                continue;
-            }
-        };
-        let path = stage.join(format!("log-{index}"));
-        let mut file = std::fs::File::create(&path)
-            .with_context(|| format!("cannot write {}", path.display()))?;
-        while let Some(bytes) = stream.next().await? {
-            file.write_all(&bytes)?;
-        }
-        let name = if index == 0 { "log.txt".to_owned() } else { format!("log-{index}.txt") };
-        logs.push((name, path));
-    }
-    Ok(logs)
+    let path = stage.join("log");
+    let mut file =
+        std::fs::File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    let reading = Reading {
+        session,
+        out,
+        pool: found.pool,
+        job: found.job(),
+        keepers: found.resolved.keepers.clone(),
+        worker: None,
+    };
+    reading.write(&view, &mut |bytes| Ok(file.write_all(bytes)?)).await?;
+    Ok(("log.txt".to_owned(), path))
 }
 
 /// Writes the archive into `writer`, which comes back.

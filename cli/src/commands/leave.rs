@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fs, io, path::Path, time::Duration};
 
 use anyhow::Context as _;
 use p2pit_node::{
-    api::types::{HandedOver, Me, NodeInfo, path},
+    api::types::{HandedOver, Me, NodeInfo, Parting, path},
     home::Home,
 };
 use p2pit_protocol::{
@@ -20,6 +20,7 @@ use crate::{
     args::Globals,
     daemon_process,
     jobs::{self, Gathered},
+    names::short_job,
     output::Output,
     problem::Problem,
     processes,
@@ -31,15 +32,17 @@ use crate::{
 
 /// Take this node out of its pool, and end its daemon
 ///
+/// What only this node has of jobs, logs and files, is copied to others first.
+///
 /// The home stays yours: its key, settings and blobs remain, and `p2pit join` can use it
 /// for another pool.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  p2pit leave\n  p2pit leave --force    also while jobs run \
     here: they are lost")]
 pub(crate) struct Args {
-    /// Leave although jobs are lost by it: those that run here, those that too few others keep,
-    /// and what finished ones left here
-    #[arg(long)]
+    /// Leave at once, although jobs are lost by it: those that run here, those that too few
+    /// others keep, and what only this node has of finished ones
+    #[arg(long, visible_alias = "now")]
     force: bool,
 }
 
@@ -50,6 +53,8 @@ const LISTED_MAX: usize = 10;
 /// How long the others may take to hear of it.
 const HEARD_WITHIN: Duration = Duration::from_secs(3);
 const HEARD_POLL: Duration = Duration::from_millis(50);
+/// Between two looks at what others have copied.
+const COPIED_POLL: Duration = Duration::from_millis(500);
 /// For processes of jobs that are lost by leaving.
 const END_WITHIN: Duration = Duration::from_secs(5);
 
@@ -60,6 +65,7 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     if !args.force {
         refuse_with_jobs(&session, &me, &nodes).await?;
     }
+    wait_for_copies(&session, out, args.force).await?;
     let others: Vec<&NodeInfo> = nodes.iter().filter(|node| node.node != me.node).collect();
     let is_alone = !others.iter().any(|node| node.reach == "online");
     if is_alone && !others.is_empty() && !args.force {
@@ -109,8 +115,8 @@ async fn refuse_with_jobs(session: &Session, me: &Me, nodes: &[NodeInfo]) -> any
     let name = names.node(me);
     let online: BTreeSet<&str> =
         nodes.iter().filter(|it| it.reach == "online").map(|it| it.name.as_str()).collect();
-    let here = jobs.jobs.iter().filter(|job| is_lost(job, me, &name, &online));
-    let (done, live): (Vec<&Job>, Vec<&Job>) = here.partition(|job| job.state == State::Done);
+    let lost = jobs.jobs.iter().filter(|job| is_lost(job, me, &name, &online));
+    let (done, live): (Vec<&Job>, Vec<&Job>) = lost.partition(|job| job.state == State::Done);
     if !live.is_empty() {
         let message = format!("jobs run here, or are kept by too few others: {}", list(&live));
         return Err(Problem::request(message)
@@ -120,11 +126,40 @@ async fn refuse_with_jobs(session: &Session, me: &Me, nodes: &[NodeInfo]) -> any
     if done.is_empty() {
         return Ok(());
     }
-    let message =
-        format!("finished jobs, their logs and files are kept only here: {}", list(&done));
-    Err(Problem::request(message)
+    Err(only_here(&list(&done)).into())
+}
+
+fn only_here(jobs: &str) -> Problem {
+    Problem::request(format!("finished jobs, their logs and files are kept only here: {jobs}"))
         .hint("`p2pit download JOB` saves what one left; `p2pit leave --force` loses them")
-        .into())
+}
+
+/// Returns once others have what only this node had; refuses where nobody could.
+async fn wait_for_copies(session: &Session, out: &Output, force: bool) -> anyhow::Result<()> {
+    let mut known = None;
+    loop {
+        let Parting { only_here, has_heirs } = session.client.post(path::PARTING, &()).await?;
+        if only_here.is_empty() {
+            return Ok(());
+        }
+        let jobs: Vec<String> = only_here.iter().map(|only| short_job(only.job)).collect();
+        let jobs = list_texts(&jobs);
+        if force {
+            out.warn(&format!("what only this node has of jobs is lost: {jobs}"));
+            return Ok(());
+        }
+        if !has_heirs {
+            return Err(self::only_here(&jobs).into());
+        }
+        if known.as_ref() != Some(&jobs) {
+            out.note(&format!(
+                "others are copying what only this node has of jobs {jobs}; `p2pit leave --now` \
+                 does not wait for that, and loses it"
+            ));
+            known = Some(jobs);
+        }
+        tokio::time::sleep(COPIED_POLL).await;
+    }
 }
 
 /// Refuses for jobs that this node works for, and for those that nobody tells of.
@@ -162,17 +197,14 @@ fn list_texts(texts: &[String]) -> String {
     }
 }
 
-/// Whether anything of the job is lost with this node: a process, what one left, or its record:
-/// of a live job where too few of the other keepers are `online` to record anything, of one that
-/// is over where none is.
+/// Whether a process of the job is lost with this node, or its record: of a live job where too
+/// few of the other keepers are `online` to record anything, of one that is over where none is.
 fn is_lost(job: &Job, me: PeerId, name: &str, online: &BTreeSet<&str>) -> bool {
-    let ran_here = |rank: &Rank| {
-        rank.node_id == me && (job.state == State::Done || rank.state != RankState::Ended)
-    };
+    let runs_here = |rank: &Rank| rank.node_id == me && rank.state != RankState::Ended;
     let others = job.keepers.iter().filter(|keeper| online.contains(keeper.as_str())).count();
     let needed = if job.state == State::Done { 1 } else { quorum_of(job.keepers.len()) };
     let is_kept_here = job.keepers.iter().any(|keeper| keeper == name);
-    job.ranks.iter().any(ran_here) || (is_kept_here && others < needed)
+    job.ranks.iter().any(runs_here) || (is_kept_here && others < needed)
 }
 
 /// Returns once every node that was connected has let go of this one, which they do when
@@ -211,7 +243,7 @@ mod tests {
     use crate::view::samples::{self, peer};
 
     #[test]
-    fn a_job_is_lost_with_the_node_that_runs_it_or_has_what_it_left() {
+    fn a_job_is_lost_with_the_node_that_runs_it() {
         let mut job = samples::job(State::Running, None);
         let keepers: Vec<String> = job.keepers.clone();
         let online: BTreeSet<&str> = keepers.iter().map(String::as_str).collect();
@@ -220,7 +252,6 @@ mod tests {
         job.ranks[0].state = RankState::Ended;
         assert!(!is_lost(&job, peer(1), "n1", &online));
         let done = samples::job(State::Done, None);
-        assert!(is_lost(&done, peer(1), "n1", &online), "what it left is here");
         assert!(!is_lost(&done, peer(2), "n2", &online));
     }
 

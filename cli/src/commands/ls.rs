@@ -58,8 +58,11 @@ pub(super) async fn gather(
     let found = Found::by_text(session, job).await?;
     let view = found.view_to_read(session, &Command::Files(found.job())).await?;
     let left = Left::gather(session, found.pool, &view).await?;
-    for reason in &left.silent {
+    for reason in &left.missing {
         out.warn(&format!("files are missing: {reason}"));
+    }
+    for note in &left.notes {
+        out.warn(note);
     }
     Ok((found, left))
 }

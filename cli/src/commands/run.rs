@@ -10,7 +10,8 @@ use p2pit_node::{
 use p2pit_protocol::{
     PeerId,
     job::{
-        Command, Grace, LOST_AFTER_MS, LOST_AFTER_MS_MAX, LOST_AFTER_MS_MIN, Policy, RETRIES_MAX,
+        Command, Grace, KEEP_EVERY_MS, KEEP_EVERY_MS_MAX, KEEP_EVERY_MS_MIN, LOST_AFTER_MS,
+        LOST_AFTER_MS_MAX, LOST_AFTER_MS_MIN, Policy, RETRIES_MAX,
     },
     request::{Request, TEXT_BYTES_MAX},
 };
@@ -96,6 +97,10 @@ pub(crate) struct Args {
     /// [default: 24h]
     #[arg(long, value_name = "DURATION", value_parser = parse_lost_after)]
     lost_after: Option<Period>,
+    /// Copy what changed in keep/ to other nodes this often while a process runs, 1s to 30d, or
+    /// `off`: a job that is run again begins with the newest copy [default: 60s]
+    #[arg(long, value_name = "DURATION", value_parser = parse_keep_every)]
+    keep_every: Option<KeepEvery>,
     /// Say what would be asked of whom, and submit nothing
     #[arg(long)]
     dry_run: bool,
@@ -113,6 +118,10 @@ enum OnPartition {
     /// machine died, the job waits for that until `--lost-after`
     Continue,
 }
+
+/// In milliseconds; 0 is never.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct KeepEvery(u64);
 
 impl From<OnPartition> for Policy {
     fn from(chosen: OnPartition) -> Self {
@@ -199,6 +208,7 @@ fn wish(args: Args, dir: &Path) -> anyhow::Result<Wish> {
         retries,
         on_partition,
         lost_after,
+        keep_every,
         dry_run: _,
         json: _,
     } = args;
@@ -227,6 +237,7 @@ fn wish(args: Args, dir: &Path) -> anyhow::Result<Wish> {
         retries,
         policy: on_partition.map_or_else(|| Policy::for_retries(retries), Policy::from),
         lost_after_ms: lost_after.map_or(LOST_AFTER_MS, milliseconds),
+        keep_every_ms: keep_every.map_or(KEEP_EVERY_MS, |KeepEvery(every_ms)| every_ms),
     })
 }
 
@@ -317,6 +328,17 @@ fn parse_lost_after(text: &str) -> Result<Period, String> {
         );
     }
     Ok(period)
+}
+
+fn parse_keep_every(text: &str) -> Result<KeepEvery, String> {
+    if text == "off" {
+        return Ok(KeepEvery(0));
+    }
+    let period: Period = text.parse().map_err(|e: ParseUnitError| e.to_string())?;
+    match u64::try_from(period.0.as_millis()) {
+        Ok(every @ KEEP_EVERY_MS_MIN..=KEEP_EVERY_MS_MAX) => Ok(KeepEvery(every)),
+        Ok(_) | Err(_) => Err("expected 1s to 30d, or `off`".to_owned()),
+    }
 }
 
 fn plan(wish: &Wish, prepared: &Prepared, nodes: &[NodeInfo]) -> Plan {
@@ -411,6 +433,20 @@ mod tests {
         let waits = ["--retries", "1", "--on-partition", "continue", "--lost-after", "2h"];
         assert_eq!(chosen(&waits), (1, Policy::Continue, 7_200_000, false));
         assert_eq!(chosen(&["--on-partition", "restart"]), (0, Policy::Restart, day, true));
+    }
+
+    #[test]
+    fn keep_is_copied_every_minute_unless_the_owner_says_otherwise() {
+        let chosen = |line: &[&str]| {
+            let line = [&["t"], line].concat();
+            wish(args(&line), Path::new("/nonexistent")).unwrap().keep_every_ms
+        };
+        assert_eq!(chosen(&[]), 60_000);
+        assert_eq!(chosen(&["--keep-every", "5min"]), 300_000);
+        assert_eq!(chosen(&["--keep-every", "off"]), 0);
+        for (text, is_good) in [("1s", true), ("999ms", false), ("30d", true), ("31d", false)] {
+            assert_eq!(parse_keep_every(text).is_ok(), is_good, "{text}");
+        }
     }
 
     #[test]

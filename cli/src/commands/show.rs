@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, str::FromStr};
 
-use p2pit_node::api::types::{Answer, NodeInfo, UserInfo, node_of, path};
+use p2pit_node::api::types::{Answer, NodeInfo, UserInfo, jobs_of, node_of, path};
 use p2pit_protocol::{
     PeerId,
     job::State,
@@ -93,8 +93,17 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
         What::Job(id) => {
             let (found, names) =
                 tokio::try_join!(Found::by_text(&session, &id), Names::load(&session.client))?;
-            let mut job = Job::of(&found.view(&session, out).await?, &names);
+            let view = found.view(&session, out).await?;
+            let mut job = Job::of(&view, &names);
             job.short.clone_from(&found.resolved.short);
+            // Each tells only what it holds itself; one that is silent is none to be had from.
+            let asked = Command::Job(view.job);
+            let answers = session.ask(found.pool, &view.keepers, &asked).await?;
+            let views = answers.iter().filter_map(|answer| {
+                let [view] = jobs_of(core::slice::from_ref(answer))[..] else { return None };
+                Some((answer.node, view))
+            });
+            job.add_copies(&views.collect::<Vec<_>>(), &names);
             format.job(&job, wall_ms())
         }
     };

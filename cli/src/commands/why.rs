@@ -1,12 +1,18 @@
-//! `p2pit why`: why a job waits, node by node.
+//! `p2pit why`: why a job waits, node by node, and of one that runs who is silent.
 
-use p2pit_protocol::message::{Command, Decline, Reply, Verdict, WaitView};
+use std::collections::BTreeMap;
+
+use p2pit_protocol::{
+    PeerId,
+    job::{Policy, RankState, State},
+    message::{Command, Decline, JobView, Reply, Verdict, WaitView},
+};
 
 use crate::{
     args::Globals,
     jobs::Found,
     names::Names,
-    output::Output,
+    output::{Output, duration_s},
     session::{Session, unexpected},
     status::Status,
     view::{NodeVerdict, Wait},
@@ -32,7 +38,10 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
     let Reply::Why(wait) = found.ask_steward(&session, out, &why, |_| true).await? else {
         return Err(unexpected().into());
     };
-    let wait = describe(&wait, found.resolved.short.clone(), &names);
+    let mut wait = describe(&wait, found.resolved.short.clone(), &names);
+    if !matches!(wait.state, State::New | State::Waiting | State::Done) {
+        add_silent(&mut wait, &found.view(&session, out).await?, &names);
+    }
     out.data(out.format(args.json).wait(&wait))?;
     Ok(Status::DONE)
 }
@@ -54,6 +63,39 @@ fn describe(view: &WaitView, short: String, names: &Names) -> Wait {
     }
 }
 
+/// The nodes that a job needs, or may need, and that do not answer this one.
+fn add_silent(wait: &mut Wait, view: &JobView, names: &Names) {
+    let mut silent = BTreeMap::<PeerId, Vec<String>>::new();
+    let running = view.attempt.ranks.iter().filter(|rank| rank.state != RankState::Ended);
+    for rank in running.filter(|rank| names.is_offline(rank.node)) {
+        let until = match view.policy {
+            Policy::Restart => "until its lease has run out, some 200 s".to_owned(),
+            Policy::Continue => format!("for up to {}", duration_s(view.lost_after_ms / 1_000)),
+        };
+        silent.entry(rank.node).or_default().push(format!(
+            "process {} is {} there: it is waited for {until}",
+            rank.rank, rank.state
+        ));
+    }
+    for keeper in view.keepers.iter().filter(|keeper| names.is_offline(**keeper)) {
+        silent.entry(*keeper).or_default().push("it is one of the job's keepers".to_owned());
+    }
+    if silent.is_empty() {
+        return;
+    }
+    let list: Vec<String> = silent.keys().map(|node| names.node(*node)).collect();
+    let (nodes, verb) = if list.len() == 1 { ("node", "does") } else { ("nodes", "do") };
+    wait.summary = format!("{}; {nodes} {} {verb} not answer", wait.summary, list.join(", "));
+    // What is seen from here says more than what others last heard.
+    wait.nodes.retain(|known| !silent.contains_key(&known.node_id));
+    wait.nodes.extend(silent.into_iter().map(|(node_id, reasons)| NodeVerdict {
+        node: names.node(node_id),
+        node_id,
+        verdict: "silent",
+        reason: reasons.join("; "),
+    }));
+}
+
 fn explain(verdict: &Verdict, names: &Names) -> (&'static str, String) {
     match verdict {
         Verdict::Holds(1) => ("holds", "room for one process".to_owned()),
@@ -64,6 +106,11 @@ fn explain(verdict: &Verdict, names: &Names) -> (&'static str, String) {
         Verdict::NoAnswer => ("silent", "it was asked and has not answered yet".to_owned()),
         Verdict::Unreachable => ("unreachable", String::new()),
         Verdict::NotCalled => ("not called", "enough others were".to_owned()),
+        Verdict::Has(1) => ("has", "the results of one process".to_owned()),
+        Verdict::Has(n) => ("has", format!("the results of {n} processes")),
+        Verdict::Copies(1) => ("copies", "the results of one process".to_owned()),
+        Verdict::Copies(n) => ("copies", format!("the results of {n} processes")),
+        Verdict::CannotHold(reason) => ("cannot hold", reason.clone()),
     }
 }
 
@@ -93,6 +140,32 @@ mod tests {
     use p2pit_protocol::JobId;
 
     use super::*;
+    use crate::view::samples::{node, view};
+
+    #[test]
+    fn of_a_job_that_runs_the_nodes_that_do_not_answer_are_named() {
+        let nodes = [node(1, "offline"), node(2, "online"), node(3, "offline")];
+        let names = Names::of(&nodes, &[]);
+        let wait = || Wait {
+            id: JobId([1; 32]),
+            short: "abcd".to_owned(),
+            state: State::Running,
+            summary: "it runs".to_owned(),
+            need: 1,
+            held: 0,
+            nodes: Vec::new(),
+        };
+        let mut seen = wait();
+        add_silent(&mut seen, &view(State::Running, None), &names);
+        assert_eq!(seen.summary, "it runs; nodes n1, n3 do not answer");
+        let reasons: Vec<_> = seen.nodes.iter().map(|it| (&it.node[..], &it.reason[..])).collect();
+        let runs = "process 0 is running there: it is waited for until its lease has run out, \
+                    some 200 s; it is one of the job's keepers";
+        assert_eq!(reasons, [("n1", runs), ("n3", "it is one of the job's keepers")]);
+        let mut seen = wait();
+        add_silent(&mut seen, &view(State::Running, None), &Names::default());
+        assert_eq!((seen.summary, seen.nodes.len()), (wait().summary, 0), "all are there");
+    }
 
     #[test]
     fn a_verdict_names_the_job_in_front() {

@@ -11,7 +11,7 @@ use p2pit_protocol::{
 
 use super::{Format, bytes, duration_s, iso8601, plain, text::line};
 use crate::view::{
-    File, FileKind, Job, Jobs, MeAndNode, Node, NodeGpu, Overview, Plan, Rank, Recovery,
+    Copies, File, FileKind, Job, Jobs, MeAndNode, Node, NodeGpu, Overview, Plan, Rank, Recovery,
     Submission, Wait, gpu_summary, survived_losses,
 };
 
@@ -217,6 +217,7 @@ impl Format for Human {
         }
         fields.add("Retries", format!("{} of {} used", job.retried, job.retries));
         fields.add("Partition", partition_text(job));
+        fields.add("Copies", keep_every_text(job.keep_every_ms));
         fields.add("Kept by", job.keepers.join(", "));
         fields.add("Steward", format!("{} (term {}, epoch {})", job.steward, job.term, job.epoch));
         if job.recovered {
@@ -234,6 +235,10 @@ impl Format for Human {
             text.push_str(&format!("Processes of attempt {}:\n", job.attempt));
             for rank in &job.ranks {
                 text.push_str(&rank_text(rank));
+            }
+            let copies: String = job.ranks.iter().map(copies_text).collect();
+            if !copies.is_empty() {
+                text.push_str(&format!("Copies:\n{copies}"));
             }
         }
         text
@@ -484,6 +489,29 @@ fn rank_text(rank: &Rank) -> String {
     format!("  {}\n", line(&text, 2_000))
 }
 
+/// Nothing where there are none.
+fn copies_text(rank: &Rank) -> String {
+    let Some(Copies { holders, copying, saves, cannot }) = &rank.copies else {
+        return String::new();
+    };
+    let mut parts = Vec::new();
+    if !holders.is_empty() {
+        parts.push(format!("log and results on {}", holders.join(", ")));
+    }
+    if !copying.is_empty() {
+        parts.push(format!("being copied to {}", copying.join(", ")));
+    }
+    if rank.end.is_none() && !saves.is_empty() {
+        let saves = saves.iter().map(|(node, seq)| format!("{node} (copy {seq})"));
+        parts.push(format!("keep/ on {}", saves.collect::<Vec<_>>().join(", ")));
+    }
+    parts.extend(cannot.iter().map(|(node, reason)| format!("{node} cannot: {reason}")));
+    if parts.is_empty() {
+        return String::new();
+    }
+    format!("  {}\n", line(&format!("{}: {}", rank.rank, parts.join("; ")), 2_000))
+}
+
 fn gpu_text(index: usize, NodeGpu { gpu, state, job, reading }: &NodeGpu) -> String {
     let simulated = if gpu.simulated { ", simulated" } else { "" };
     let state = match (state, job) {
@@ -527,6 +555,13 @@ fn command_text(command: &Command) -> String {
     match command {
         Command::Script => ".compute".to_owned(),
         Command::Direct(text) => line(text, 200),
+    }
+}
+
+fn keep_every_text(keep_every_ms: u64) -> String {
+    match keep_every_ms {
+        0 => "of keep/ only when a process has ended".to_owned(),
+        every => format!("of keep/ every {} while it runs", duration_s(every / 1000)),
     }
 }
 

@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 
 use super::{Format, iso8601};
 use crate::view::{
-    File, FileKind, Job, Jobs, Live, Lost, MeAndNode, Node, NodeGpu, NodeVerdict, Overview, Plan,
-    Rank, Recovery, Submission, Usage, Wait, survived_losses,
+    Copies, File, FileKind, Job, Jobs, Live, Lost, MeAndNode, Node, NodeGpu, NodeVerdict, Overview,
+    Plan, Rank, Recovery, Submission, Usage, Wait, survived_losses,
 };
 
 #[derive(Debug)]
@@ -284,6 +284,7 @@ fn job(job: &Job, now_ms: u64) -> Value {
         retried,
         policy,
         lost_after_ms,
+        keep_every_ms,
         attempt,
         ranks,
         usage: Usage { compute_percent, memory_percent },
@@ -324,6 +325,7 @@ fn job(job: &Job, now_ms: u64) -> Value {
         "retried": retried,
         "policy": policy.to_string(),
         "lost_after_s": lost_after_ms / 1000,
+        "keep_every_s": (*keep_every_ms > 0).then_some(keep_every_ms / 1000),
         "attempt": attempt,
         "ranks": ranks.iter().map(rank).collect::<Vec<_>>(),
         "compute_percent": compute_percent,
@@ -342,9 +344,10 @@ fn resources(ranks: &[Rank]) -> Value {
 }
 
 fn rank(rank: &Rank) -> Value {
-    let Rank { rank, group, process, node, node_id, gpus, cpu_cores, ram_mib, state, end } = rank;
+    let Rank { rank, group, process, node, node_id, gpus, cpu_cores, ram_mib, state, end, copies } =
+        rank;
     let end = end.as_ref();
-    let RankEnd { ending, result, keep, artifacts, note, at_ms } = match end {
+    let RankEnd { ending, result, keep, artifacts, note, log_bytes, at_ms } = match end {
         Some(end) => end,
         None => &RankEnd::bare(p2pit_protocol::job::Ending::NeverStarted, 0),
     };
@@ -366,6 +369,20 @@ fn rank(rank: &Rank) -> Value {
         "keep": keep,
         "artifacts": artifacts,
         "note": note,
+        "log_bytes": ended(json!(log_bytes)),
+        "holders": copies.as_ref().map(|copies| &copies.holders),
+        "copies": copies.as_ref().map(copies_of),
+    })
+}
+
+fn copies_of(copies: &Copies) -> Value {
+    let Copies { holders: _, copying, saves, cannot } = copies;
+    let save = |(node, seq): &(String, u64)| json!({ "node": node, "seq": seq });
+    let refusal = |(node, reason): &(String, String)| json!({ "node": node, "reason": reason });
+    json!({
+        "copying": copying,
+        "saves": saves.iter().map(save).collect::<Vec<_>>(),
+        "cannot": cannot.iter().map(refusal).collect::<Vec<_>>(),
     })
 }
 

@@ -4,7 +4,8 @@
 use p2pit_protocol::{
     JobId,
     bidder::WorkId,
-    job::{Ending, RankRecord, RankState},
+    copies::NOT_COPIED,
+    job::{Ending, RankEnd, RankRecord, RankState},
     record::Body,
 };
 
@@ -48,7 +49,7 @@ fn look_at_change(
         let of_rank = |old: &&RankRecord| old.assignment.rank == rank.assignment.rank;
         let old = before.ranks.iter().find(of_rank).filter(|_| before.attempt == after.attempt);
         match old.filter(|old| old.state == RankState::Ended) {
-            Some(old) if old.end != rank.end || old.assignment != rank.assignment => {
+            Some(old) if !is_same(old, rank) => {
                 let text = format!("the end of rank {} changed", rank.assignment.rank);
                 return Err(Broken::of(job, text));
             }
@@ -57,6 +58,17 @@ fn look_at_change(
         }
     }
     Ok(())
+}
+
+/// Whether nothing about the end of a rank changed, but that what it left was given up.
+fn is_same(old: &RankRecord, new: &RankRecord) -> bool {
+    let given_up = |end: &RankEnd| end.note.as_ref().is_some_and(|n| n.starts_with(NOT_COPIED));
+    let plain = |end: &RankEnd| RankEnd { note: None, keep: None, ..end.clone() };
+    let same_end = match (&old.end, &new.end) {
+        (Some(old), Some(new)) if given_up(new) => plain(old) == plain(new),
+        (old, new) => old == new,
+    };
+    same_end && old.assignment == new.assignment
 }
 
 /// What a process did by itself is known for certain; of what was lost, nothing is.

@@ -155,6 +155,15 @@ impl World {
             let for_ms = random.between(1_000, options.cut_ms_max.max(1_000));
             self.at(at_ms, Occurrence::Slow { directions, by_ms, for_ms });
         }
+        // In a stream of its own again, as it came later still.
+        let mut random = Random::of(self.options.seed, "faults of copies");
+        for (at_ms, at, share) in when(&mut random, options.no_rooms) {
+            let for_ms = 1_000 + 2 * options.down_ms_max * share / 1_000;
+            self.at(at_ms, Occurrence::TakeRoom { at, for_ms });
+        }
+        for (at_ms, at, _) in when(&mut random, options.lost_copies) {
+            self.at(at_ms, Occurrence::LoseCopies { at });
+        }
     }
 
     /// End every fault: all machines run, every link carries everything.
@@ -164,6 +173,7 @@ impl World {
         for at in 0..self.machines.len() {
             self.machines[at].crash_at_write = None;
             self.machines[at].disk_full = false;
+            self.machines[at].no_room = false;
             self.machines[at].clock.set_wall_right();
             self.awake(at);
             if self.machines[at].foreign.is_empty() {
@@ -198,6 +208,7 @@ impl World {
         let was_up = machine.daemon.take().is_some();
         machine.timer = None;
         machine.connected.clear();
+        machine.copying.clear();
         let acted = core::mem::take(&mut machine.acting);
         let ended = match down {
             Down::Daemon => {
@@ -268,6 +279,8 @@ impl World {
         self.crash(at, Down::Machine, Some(down_ms));
         self.new_store(at);
         self.machines[at].trees.clear();
+        self.machines[at].left.clear();
+        self.machines[at].saves.clear();
         let name = self.machines[at].name();
         self.trace.say(self.now_ms, None, || format!("the disk of {name} is emptied"));
         self.counts.wipes += 1;
@@ -311,6 +324,8 @@ impl World {
             member: machine.member.clone(),
             journal: machine.journal.clone(),
             trees: machine.trees.clone(),
+            left: machine.left.clone(),
+            saves: machine.saves.clone(),
             boots: machine.boots,
         }
     }
@@ -330,6 +345,7 @@ impl World {
         machine.member = disk.member;
         machine.journal = disk.journal;
         machine.trees = disk.trees;
+        (machine.left, machine.saves) = (disk.left, disk.saves);
         machine.boots = disk.boots;
     }
 
@@ -501,6 +517,7 @@ impl World {
         let now = self.machines[at].clock.now(self.now_ms);
         let machine = &mut self.machines[at];
         machine.starts += 1;
+        machine.started_ms = self.now_ms;
         machine.boots += 1;
         self.counts.restarts += u64::from(machine.starts > 1);
         let mut peer = match machine.new_daemon(&self.options, &self.pool.genesis) {
@@ -535,6 +552,7 @@ impl World {
         self.trace.say(self.now_ms, None, || format!("{name} starts, knowing {known:?}"));
         self.mix("start", at, &[]);
         if self.settle(at) {
+            self.tell_what_is_held(at);
             self.report_exits(at);
             self.tell_links(at, 20, 1_500);
         }

@@ -91,6 +91,7 @@ impl World {
             retries: wanted.behaviour.retries,
             policy: wanted.behaviour.policy,
             lost_after_ms: wanted.behaviour.lost_after_ms,
+            keep_every_ms: wanted.behaviour.keep_every_ms,
             nonce,
             submitted_at_ms: now.wall_ms,
             keepers,

@@ -3,7 +3,7 @@
 use p2pit_protocol::{
     bidder::{LEASE_GRACE_MS, WorkId},
     inventory::GpuUuid,
-    job::{Ending, RankEnd},
+    job::Ending,
 };
 
 use super::{Occurrence, World};
@@ -119,6 +119,7 @@ impl World {
         if let Some(run_ms) = plan.run_ms {
             self.after(run_ms, Occurrence::Exits { at, id, ending: plan.exit });
         }
+        self.plan_save(at, id);
         if let Some(limit_ms) = plan.limit_ms {
             self.after(limit_ms, Occurrence::Limit { at, id });
         }
@@ -249,9 +250,9 @@ impl World {
         let process = self.machines[at].executor.processes.get(&id);
         let Some(ProcessState::Exited(ending)) = process.map(|p| p.state.clone()) else { return };
         self.mix("gathered", at, &[]);
-        self.with_daemon(at, |peer, now| {
-            peer.ended(id, RankEnd::bare(ending, now.wall_ms), now);
-        });
+        let wall_ms = self.machines[at].clock.now(self.now_ms).wall_ms;
+        let end = self.leave_results(at, id, ending, wall_ms);
+        self.with_daemon(at, |peer, now| peer.ended(id, end, now));
     }
 
     pub(super) fn discard(&mut self, at: usize, id: WorkId) {

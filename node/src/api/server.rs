@@ -38,18 +38,22 @@ use tokio::{io::AsyncReadExt as _, net::UnixListener, sync::mpsc};
 use tokio_util::io::StreamReader;
 use tracing::warn;
 
-use super::types::{
-    Answer, ApiError, Ask, Audience, DraftReply, DraftRequest, Fetch, Files, Found, HandedOver,
-    JobFiles, Join, Journalled, LanNode, Log, Me, NodeInfo, Plan, Planned, PoolInfo, Pull,
-    PullEvent, Recover, Resolve, Resolved, Submit, SubmitEvent, Survey, Surveyed, Unsatisfiable,
-    Uploaded, UserInfo, Watch, path,
+use super::{
+    log::Held,
+    types::{
+        Answer, ApiError, Ask, Audience, DraftReply, DraftRequest, Fetch, Files, Found, HandedOver,
+        JobFiles, Join, Journalled, LanNode, Log, Logs, Me, NodeInfo, Parting, Plan, Planned,
+        PoolInfo, Pull, PullEvent, Recover, Resolve, Resolved, Submit, SubmitEvent, Survey,
+        Surveyed, Unsatisfiable, Uploaded, UserInfo, Watch, path,
+    },
 };
 use crate::{
     daemon::{
         ASK_TIMEOUT, NoPeer, ReachError, Shared, ShutOut,
         fetch::{Blobs, Fetch as BlobFetch, FetchError, fetch as fetch_blobs},
-        now, push,
-        serve::{self, Gate, LogReader, Request, UserAnswer, Views},
+        logs::{self, LogReader},
+        now, parting, push,
+        serve::{self, Gate, Request, UserAnswer, Views},
     },
     executor::Isolation,
     home::Home,
@@ -121,6 +125,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .route(path::LAN, get(lan))
         .route(path::SHUTDOWN, post(shutdown))
         .route(path::HAND_OVER, post(hand_over))
+        .route(path::PARTING, post(part))
         .route(path::NODES, get(nodes))
         .route(path::USERS, get(users))
         .route(path::DRAFT, post(draft))
@@ -134,6 +139,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .route(path::ASK, post(ask))
         .route(path::WATCH, post(watch))
         .route(path::LOG, post(log))
+        .route(path::LOGS, post(logs))
         .route(path::FILES, post(files))
         .route(path::FETCH, post(fetch))
         .route(path::PULL, post(pull))
@@ -270,6 +276,11 @@ async fn shutdown(State(shared): State<Arc<Shared>>) -> Answered<BTreeMap<(), ()
 
 async fn hand_over(State(shared): State<Arc<Shared>>) -> Answered<HandedOver> {
     Ok(Json(shared.hand_over().await?))
+}
+
+async fn part(State(shared): State<Arc<Shared>>) -> Answered<Parting> {
+    let only_here = parting::only_here(&shared).await.map_err(Failure::broken)?;
+    Ok(Json(Parting { only_here, has_heirs: shared.has_heirs().await? }))
 }
 
 // ---- the pool -------------------------------------------------------------------------
@@ -749,25 +760,44 @@ async fn watch(
 
 async fn log(State(shared): State<Arc<Shared>>, Json(log): Json<Log>) -> Result<Response, Failure> {
     if log.node == shared.id() {
-        let reader =
-            LogReader::open(&shared, log.signed, log.follow).await.map_err(Failure::request)?;
-        let stream = stream::try_unfold(reader, |mut reader| async {
-            anyhow::Ok(reader.next().await?.map(|bytes| (Bytes::from(bytes), reader)))
+        let reader = LogReader::open(&shared, log.signed, log.parts, log.follow).await;
+        let stream = stream::try_unfold(reader.map_err(Failure::request)?, |mut reader| async {
+            anyhow::Ok(reader.next().await?.map(|it| (Bytes::from(it.encode()), reader)))
         });
         return Ok(octets(stream));
     }
-    let request = Request::Log { signed: log.signed, follow: log.follow };
+    let request = Request::Log { signed: log.signed, parts: log.parts, follow: log.follow };
     let (_, receive) = shared.open(log.node, &request).await?;
     Ok(octets(rest_of(open_gate(&shared, log.node, receive).await?)))
 }
 
-async fn files(State(shared): State<Arc<Shared>>, Json(files): Json<Files>) -> Answered<JobFiles> {
-    if files.node == shared.id() {
-        let files = serve::job_files(&shared, files.signed).await.map_err(Failure::request)?;
-        return Ok(Json(files));
+async fn logs(State(shared): State<Arc<Shared>>, Json(logs): Json<Logs>) -> Answered<Vec<Held>> {
+    if logs.node == shared.id() {
+        let held = logs::held(&shared, logs.signed).await.map_err(Failure::request)?;
+        return Ok(Json(held));
     }
-    let (_, receive) = shared.open(files.node, &Request::Files(files.signed)).await?;
-    let mut receive = open_gate(&shared, files.node, receive).await?;
+    let (_, receive) = shared.open(logs.node, &Request::Logs(logs.signed)).await?;
+    let mut receive = open_gate(&shared, logs.node, receive).await?;
+    let bytes = receive
+        .read_to_end(LOGS_BYTES_MAX)
+        .await
+        .context("the node's list of logs broke off")
+        .map_err(Failure::broken)?;
+    let held = serde_json::from_slice(&bytes).context("the node's list of logs is not in order");
+    Ok(Json(held.map_err(Failure::broken)?))
+}
+
+/// A hundred bytes of JSON a log.
+const LOGS_BYTES_MAX: usize = 64 << 20;
+
+async fn files(State(shared): State<Arc<Shared>>, Json(files): Json<Files>) -> Answered<JobFiles> {
+    let Files { node, signed, copies } = files;
+    if node == shared.id() {
+        let files = serve::job_files(&shared, signed, copies).await;
+        return Ok(Json(files.map_err(Failure::request)?));
+    }
+    let (_, receive) = shared.open(node, &Request::Files { signed, copies }).await?;
+    let mut receive = open_gate(&shared, node, receive).await?;
     let bytes = receive
         .read_to_end(FILES_BYTES_MAX)
         .await
@@ -776,7 +806,7 @@ async fn files(State(shared): State<Arc<Shared>>, Json(files): Json<Files>) -> A
     let answered: JobFiles = serde_json::from_slice(&bytes)
         .context("the node's list of files is not in order")
         .map_err(Failure::broken)?;
-    Ok(Json(JobFiles { node: files.node, ..answered }))
+    Ok(Json(JobFiles { node, ..answered }))
 }
 
 /// Manifests of all ranks of one node, as base64 in JSON.

@@ -16,6 +16,7 @@ use p2pit_protocol::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::log;
 use crate::transfer::exchange;
 
 /// The paths of the API.
@@ -33,6 +34,8 @@ pub mod path {
     /// POST → [`super::HandedOver`]: other keepers drive what this node drives, as before it
     /// leaves the pool.
     pub const HAND_OVER: &str = "/v1/hand-over";
+    /// POST → [`super::Parting`]: what of jobs only this node has; others are asked to copy it.
+    pub const PARTING: &str = "/v1/parting";
     /// GET → `Vec<`[`super::NodeInfo`]`>`.
     pub const NODES: &str = "/v1/nodes";
     /// GET → `Vec<`[`super::UserInfo`]`>`.
@@ -59,9 +62,13 @@ pub mod path {
     /// POST [`super::Watch`] → stream of `JobView`, one at once and one for each change,
     /// until the job is done. The signed command is `Job`.
     pub const WATCH: &str = "/v1/watch";
-    /// POST [`super::Log`] → the node's log lines of the job, plain bytes; with `follow`
-    /// until its ranks there have ended. The signed command is `Log`.
+    /// POST [`super::Log`] → the log lines of the job that the node has, as
+    /// [`super::super::log::Chunk`]s; with `follow` until its ranks there have ended. The signed
+    /// command is `Log`.
     pub const LOG: &str = "/v1/log";
+    /// POST [`super::Logs`] → `Vec<`[`super::super::log::Held`]`>`: which logs of the job the
+    /// node has. The signed command is `Log`.
+    pub const LOGS: &str = "/v1/logs";
     /// POST [`super::Files`] → [`super::JobFiles`]: the trees of the ranks of one node.
     /// The signed command is `Files`.
     pub const FILES: &str = "/v1/files";
@@ -315,6 +322,21 @@ pub struct HandedOver {
     pub left: usize,
 }
 
+/// What would be lost with a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parting {
+    pub only_here: Vec<OnlyHere>,
+    /// Whether there is anybody who could hold it.
+    pub has_heirs: bool,
+}
+
+/// A job of which a node alone has what some of its processes left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OnlyHere {
+    pub job: JobId,
+    pub processes: usize,
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Audience {
     pub pool: PoolId,
@@ -369,16 +391,25 @@ pub struct Watch {
 pub struct Log {
     pub node: PeerId,
     pub signed: SignedBytes,
+    pub parts: log::Parts,
     pub follow: bool,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Logs {
+    pub node: PeerId,
+    pub signed: SignedBytes,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Files {
     pub node: PeerId,
     pub signed: SignedBytes,
+    /// Of ranks that ran elsewhere, and of which the node has copies.
+    pub copies: bool,
 }
 
-/// The trees of a job's ranks that ran on one node.
+/// The trees of a job's ranks that ran on one node, or that it has copies of.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct JobFiles {
     pub node: PeerId,
@@ -390,9 +421,21 @@ pub struct JobFiles {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RankFiles {
     pub rank: u32,
+    pub attempt: u32,
+    /// Of a copy: as what it was taken.
+    pub copy: Option<Copied>,
     /// `keep/` and the artifacts, as encoded trees; `None` where there are none.
     pub keep: Option<Manifest>,
     pub artifacts: Option<Manifest>,
+}
+
+/// What a copy is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Copied {
+    /// `keep/` while the process ran: the so many-th copy.
+    Save(u64),
+    /// What the process left.
+    End,
 }
 
 /// An encoded `transfer::tree::Tree`.

@@ -323,6 +323,11 @@ fn on_event(shared: &Arc<Shared>, state: &mut State, event: Event) {
                 changed.send_modify(|count| *count += 1);
             }
         }
+        Event::CopiesChanged { job } => {
+            if let Some(peer) = &state.peer {
+                shared.copies.ordered(shared, job, peer);
+            }
+        }
         Event::Submitted { job, result } => {
             if let Some(waiting) = state.submissions.remove(&job) {
                 // The submitter's command may have been interrupted: the job stands.

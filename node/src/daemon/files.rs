@@ -2,18 +2,20 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::Path,
     sync::{Arc, Mutex},
 };
 
 use anyhow::Context as _;
 use p2pit_protocol::{
     BlobId, JobId, UserId,
-    job::{Attempt, Rank},
+    bidder::WorkId,
+    job::{Attempt, Rank, VerifiedSpec},
 };
 
 use super::{Shared, lock, work};
 use crate::{
-    api::types::{JobFiles, Manifest, RankFiles},
+    api::types::{Copied, JobFiles, Manifest, RankFiles},
     transfer::{store::BlobStore, tree::Tree},
     workspace::Workspace,
 };
@@ -80,20 +82,47 @@ pub(crate) async fn live_trees(shared: &Arc<Shared>, job: JobId) -> anyhow::Resu
     tokio::task::spawn_blocking(move || {
         let mut ranks = Vec::new();
         for (attempt, rank) in newest_ranks(&job_dir)? {
-            let id = p2pit_protocol::bidder::WorkId { job, attempt, rank };
+            let id = WorkId { job, attempt, rank };
             let workspace = shared.workspace(id);
             let (keep, artifacts) = trees_of(&shared, &workspace, &store, job)?;
-            ranks.push(RankFiles { rank: rank.0, keep, artifacts });
+            let (rank, attempt) = (rank.0, attempt.0);
+            ranks.push(RankFiles { rank, attempt, copy: None, keep, artifacts });
         }
-        let continued = work::read_spec(&job_dir)?.spec.continues.map(|it| it.keep);
-        let continued = match continued {
-            // What went bad or was removed is not missed: ranks that differ stand apart.
-            Some(root) if store.has(&root) => {
-                store.read(&root, MANIFEST_BYTES_MAX).ok().map(Manifest)
-            }
-            Some(_) | None => None,
-        };
+        let continued = continued(&store, &work::read_spec(&job_dir)?);
         Ok(JobFiles { node: shared.id(), ranks, continued })
+    })
+    .await?
+}
+
+fn continued(store: &BlobStore, spec: &VerifiedSpec) -> Option<Manifest> {
+    let root = spec.spec.continues.as_ref().map(|it| it.keep)?;
+    // What went bad or was removed is not missed: ranks that differ stand apart.
+    if store.has(&root) { store.read(&root, MANIFEST_BYTES_MAX).ok().map(Manifest) } else { None }
+}
+
+/// Of each rank that ran elsewhere, the newest that this node has a copy of.
+pub(crate) async fn copied_trees(shared: &Arc<Shared>, job: JobId) -> anyhow::Result<JobFiles> {
+    let shared = Arc::clone(shared);
+    tokio::task::spawn_blocking(move || {
+        let (shelf, store) = (shared.copies.shelf(), &shared.store);
+        let manifest = |root: Option<BlobId>| {
+            root.map(|root| anyhow::Ok(Manifest(store.read(&root, MANIFEST_BYTES_MAX)?)))
+                .transpose()
+        };
+        let mut newest = BTreeMap::new();
+        for (attempt, rank) in shelf.ranks(job)? {
+            let held = shelf.held(WorkId { job, attempt, rank });
+            let (copy, keep, artifacts) = match (held.end, held.save) {
+                (Some(end), _) => (Copied::End, end.keep, end.artifacts),
+                (None, Some(save)) => (Copied::Save(save.seq), Some(save.tree), None),
+                (None, None) => continue,
+            };
+            let (keep, artifacts) = (manifest(keep)?, manifest(artifacts)?);
+            let (rank, attempt) = (rank.0, attempt.0);
+            newest.insert(rank, RankFiles { rank, attempt, copy: Some(copy), keep, artifacts });
+        }
+        let continued = continued(store, &shelf.spec(job)?);
+        Ok(JobFiles { node: shared.id(), ranks: newest.into_values().collect(), continued })
     })
     .await?
 }
@@ -103,13 +132,21 @@ pub(crate) fn is_of_job(shared: &Shared, job: JobId, blob: &BlobId) -> anyhow::R
     if shared.served.is_live(job, blob) {
         return Ok(true);
     }
-    for (attempt, rank, _) in work::rank_dirs(&shared.job_dir(job))? {
-        let id = p2pit_protocol::bidder::WorkId { job, attempt, rank };
-        let Some(result) = shared.workspace(id).collected() else { continue };
-        for root in [result.keep, result.artifacts].into_iter().flatten() {
-            if shared.served.blobs_of(&shared.store, root)?.contains(blob) {
-                return Ok(true);
-            }
+    let mut roots = BTreeSet::new();
+    for (attempt, rank) in ranks(&shared.job_dir(job))? {
+        let workspace = shared.workspace(WorkId { job, attempt, rank });
+        let left = workspace.collected().unwrap_or_default();
+        roots.extend([left.keep, left.artifacts].into_iter().flatten());
+        roots.extend(workspace.saved().map(|save| save.tree));
+    }
+    let shelf = shared.copies.shelf();
+    for (attempt, rank) in shelf.ranks(job)? {
+        roots.extend(shelf.held(WorkId { job, attempt, rank }).trees());
+    }
+    for root in roots {
+        // What has gone is given by others.
+        if shared.store.has(&root) && shared.served.blobs_of(&shared.store, root)?.contains(blob) {
+            return Ok(true);
         }
     }
     Ok(false)
@@ -157,16 +194,17 @@ fn trees_of(
     Ok((manifest(live.keep)?, manifest(live.artifacts)?))
 }
 
-fn newest_ranks(job_dir: &std::path::Path) -> anyhow::Result<Vec<(Attempt, Rank)>> {
-    let dirs = match work::rank_dirs(job_dir) {
-        Ok(dirs) => dirs,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(e).with_context(|| format!("cannot list {}", job_dir.display())),
-    };
-    let newest = dirs.iter().map(|(attempt, ..)| *attempt).max();
-    Ok(dirs
-        .into_iter()
-        .filter(|(attempt, ..)| Some(*attempt) == newest)
-        .map(|(attempt, rank, _)| (attempt, rank))
-        .collect())
+fn newest_ranks(job_dir: &Path) -> anyhow::Result<Vec<(Attempt, Rank)>> {
+    let ranks = ranks(job_dir)?;
+    let newest = ranks.iter().map(|(attempt, _)| *attempt).max();
+    Ok(ranks.into_iter().filter(|(attempt, _)| Some(*attempt) == newest).collect())
+}
+
+/// Those that have a directory on this node.
+fn ranks(job_dir: &Path) -> anyhow::Result<Vec<(Attempt, Rank)>> {
+    match work::rank_dirs(job_dir) {
+        Ok(dirs) => Ok(dirs.into_iter().map(|(attempt, rank, _)| (attempt, rank)).collect()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(e).with_context(|| format!("cannot list {}", job_dir.display())),
+    }
 }

@@ -291,6 +291,7 @@ impl Shared {
             store.persist(&ids).with_context(|| format!("tree {root} cannot be kept"))
         })
         .await??;
+        self.copies.note_kept(root);
         self.act(move |peer, _| peer.tree_stored(root)).await?;
         Ok(())
     }

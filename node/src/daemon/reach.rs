@@ -43,15 +43,19 @@ const CONNECTIONS_WANTED: usize = 48;
 const DOOR_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a node may take to answer a request that is not a stream.
 pub(crate) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same of one that is thought to be off: others are asked instead.
+const OFFLINE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between tries to reach the same member, at first and at most.
 const RETRY_MS: (u64, u64) = (500, 60_000);
 /// How often members out of reach are looked at.
 const TEND_EVERY: Duration = Duration::from_secs(2);
 /// Lanes of a node's connections: for what is short or looked at, for what jobs need, and
-/// for what people copy.
+/// for what people copy; the last below.
 const TALK: u8 = 0;
 const BULK: u8 = 1;
 const COPY: u8 = 2;
+/// For logs that are followed: they stay open, and a connection has only so many.
+const LOGS: u8 = 3;
 
 /// Why a node could not be asked; the text is what it is called.
 #[derive(Debug, thiserror::Error)]
@@ -277,15 +281,19 @@ async fn ask_control(
 impl Shared {
     /// A data-plane connection to a member.
     async fn connect(&self, peer: PeerId, lane: u8) -> Result<Connection, ReachError> {
-        let advertised = self
-            .act(move |p, _| p.board().get(peer).map(|posted| posted.advert.data.clone()))
+        let (advertised, is_online) = self
+            .act(move |p, _| {
+                let posted = p.board().get(peer).map(|posted| posted.advert.data.clone());
+                (posted, p.board().is_connected(peer))
+            })
             .await
-            .map_err(|e| ReachError::Unreachable(self.label(peer), e.into()))?
-            .unwrap_or_default();
+            .map_err(|e| ReachError::Unreachable(self.label(peer), e.into()))?;
+        let advertised = advertised.unwrap_or_default();
         let addrs = if advertised.is_empty() { cached_addresses(self, peer).1 } else { advertised };
-        self.endpoint
-            .connect_lane(peer, &addrs, DATA.alpn, lane)
+        let within = if is_online { ASK_TIMEOUT } else { OFFLINE_TIMEOUT };
+        timeout(within, self.endpoint.connect_lane(peer, &addrs, DATA.alpn, lane))
             .await
+            .map_err(|_| ReachError::Silent(self.label(peer)))?
             .map_err(|e| ReachError::Unreachable(self.label(peer), e.into()))
     }
 
@@ -349,6 +357,15 @@ impl Shared {
         self.open_in(BULK, peer, question).await
     }
 
+    /// As [`Self::open`], for a keeper that follows a log.
+    pub(super) async fn open_tail(
+        &self,
+        peer: PeerId,
+        question: &Request,
+    ) -> Result<(quinn::SendStream, quinn::RecvStream), ReachError> {
+        self.open_in(LOGS, peer, question).await
+    }
+
     async fn open_in(
         &self,
         lane: u8,
@@ -386,7 +403,24 @@ impl Shared {
         let mut sources: Vec<PeerId> = keepers.map(|(keeper, _)| *keeper).collect();
         // A value that cannot be read gives nobody else; the keepers will say so.
         sources.extend(certificate.value().map(|value| value.body.nodes()).unwrap_or_default());
-        let named = self.others(sources);
+        let request =
+            Request::Inputs { spec: spec.signed.clone(), certificate: certificate.clone() };
+        self.bring_tree(&request, sources, root, is_wanted).await?;
+        // The daemon is ending if nobody listens.
+        let _ = self.act(move |peer, _| peer.tree_stored(root)).await;
+        Ok(())
+    }
+
+    /// Have every blob of a tree here, as this request lets us: from the `named` nodes, and
+    /// where none of them has it from any other that can be reached.
+    pub(super) async fn bring_tree<W: Future<Output = bool> + Send>(
+        self: &Arc<Self>,
+        request: &Request,
+        named: Vec<PeerId>,
+        root: BlobId,
+        is_wanted: impl Fn() -> W + Sync,
+    ) -> Result<(), FetchError> {
+        let named = self.others(named);
         let connected = self.act(|peer, _| peer.board().connected().collect::<Vec<_>>()).await;
         let others: Vec<PeerId> = self
             .others(connected.unwrap_or_default())
@@ -394,10 +428,7 @@ impl Shared {
             .filter(|node| !named.contains(node))
             .collect();
         let from = |sources: &[PeerId], blobs: Blobs| Fetch {
-            request: Request::Inputs {
-                spec: spec.signed.clone(),
-                certificate: certificate.clone(),
-            },
+            request: request.clone(),
             gated: true,
             sources: sources.to_vec(),
             blobs,
@@ -424,8 +455,6 @@ impl Shared {
         let blobs = tokio::task::spawn_blocking(move || push::blobs_of(&store, root)).await;
         let blobs = blobs.map_err(|e| FetchError::Here(e.into()))?.map_err(FetchError::Here)?;
         bring(Blobs::Known(blobs)).await?;
-        // The daemon is ending if nobody listens.
-        let _ = self.act(move |peer, _| peer.tree_stored(root)).await;
         Ok(())
     }
 

@@ -5,8 +5,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::{Read as _, Seek as _, SeekFrom},
-    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -14,20 +12,26 @@ use std::{
 use anyhow::{Context as _, bail};
 use p2pit_protocol::{
     BlobId, JobId, Now, Peer, PeerId, UserId,
+    bidder::WorkId,
     door::{self, Hello},
     identity::SignedBytes,
-    job::{State, VerifiedSpec},
+    job::{Attempt, Rank, State, VerifiedSpec},
     message::{Command, JobView, Reply},
-    record::{Certificate, ForceRecover, Keeper, quorum_of},
+    record::{Body, Certificate, ForceRecover, Keeper, Link, quorum_of},
 };
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::{Shared, files, push, work};
+use super::{
+    Shared, files,
+    logs::{self, LogReader},
+    parting, push, work,
+};
 use crate::{
     api::{
         is_disk_full,
+        log::Parts,
         types::{GpuReading, JobFiles, Surveyed},
     },
     gpu,
@@ -48,19 +52,39 @@ pub(crate) enum Request {
     User(SignedBytes),
     /// The signed `Job` → [`JobView`], one at once and one for each change, until done.
     Watch(SignedBytes),
-    /// The signed `Log` → [`Gate`], then the log lines, as bytes.
-    Log { signed: SignedBytes, follow: bool },
-    /// The signed `Files` → [`Gate`], then [`JobFiles`] as JSON bytes to the end.
-    Files(SignedBytes),
+    /// The signed `Log` → [`Gate`], then pieces of logs ([`crate::api::log::Chunk`]).
+    Log { signed: SignedBytes, parts: Parts, follow: bool },
+    /// The signed `Log` → [`Gate`], then which logs there are
+    /// ([`crate::api::log::Held`]), as JSON bytes to the end.
+    Logs(SignedBytes),
+    /// The signed `Files` → [`Gate`], then [`JobFiles`] as JSON bytes to the end: of the ranks
+    /// that ran there, or of those that it has copies of.
+    Files { signed: SignedBytes, copies: bool },
     /// The signed `Files`, asks behind → [`Gate`], then blobs.
     Blobs(SignedBytes),
-    /// Asks behind: inputs of the job → blobs. The certificate is for a value of its record
-    /// that names the asking node; whoever has the blobs may be asked.
+    /// Asks behind: inputs of the job → [`Gate`], blobs. The certificate is for a value of its
+    /// record that names the asking node; whoever has the blobs may be asked.
     Inputs { spec: SignedBytes, certificate: Certificate },
+    /// Asks behind, from a keeper of the job, as the links show: its inputs, and what its ranks
+    /// left or have saved → [`Gate`], blobs.
+    Copies { spec: SignedBytes, links: Vec<Link> },
+    /// From a keeper of the job: the log of a rank, from so many bytes on → [`Gate`], the log's
+    /// bytes; with `follow` until nothing more is written there.
+    Tail {
+        spec: SignedBytes,
+        links: Vec<Link>,
+        attempt: Attempt,
+        rank: Rank,
+        from: u64,
+        follow: bool,
+    },
     /// A tree for a job to be submitted → twice, for the manifest and for all else of it:
     /// [`Gate`], the asks for what is missing, those blobs back; → [`Gate`] once everything
     /// is durable.
     Push { root: BlobId, manifest_bytes: u64 },
+    /// What did these jobs leave, and what of it have you? → `Vec<Left>`, at most
+    /// [`parting::JOBS_MAX`].
+    Left(Vec<JobId>),
     /// The signed `Job`: what do you have of its record, whose keepers are lost? →
     /// `Result<Surveyed, String>`.
     Survey(SignedBytes),
@@ -111,7 +135,6 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const MANIFEST_BYTES_MAX: u64 = 128 << 20;
 /// Before bulk, when a connection has room: what somebody looks at.
 const URGENT: i32 = 1;
-const LOG_CHUNK_BYTES: usize = 64 << 10;
 
 /// Take connections until the endpoint closes.
 pub(super) async fn accept(shared: Arc<Shared>) {
@@ -178,7 +201,10 @@ async fn answer(
     mut receive: quinn::RecvStream,
 ) -> anyhow::Result<()> {
     let request = frame::read_message(&mut receive, usize::MAX).await?;
-    if !matches!(request, Request::Blobs(_) | Request::Inputs { .. }) {
+    if !matches!(
+        request,
+        Request::Blobs(_) | Request::Inputs { .. } | Request::Copies { .. } | Request::Tail { .. }
+    ) {
         send.set_priority(URGENT)?;
     }
     match request {
@@ -196,17 +222,24 @@ async fn answer(
                 frame::write_message(&mut send, &view).await?;
             }
         }
-        Request::Log { signed, follow } => {
-            let mut log = match LogReader::open(shared, signed, follow).await {
+        Request::Log { signed, parts, follow } => {
+            let mut log = match LogReader::open(shared, signed, parts, follow).await {
                 Ok(log) => log,
                 Err(reason) => return deny(send, reason).await,
             };
             frame::write_message(&mut send, &Gate::Open).await?;
-            while let Some(bytes) = until_unwanted(&mut send, log.next()).await? {
-                send.write_all(&bytes).await?;
+            while let Some(chunk) = until_unwanted(&mut send, log.next()).await? {
+                send.write_all(&chunk.encode()).await?;
             }
         }
-        Request::Files(signed) => match job_files(shared, signed).await {
+        Request::Logs(signed) => match logs::held(shared, signed).await {
+            Ok(held) => {
+                frame::write_message(&mut send, &Gate::Open).await?;
+                send.write_all(&serde_json::to_vec(&held)?).await?;
+            }
+            Err(reason) => return deny(send, reason).await,
+        },
+        Request::Files { signed, copies } => match job_files(shared, signed, copies).await {
             Ok(files) => {
                 frame::write_message(&mut send, &Gate::Open).await?;
                 send.write_all(&serde_json::to_vec(&files)?).await?;
@@ -230,6 +263,31 @@ async fn answer(
             };
             frame::write_message(&mut send, &Gate::Open).await?;
             give(shared, allowed, asks, &mut send).await?;
+        }
+        Request::Copies { spec, links } => {
+            let asks = exchange::read_asks(&mut receive, exchange::ASKS_MAX).await?;
+            let allowed = match allow_copies(shared, from, spec, links, &asks).await {
+                Ok(allowed) => allowed,
+                Err(reason) => return deny(send, reason).await,
+            };
+            frame::write_message(&mut send, &Gate::Open).await?;
+            give(shared, allowed, asks, &mut send).await?;
+        }
+        Request::Tail { spec, links, attempt, rank, from: offset, follow } => {
+            let spec = match check_keeper(shared, from, spec, links).await {
+                Ok(spec) => spec,
+                Err(reason) => return deny(send, reason).await,
+            };
+            frame::write_message(&mut send, &Gate::Open).await?;
+            let id = WorkId { job: spec.job, attempt, rank };
+            let mut log = LogReader::of_rank(shared, id, offset, follow);
+            while let Some(chunk) = until_unwanted(&mut send, log.next()).await? {
+                send.write_all(&chunk.bytes).await?;
+            }
+        }
+        Request::Left(jobs) => {
+            let left = parting::answer(shared, jobs).await?;
+            frame::write_message(&mut send, &left).await?;
         }
         Request::Survey(signed) => {
             let surveyed = survey(shared, signed).await.map_err(|e| format!("{e:#}"));
@@ -364,17 +422,20 @@ impl Views {
 }
 
 /// Whether a signed request lets its user read a job's log and files on this node.
-async fn may_read(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow::Result<(JobId, Command)> {
+pub(super) async fn may_read(
+    shared: &Arc<Shared>,
+    signed: SignedBytes,
+) -> anyhow::Result<(JobId, Command)> {
     let checked = shared.act(move |peer, now| peer.check_user(&signed, now)).await?;
     let (user, command) = checked.map_err(anyhow::Error::msg)?;
     let (Command::Log(job) | Command::Files(job)) = command else {
         bail!("the request is not to read a job's log or files");
     };
-    let job_dir = shared.job_dir(job);
-    if !job_dir.exists() {
+    let dirs = [shared.job_dir(job), shared.copies.shelf().job_dir(job)];
+    let Some(dir) = dirs.into_iter().find(|dir| dir.join(work::SPEC_FILE).exists()) else {
         bail!("job {} left nothing on this node", short(job));
-    }
-    let spec = tokio::task::spawn_blocking(move || work::read_spec(&job_dir)).await??;
+    };
+    let spec = tokio::task::spawn_blocking(move || work::read_spec(&dir)).await??;
     let owner = spec.spec.owner;
     if !shared.act(move |peer, _| peer.may_read(user, owner)).await? {
         bail!("only the owner of job {} and admins of the pool may read it", short(job));
@@ -382,102 +443,22 @@ async fn may_read(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow::Result<(
     Ok((job, command))
 }
 
-fn short(job: JobId) -> String {
+pub(super) fn short(job: JobId) -> String {
     job.to_string().chars().take(8).collect()
-}
-
-/// The log lines of a job on this node: those of one rank after those of another, and
-/// with `follow` as they come.
-pub(crate) struct LogReader {
-    shared: Arc<Shared>,
-    job: JobId,
-    follow: bool,
-    activity: tokio::sync::watch::Receiver<u64>,
-    read: std::collections::BTreeMap<PathBuf, u64>,
-    queue: std::collections::VecDeque<Vec<u8>>,
-}
-
-impl LogReader {
-    pub(crate) async fn open(
-        shared: &Arc<Shared>,
-        signed: SignedBytes,
-        follow: bool,
-    ) -> anyhow::Result<Self> {
-        let (job, _) = may_read(shared, signed).await?;
-        Ok(Self {
-            shared: Arc::clone(shared),
-            job,
-            follow,
-            activity: shared.work.activity(job),
-            read: std::collections::BTreeMap::new(),
-            queue: std::collections::VecDeque::new(),
-        })
-    }
-
-    /// The next whole lines; `None` at the end.
-    pub(crate) async fn next(&mut self) -> anyhow::Result<Option<Vec<u8>>> {
-        loop {
-            if let Some(bytes) = self.queue.pop_front() {
-                return Ok(Some(bytes));
-            }
-            self.activity.borrow_and_update();
-            // Asked before reading: what ends meanwhile is read completely.
-            let job = self.job;
-            let committed = self.shared.act(move |peer, _| peer.has_work(job)).await?;
-            let over = !committed && !self.shared.work.is_live(job);
-            let job_dir = self.shared.job_dir(job);
-            let mut read = std::mem::take(&mut self.read);
-            let (read, chunks) = tokio::task::spawn_blocking(move || {
-                let chunks = read_on(&job_dir, &mut read);
-                (read, chunks)
-            })
-            .await?;
-            self.read = read;
-            self.queue.extend(chunks?);
-            if self.queue.is_empty() {
-                if over || !self.follow {
-                    return Ok(None);
-                }
-                self.activity.changed().await.context("the daemon is ending")?;
-            }
-        }
-    }
-}
-
-/// What every rank's log has beyond what was read, cut behind its last whole line.
-fn read_on(
-    job_dir: &std::path::Path,
-    read: &mut std::collections::BTreeMap<PathBuf, u64>,
-) -> anyhow::Result<Vec<Vec<u8>>> {
-    let mut chunks = Vec::new();
-    for (_, _, dir) in work::rank_dirs(job_dir)? {
-        let path = dir.join(crate::workspace::LOG_NAME);
-        let mut file = match std::fs::File::open(&path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
-        };
-        let offset = read.entry(path).or_default();
-        file.seek(SeekFrom::Start(*offset))?;
-        let mut bytes = Vec::new();
-        file.take(LOG_CHUNK_BYTES as u64 * 4).read_to_end(&mut bytes)?;
-        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-        bytes.truncate(whole);
-        *offset += whole as u64;
-        if !bytes.is_empty() {
-            chunks.push(bytes);
-        }
-    }
-    Ok(chunks)
 }
 
 /// The trees of a job's ranks on this node.
 pub(crate) async fn job_files(
     shared: &Arc<Shared>,
     signed: SignedBytes,
+    copies: bool,
 ) -> anyhow::Result<JobFiles> {
     let (job, _) = may_read(shared, signed).await?;
-    files::live_trees(shared, job).await
+    if copies {
+        files::copied_trees(shared, job).await
+    } else {
+        files::live_trees(shared, job).await
+    }
 }
 
 /// Those of the blobs asked for that are of the job of a signed request.
@@ -515,7 +496,7 @@ async fn allow_inputs(
     let (job, owner) = (spec.job, spec.spec.owner);
     let spec = Arc::new(spec);
     let (asked, proof) = (Arc::clone(&spec), certificate);
-    let (pool, admitted, is_over, is_known, value) = shared
+    let (pool, admitted, is_over, is_known, recorded, value) = shared
         .act(move |peer, _| {
             let state = peer.roster().state();
             let newest = proof.links.last().map_or(&asked.spec.keepers, |link| &link.next);
@@ -527,7 +508,8 @@ async fn allow_inputs(
             let is_over = record.is_some_and(|kept| kept.value.body.state() == State::Done);
             let is_known = record.is_some() || peer.work_spec(job).is_some();
             let value = peer.check_certificate(&proof, &asked);
-            (peer.pool(), admitted, is_over, is_known, value)
+            let recorded = record.map(|kept| trees_of(&kept.value.body)).unwrap_or_default();
+            (peer.pool(), admitted, is_over, is_known, recorded, value)
         })
         .await?;
     if spec.spec.pool != pool || !admitted {
@@ -536,7 +518,8 @@ async fn allow_inputs(
     if is_over {
         bail!("job {} is over", short(job));
     }
-    if !value.map_err(anyhow::Error::msg)?.body.nodes().contains(&from) {
+    let body = value.map_err(anyhow::Error::msg)?.body;
+    if !body.nodes().contains(&from) {
         bail!("the record of job {} does not name {from}", short(job));
     }
     let ids: Vec<BlobId> = asks.iter().map(|ask| ask.id).collect();
@@ -545,17 +528,115 @@ async fn allow_inputs(
         let mut allowed = BTreeSet::new();
         for root in spec.inputs() {
             // Who names a tree in a job of his own has not shown that it is his.
-            if !is_known && !files::is_of_owner(&shared, owner, root)? {
-                continue;
+            if is_known || files::is_of_owner(&shared, owner, root)? {
+                allow_tree(&shared, root, &ids, &mut allowed)?;
             }
-            if shared.store.has(&root) {
-                let blobs = shared.served.blobs_of(&shared.store, root)?;
-                allowed.extend(ids.iter().filter(|id| blobs.contains(id)));
+        }
+        for saved in &body.saved {
+            if recorded.contains(&saved.tree) || files::is_of_job(&shared, job, &saved.tree)? {
+                allow_tree(&shared, saved.tree, &ids, &mut allowed)?;
             }
         }
         Ok(Allowed { store: shared.store.clone(), ids: allowed })
     })
     .await?
+}
+
+/// Allows those of the blobs asked for that are of a tree, if that is here.
+fn allow_tree(
+    shared: &Shared,
+    root: BlobId,
+    ids: &[BlobId],
+    allowed: &mut BTreeSet<BlobId>,
+) -> anyhow::Result<()> {
+    if shared.store.has(&root) {
+        let blobs = shared.served.blobs_of(&shared.store, root)?;
+        allowed.extend(ids.iter().filter(|id| blobs.contains(id)));
+    }
+    Ok(())
+}
+
+/// The job of this spec, where its links show that `from` keeps it.
+async fn check_keeper(
+    shared: &Arc<Shared>,
+    from: PeerId,
+    spec: SignedBytes,
+    links: Vec<Link>,
+) -> anyhow::Result<Arc<VerifiedSpec>> {
+    let spec = tokio::task::spawn_blocking(move || VerifiedSpec::verify(spec)).await??;
+    let (job, spec) = (spec.job, Arc::new(spec));
+    let asked = Arc::clone(&spec);
+    let (pool, is_admitted, keepers, known) = shared
+        .act(move |peer, _| {
+            // Links that are known here and not to the asker may have taken the job from it.
+            let known = peer.record(job).filter(|kept| kept.certificate.links.len() > links.len());
+            (
+                peer.pool(),
+                peer.roster().state().is_member_user(asked.spec.owner),
+                peer.check_links(&links, &asked),
+                known.map(|kept| kept.keepers.clone()),
+            )
+        })
+        .await?;
+    if spec.spec.pool != pool || !is_admitted {
+        bail!("job {} is not of this pool", short(job));
+    }
+    let keepers = keepers.map_err(anyhow::Error::msg)?;
+    let keeps = |keepers: &[Keeper]| keepers.iter().any(|(keeper, _)| *keeper == from);
+    if !keeps(&keepers) || known.is_some_and(|known| !keeps(&known)) {
+        bail!("{from} does not keep job {}", short(job));
+    }
+    Ok(spec)
+}
+
+/// Those of the blobs asked for that a keeper of the job is to hold: its inputs, and what its
+/// ranks left or have saved, where this node has them as that job's.
+async fn allow_copies(
+    shared: &Arc<Shared>,
+    from: PeerId,
+    spec: SignedBytes,
+    links: Vec<Link>,
+    asks: &[Ask],
+) -> anyhow::Result<Allowed> {
+    let spec = check_keeper(shared, from, spec, links).await?;
+    let (job, owner) = (spec.job, spec.spec.owner);
+    let (is_recorded, recorded) = shared
+        .act(move |peer, _| {
+            let record = peer.record(job);
+            let body = record.map(|kept| &kept.value.body);
+            let trees = body.map(trees_of).unwrap_or_default();
+            (record.is_some() || peer.work_spec(job).is_some(), trees)
+        })
+        .await?;
+    let ids: Vec<BlobId> = asks.iter().map(|ask| ask.id).collect();
+    let shared = Arc::clone(shared);
+    tokio::task::spawn_blocking(move || {
+        let is_known = is_recorded || shared.job_dir(job).join(work::SPEC_FILE).exists();
+        let mut allowed = BTreeSet::new();
+        for root in spec.inputs() {
+            // See `allow_inputs`.
+            if is_known || files::is_of_owner(&shared, owner, root)? {
+                allow_tree(&shared, root, &ids, &mut allowed)?;
+            }
+        }
+        for root in recorded {
+            allow_tree(&shared, root, &ids, &mut allowed)?;
+        }
+        for id in &ids {
+            if !allowed.contains(id) && files::is_of_job(&shared, job, id)? {
+                allowed.insert(*id);
+            }
+        }
+        Ok(Allowed { store: shared.store.clone(), ids: allowed })
+    })
+    .await?
+}
+
+/// What a record says that its ranks left or saved.
+fn trees_of(body: &Body) -> Vec<BlobId> {
+    let ends = body.ranks.iter().filter_map(|rank| rank.end.as_ref());
+    let left = ends.flat_map(|end| end.keep.into_iter().chain(end.artifacts));
+    left.chain(body.saved.iter().map(|saved| saved.tree)).collect()
 }
 
 /// What this node has of the record of a job, for somebody who may have it recovered.

@@ -14,19 +14,19 @@ use p2pit_protocol::{
     bidder::WorkId,
     identity::SignedBytes,
     inventory::GpuUuid,
-    job::{Attempt, Ending, Rank, RankAssignment, RankEnd, VerifiedSpec},
+    job::{Attempt, Ending, Rank, RankAssignment, RankEnd, Saved, VerifiedSpec},
     record::Certificate,
     wire,
 };
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::{Shared, clock};
+use super::{Shared, clock, fetch::FetchError, saves::Saver, serve::Request};
 use crate::{
     executor::{
         self, Adopted, Control, Deadline, ProcessEvent, ProcessId, ProcessSpec, Running, StartError,
     },
-    workspace::{Collected, Gang, PrepareError, Prepared},
+    workspace::{Collected, Gang, PrepareError, Prepared, Resumed},
 };
 
 /// What a rank needs to know of the others.
@@ -55,9 +55,14 @@ struct Live {
     stop: Option<String>,
     /// What the peer said last of when its lease runs out, if anything.
     deadline: Option<Deadline>,
+    /// When its process began, on the boot clock.
+    started_ms: Option<u64>,
+    /// Takes what it keeps.
+    saver: Option<Saver>,
 }
 
-const SPEC_FILE: &str = "spec";
+/// In the directory of a job.
+pub(crate) const SPEC_FILE: &str = "spec";
 /// Between two orders to end what the book does not name; it ends within milliseconds, unless
 /// its supervisor or the kernel cannot.
 const KILL_AGAIN: Duration = Duration::from_secs(5);
@@ -156,6 +161,7 @@ impl Work {
                 let shared = Arc::clone(shared);
                 tokio::spawn(async move {
                     control.stop(None, &reason).await;
+                    shared.work.told_to_end(id);
                     shared.work.touch(id.job);
                 });
             }
@@ -292,6 +298,11 @@ impl Work {
         self.live().keys().map(|id| id.job).collect()
     }
 
+    /// Whether this rank has something going on here.
+    pub(crate) fn has(&self, id: WorkId) -> bool {
+        self.live().contains_key(&id)
+    }
+
     /// Whether a rank of `job` has something going on here.
     pub(crate) fn is_live(&self, job: JobId) -> bool {
         self.live().keys().any(|id| id.job == job)
@@ -308,6 +319,20 @@ impl Work {
         if let Some(sender) = self.lock_activity().get(&job) {
             sender.send_modify(|count| *count += 1);
         }
+    }
+
+    fn told_to_end(&self, id: WorkId) {
+        if let Some(saver) = self.live().get(&id).and_then(|live| live.saver.as_ref()) {
+            saver.told_to_end();
+        }
+    }
+
+    /// When the process of a rank began, and when its lease ends, on the boot clock; where that
+    /// is known.
+    pub(super) fn times(&self, id: WorkId) -> (Option<u64>, Option<u64>) {
+        let live = self.live();
+        let Some(live) = live.get(&id) else { return (None, None) };
+        (live.started_ms, live.deadline.and_then(|deadline| deadline.0))
     }
 
     fn deadline(&self, id: WorkId) -> Option<Deadline> {
@@ -334,6 +359,7 @@ async fn prepare(
     let is_wanted = async || shared.act(move |peer, _| peer.has_rank(id)).await.unwrap_or(false);
     let mut went_bad: Vec<String> = Vec::new();
     let prepared = loop {
+        let resumed = resume_from(shared, id, spec, &certificate, is_wanted).await?;
         for tree in spec.inputs() {
             let fetched = shared.fetch_tree(spec, &certificate, tree, is_wanted).await;
             fetched.with_context(|| match went_bad.last() {
@@ -341,7 +367,7 @@ async fn prepare(
                 Some(reason) => format!("{reason}; it cannot be fetched again"),
             })?;
         }
-        match lay_out(shared, id, spec, assignment).await {
+        match lay_out(shared, id, spec, assignment, resumed).await {
             // What went bad here was removed: it is brought again.
             Err(reason) if lacks_content(&reason) && went_bad.len() < REFETCHES_MAX => {
                 let reason = format!("{reason:#}");
@@ -361,17 +387,59 @@ fn lacks_content(reason: &anyhow::Error) -> bool {
     reason.downcast_ref::<PrepareError>().is_some_and(PrepareError::lacks_content)
 }
 
+/// What an earlier attempt of this rank kept, brought here: the best of what the record names
+/// that can be had.
+async fn resume_from<W: Future<Output = bool> + Send>(
+    shared: &Arc<Shared>,
+    id: WorkId,
+    spec: &VerifiedSpec,
+    certificate: &Certificate,
+    is_wanted: impl Fn() -> W + Sync,
+) -> anyhow::Result<Option<Resumed>> {
+    // It has been checked before it was committed to.
+    let body = certificate.value()?.body;
+    let saved: Vec<Saved> = body.saved.into_iter().filter(|it| it.rank == id.rank).collect();
+    if saved.is_empty() {
+        return Ok(None);
+    }
+    let newest = certificate.links.last().map_or(&spec.spec.keepers, |link| &link.next);
+    let request = Request::Inputs { spec: spec.signed.clone(), certificate: certificate.clone() };
+    let mut resumed = Resumed::default();
+    for Saved { attempt, node, tree, .. } in saved {
+        let of = format!("keep/ of attempt {attempt}");
+        let keepers = newest.iter().map(|(keeper, _)| *keeper);
+        let sources = keepers.filter(|keeper| *keeper != node);
+        let sources = core::iter::once(node).chain(sources).collect();
+        match shared.bring_tree(&request, sources, tree, &is_wanted).await {
+            Ok(()) => {
+                let from = shared.label(node);
+                resumed.notes.push(format!("begins with {of}, of which {from} has a copy"));
+                resumed.keep = Some(tree);
+                break;
+            }
+            Err(reason @ (FetchError::Nowhere { .. } | FetchError::Denied(_))) => {
+                let reason = format!("{:#}", anyhow::Error::from(reason));
+                warn!(job = %id.job, rank = %id.rank, %attempt, reason, "a save cannot be had");
+                resumed.notes.push(format!("{of} cannot be had: {reason}"));
+            }
+            Err(reason) => return Err(reason).with_context(|| format!("cannot fetch {of}")),
+        }
+    }
+    Ok(Some(resumed))
+}
+
 async fn lay_out(
     shared: &Arc<Shared>,
     id: WorkId,
     spec: &VerifiedSpec,
     assignment: &RankAssignment,
+    resumed: Option<Resumed>,
 ) -> anyhow::Result<Prepared> {
     let workspace = shared.workspace(id);
     let (store, spec, assignment) = (shared.store.clone(), spec.clone(), assignment.clone());
     let job_dir = shared.job_dir(id.job);
     tokio::task::spawn_blocking(move || {
-        let prepared = workspace.prepare(&store, &spec, &assignment)?;
+        let prepared = workspace.prepare(&store, &spec, &assignment, resumed.as_ref())?;
         // Not synced: after a loss of power the process is gone, and so is what this is for.
         let path = job_dir.join(SPEC_FILE);
         std::fs::write(&path, wire::encode(&spec.signed))
@@ -397,6 +465,7 @@ async fn follow(shared: Arc<Shared>, id: WorkId, mut running: Running, held: Opt
         let mut live = shared.work.live();
         let entry = live.entry(id).or_default();
         entry.control = Some(running.control.clone());
+        entry.saver = Some(Saver::of(&shared, id));
         let moved = entry.deadline.filter(|asked| held.is_none_or(|held| !held.covers(*asked)));
         if let Some(asked) = moved {
             running.control.set_deadline(asked);
@@ -409,12 +478,17 @@ async fn follow(shared: Arc<Shared>, id: WorkId, mut running: Running, held: Opt
     }
     if let Some(reason) = stop {
         running.control.stop(None, &reason).await;
+        shared.work.told_to_end(id);
     }
     let mut last = None;
     while let Some(event) = running.events.recv().await {
         match event {
-            ProcessEvent::Started { pid, .. } => {
-                shared.work.live().entry(id).or_default().pid = Some(pid);
+            ProcessEvent::Started { pid, boot_ms } => {
+                {
+                    let mut live = shared.work.live();
+                    let entry = live.entry(id).or_default();
+                    (entry.pid, entry.started_ms) = (Some(pid), Some(boot_ms));
+                }
                 // See `prepare` about a daemon that is ending.
                 let _ = shared.act(move |peer, now| peer.started(id, now)).await;
             }
@@ -423,6 +497,8 @@ async fn follow(shared: Arc<Shared>, id: WorkId, mut running: Running, held: Opt
                 warn!(job = %id.job, rank = %id.rank, reason, "output is being lost");
             }
             ProcessEvent::Ended(ended) => {
+                // What it keeps is gathered whole now.
+                shared.work.live().entry(id).or_default().saver = None;
                 shared.work.touch(id.job);
                 let _ = shared.act(move |peer, now| peer.draining(id, now)).await;
                 last = Some(ended);
@@ -463,13 +539,17 @@ async fn end_unknown(id: WorkId, running: Running) {
 async fn finish(shared: &Arc<Shared>, id: WorkId, ended: executor::Ended) {
     let workspace = shared.workspace(id);
     let (store, job_dir) = (shared.store.clone(), shared.job_dir(id.job));
-    let gathered = tokio::task::spawn_blocking(move || match read_spec(&job_dir) {
-        Ok(spec) => workspace.collect(&store, &spec),
-        Err(reason) => Collected { note: Some(format!("{reason:#}")), ..Collected::default() },
+    let gathered = tokio::task::spawn_blocking(move || {
+        let collected = match read_spec(&job_dir) {
+            Ok(spec) => workspace.collect(&store, &spec),
+            Err(reason) => Collected { note: Some(format!("{reason:#}")), ..Collected::default() },
+        };
+        // Now that nothing more is written: what a copy must have.
+        (collected, workspace.log_bytes())
     });
-    let collected = gathered.await.unwrap_or_else(|e| {
+    let (collected, log_bytes) = gathered.await.unwrap_or_else(|e| {
         let note = Some(format!("results could not be gathered: {e}"));
-        Collected { note, ..Collected::default() }
+        (Collected { note, ..Collected::default() }, ended.log.bytes)
     });
     let end = RankEnd {
         ending: ending_of(ended.ending),
@@ -477,6 +557,7 @@ async fn finish(shared: &Arc<Shared>, id: WorkId, ended: executor::Ended) {
         keep: collected.keep,
         artifacts: collected.artifacts,
         note: join_notes([collected.note, ended.log.trouble, ended.unsaved]),
+        log_bytes,
         at_ms: ended.wall_ms,
     };
     let gpus = shared.act(move |peer, _| peer.gpus_of(id)).await.unwrap_or_default();
@@ -541,7 +622,11 @@ pub(super) async fn sweep(shared: &Arc<Shared>) {
 
 async fn fail(shared: &Arc<Shared>, id: WorkId, reason: String) {
     warn!(job = %id.job, rank = %id.rank, reason, "could not be started");
-    let end = RankEnd::bare(Ending::FailedToStart { reason }, clock::now().wall_ms);
+    let mut end = RankEnd::bare(Ending::FailedToStart { reason }, clock::now().wall_ms);
+    let workspace = shared.workspace(id);
+    // It tells how the preparation went. Where it cannot be measured there is none to be copied.
+    end.log_bytes =
+        tokio::task::spawn_blocking(move || workspace.log_bytes()).await.unwrap_or_default();
     shared.work.discard(shared, id);
     report(shared, id, end).await;
 }

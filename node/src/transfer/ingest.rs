@@ -6,6 +6,8 @@
 //! not entered, and where the job's user is known, files of others are passed over: a
 //! hard link to a foreign file is no way to read it.
 
+mod live;
+
 use std::{
     fmt, io,
     os::fd::AsFd,
@@ -22,6 +24,9 @@ use super::{
     tree::{self, ENTRIES_MAX, Entry, Kind, LinkTarget, Tree, TreePath},
     workers,
 };
+
+use live::Stamp;
+pub use live::{Live, Seen, ingest_live};
 
 #[derive(Debug, Clone)]
 pub struct IngestOptions {
@@ -141,6 +146,8 @@ struct Scan<'a> {
     /// Links and empty directories.
     entries: Vec<Entry>,
     files: Vec<TreePath>,
+    /// Of each of the files.
+    stamps: Vec<Stamp>,
     bytes: u64,
     skipped: Vec<Skipped>,
 }
@@ -157,6 +164,7 @@ impl<'a> Scan<'a> {
             device,
             entries: Vec::new(),
             files: Vec::new(),
+            stamps: Vec::new(),
             bytes: 0,
             skipped: Vec::new(),
         })
@@ -232,6 +240,7 @@ impl<'a> Scan<'a> {
                     return Err(Error::TooManyBytes { path, bytes_max });
                 }
                 self.files.push(path);
+                self.stamps.push(Stamp::of(&state));
             }
             FileType::Symlink => self.link(dir, name, path),
             FileType::Directory if state.st_dev != self.device => {

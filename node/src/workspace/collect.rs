@@ -178,11 +178,19 @@ impl Workspace {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(io(error)),
         }
-        // Files with holes can claim any size, and reading holes takes time, too.
-        let disk = statvfs(&dir).map_err(|errno| io(errno.into()))?;
-        let bytes_max = disk.f_blocks.saturating_mul(disk.f_frsize).max(HOLES_BYTES_MAX);
-        let options = IngestOptions { paths, owner: Some(self.uid()), bytes_max };
+        let options = IngestOptions { paths, ..self.ingest_options(&dir)? };
         Ok(Some(ingest(store, &dir, &options)?))
+    }
+
+    /// For everything in one of the rank's directories.
+    pub(super) fn ingest_options(&self, dir: &Path) -> Result<IngestOptions, FilesError> {
+        // Files with holes can claim any size, and reading holes takes time, too.
+        let disk = statvfs(dir).map_err(|errno| FilesError::Io {
+            path: dir.display().to_string(),
+            source: errno.into(),
+        })?;
+        let bytes_max = disk.f_blocks.saturating_mul(disk.f_frsize).max(HOLES_BYTES_MAX);
+        Ok(IngestOptions { owner: Some(self.uid()), bytes_max, ..IngestOptions::default() })
     }
 
     /// Makes a tree durable. Where it cannot be, the directories it is from are set aside.

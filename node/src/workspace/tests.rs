@@ -18,6 +18,7 @@ use crate::{
     executor::{Ending, Executor, ProcessEvent, ProcessId, SupervisorCommand},
     transfer::{
         TreePath,
+        ingest::Seen,
         tree::{Entry, Kind},
     },
 };
@@ -73,6 +74,60 @@ fn a_rank_that_left_nothing_leaves_no_trees_and_no_note() {
     let rank = node.rank(&spec, 0);
     rank.prepare();
     assert_eq!(rank.workspace.collect(&node.store, &spec), Collected::default());
+}
+
+#[test]
+fn what_a_rank_keeps_is_taken_while_it_runs_and_the_next_attempt_begins_with_it() {
+    let node = Node::new();
+    let keep = node.tree(&[("base", b"b", false)]);
+    let before = JobId::of(b"before");
+    let spec = node.spec(|spec| spec.continues = Some(Continued { job: before, keep }));
+    let rank = node.rank(&spec, 0);
+    rank.prepare();
+    assert_eq!(rank.read("keep/base"), "b");
+    let mut seen = Seen::default();
+    let mut save = |at_ms| rank.workspace.save(&node.store, &mut seen, at_ms).unwrap();
+    let Saving::New(first) = save(1_000) else { panic!("what it began with is news") };
+    assert_eq!((first.seq, first.at_ms), (1, 1_000));
+    assert_eq!(save(2_000), Saving::Unchanged);
+    rank.write("keep/checkpoint", "step 1");
+    let Saving::New(second) = save(3_000) else { panic!("it changed") };
+    assert_eq!((second.seq, rank.workspace.saved()), (2, Some(second)));
+
+    // A daemon that starts again remembers nothing but what is on its disk.
+    seen = Seen::default();
+    assert_eq!(rank.workspace.save(&node.store, &mut seen, 4_000).unwrap(), Saving::Unchanged);
+    rank.workspace.clean().unwrap();
+    assert_eq!(rank.workspace.saved(), Some(second), "of a rank that is over, too");
+    assert_eq!(rank.workspace.save(&node.store, &mut seen, 5_000).unwrap(), Saving::Unchanged);
+
+    let resumed = Resumed { keep: Some(second.tree), notes: vec!["keep/ is of attempt 1".into()] };
+    let (store, assignment) = (&node.store, &rank.assignment);
+    rank.workspace.prepare(store, &rank.spec, assignment, Some(&resumed)).unwrap();
+    assert_eq!(
+        (rank.read("keep/base"), rank.read("keep/checkpoint")),
+        ("b".into(), "step 1".into())
+    );
+    assert!(rank.read("log").contains("[prepare] keep/ is of attempt 1"), "{}", rank.read("log"));
+    // Where nothing of an earlier attempt is to be had, it begins as the first did.
+    let resumed = Resumed { keep: None, notes: vec!["it cannot be had".into()] };
+    rank.workspace.prepare(store, &rank.spec, assignment, Some(&resumed)).unwrap();
+    assert_eq!(fs::read_dir(rank.at("keep")).unwrap().count(), 1);
+}
+
+#[test]
+fn a_rank_that_never_kept_anything_has_no_save() {
+    let node = Node::new();
+    let rank = node.rank(&node.spec(|_| {}), 0);
+    rank.prepare();
+    let mut seen = Seen::default();
+    assert_eq!(rank.workspace.save(&node.store, &mut seen, 1).unwrap(), Saving::Unchanged);
+    assert_eq!(rank.workspace.saved(), None);
+    rank.write("keep/x", "1");
+    assert!(matches!(rank.workspace.save(&node.store, &mut seen, 2), Ok(Saving::New(_))));
+    // That it was removed is a change like any other.
+    fs::remove_file(rank.at("keep/x")).unwrap();
+    assert!(matches!(rank.workspace.save(&node.store, &mut seen, 3), Ok(Saving::New(_))));
 }
 
 #[test]
@@ -483,6 +538,7 @@ impl Node {
             retries: 0,
             policy: Policy::Continue,
             lost_after_ms: LOST_AFTER_MS,
+            keep_every_ms: 0,
             nonce: [3; 16],
             submitted_at_ms: 0,
             keepers: vec![(peer(1), StoreId([0; 16]))],
@@ -532,7 +588,7 @@ struct TestRank<'a> {
 
 impl TestRank<'_> {
     fn try_prepare(&self) -> Result<Prepared, PrepareError> {
-        self.workspace.prepare(&self.node.store, &self.spec, &self.assignment)
+        self.workspace.prepare(&self.node.store, &self.spec, &self.assignment, None)
     }
 
     fn prepare(&self) -> u16 {

@@ -308,6 +308,14 @@ impl Bidder {
                         && rank.state != RankState::Ended
                 });
             // An old copy of what was so says nothing of a later attempt.
+            if wanted
+                && let Some(work) = self.book.work.get_mut(&id)
+                && work.certificate.links.len() < adopt.certificate.links.len()
+            {
+                // Others keep the record by now, and are told what is to be copied.
+                work.certificate = adopt.certificate.clone();
+                out.put(&id.slot(), work);
+            }
             if !wanted && id.attempt <= body.attempt {
                 let reason = "its steward says that the attempt is over";
                 self.stop_or_bury(from, job, id.attempt, reason, now, out);

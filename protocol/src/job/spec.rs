@@ -37,6 +37,12 @@ pub const LOST_AFTER_MS: u64 = 24 * 3_600_000;
 pub const LOST_AFTER_MS_MIN: u64 = 600_000;
 /// The most [`JobSpec::lost_after_ms`]: thirty days.
 pub const LOST_AFTER_MS_MAX: u64 = 30 * 24 * 3_600_000;
+/// How often `keep/` is copied off the node while its process runs, where the job does not say.
+pub const KEEP_EVERY_MS: u64 = 60_000;
+/// The least [`JobSpec::keep_every_ms`] other than 0.
+pub const KEEP_EVERY_MS_MIN: u64 = 1_000;
+/// The most [`JobSpec::keep_every_ms`]: thirty days.
+pub const KEEP_EVERY_MS_MAX: u64 = 30 * 24 * 3_600_000;
 
 /// How long a process has between SIGTERM and SIGKILL, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,6 +149,9 @@ pub struct JobSpec {
     pub policy: Policy,
     /// How long a rank's node may be silent before the rank counts as lost, in milliseconds.
     pub lost_after_ms: u64,
+    /// How often `keep/` is copied to other nodes while a process runs, in milliseconds; 0: only
+    /// when the process has ended.
+    pub keep_every_ms: u64,
     /// Makes equal submissions different jobs.
     pub nonce: [u8; 16],
     /// Milliseconds since the Unix epoch, by the submitter's clock.
@@ -183,6 +192,13 @@ pub enum SpecError {
         LOST_AFTER_MS_MAX / 1000
     )]
     LostAfter,
+    /// Copies of `keep/` that follow each other too closely, or hardly ever.
+    #[error(
+        "`keep/` may be copied off its node every {} s to {} s, or not at all",
+        KEEP_EVERY_MS_MIN / 1000,
+        KEEP_EVERY_MS_MAX / 1000
+    )]
+    KeepEvery,
     /// No keeper, or more than a job may have.
     #[error("a job names 1 to {KEEPERS_MAX} keepers, each once")]
     Keepers,
@@ -259,6 +275,10 @@ impl JobSpec {
         }
         if !(LOST_AFTER_MS_MIN..=LOST_AFTER_MS_MAX).contains(&self.lost_after_ms) {
             return Err(SpecError::LostAfter);
+        }
+        let keep_every = KEEP_EVERY_MS_MIN..=KEEP_EVERY_MS_MAX;
+        if self.keep_every_ms != 0 && !keep_every.contains(&self.keep_every_ms) {
+            return Err(SpecError::KeepEvery);
         }
         let distinct = crate::record::are_distinct(&self.keepers);
         if self.keepers.is_empty() || self.keepers.len() > KEEPERS_MAX || !distinct {

@@ -4,7 +4,7 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BlobId, HoldId, PeerId, UserId, request::Grant};
+use crate::{BlobId, HoldId, PeerId, StoreId, UserId, request::Grant};
 
 /// Where a job is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -256,6 +256,8 @@ pub struct RankEnd {
     pub artifacts: Option<BlobId>,
     /// What of its results could not be kept, and why.
     pub note: Option<String>,
+    /// How long its log was, in bytes: what a copy of it must have.
+    pub log_bytes: u64,
     /// Milliseconds since the Unix epoch, by its node's clock.
     pub at_ms: u64,
 }
@@ -264,8 +266,41 @@ impl RankEnd {
     /// An ending without results.
     #[must_use]
     pub fn bare(ending: Ending, at_ms: u64) -> Self {
-        Self { ending, result: None, keep: None, artifacts: None, note: None, at_ms }
+        Self { ending, result: None, keep: None, artifacts: None, note: None, log_bytes: 0, at_ms }
     }
+}
+
+impl RankEnd {
+    /// Whether the rank left anything that is to be copied to other nodes.
+    #[must_use]
+    pub const fn has_results(&self) -> bool {
+        self.log_bytes > 0 || self.keep.is_some() || self.artifacts.is_some()
+    }
+}
+
+/// A copy of a rank's `keep/` from an earlier attempt: what the next one begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// The rank.
+    pub rank: Rank,
+    /// The attempt that wrote it.
+    pub attempt: Attempt,
+    /// A node that has it, as far as was known.
+    pub node: PeerId,
+    /// The directory, as a tree.
+    pub tree: BlobId,
+}
+
+/// Most copies of one rank's `keep/` that a record names.
+pub const SAVED_MAX: usize = 2;
+
+/// Somebody gave up what a job left: logs, `keep/` and artifacts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Removed {
+    /// Who: the owner or an admin.
+    pub by: UserId,
+    /// Milliseconds since the Unix epoch, by the clock of the keeper that was asked.
+    pub at_ms: u64,
 }
 
 /// One rank of the current attempt.
@@ -277,6 +312,9 @@ pub struct RankRecord {
     pub state: RankState,
     /// How it ended.
     pub end: Option<RankEnd>,
+    /// The store its node had when it said so, as far as was known: with another it has nothing
+    /// any more of what the rank left.
+    pub store: Option<StoreId>,
 }
 
 /// Why a job is being ended before its time.

@@ -2,13 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Decline, GpuState, Key};
+use super::{CopyState, Decline, GpuState, Key};
 use crate::{
     BlobId, JobId, PeerId, UserId,
     inventory::Gpu,
     job::{
-        Attempt, Change, Command as JobCommand, Outcome, Policy, Rank, RankEnd, RankState, Source,
-        State,
+        Attempt, Change, Command as JobCommand, Outcome, Policy, Rank, RankEnd, RankState, Removed,
+        Saved, Source, State,
     },
     request::{Grant, Request},
 };
@@ -30,6 +30,14 @@ pub enum Command {
     Log(JobId),
     /// Read files of this job.
     Files(JobId),
+    /// Give up what a job that is over left: logs, `keep/` and artifacts, everywhere. To be asked
+    /// of any of its keepers.
+    Remove {
+        /// The job.
+        job: JobId,
+        /// Take that back: what has not been deleted yet is held again.
+        undo: bool,
+    },
 }
 
 /// Which jobs are listed.
@@ -53,6 +61,14 @@ pub enum Reply {
         /// The state it is in now.
         state: State,
         /// Whether the record says so yet: only then is it sure. Else ask again.
+        recorded: bool,
+    },
+    /// To [`Command::Remove`].
+    Removed {
+        /// What the record says now; `None`: the data is kept.
+        removed: Option<Removed>,
+        /// Whether the record says what was asked for and a majority of the keepers has it: only
+        /// then is it sure. Else ask again.
         recorded: bool,
     },
     /// Another node drives the job: ask there.
@@ -124,10 +140,19 @@ pub struct JobView {
     pub policy: Policy,
     /// How long a node may be silent before its ranks count as lost, in milliseconds.
     pub lost_after_ms: u64,
+    /// How often `keep/` is copied off its node, in milliseconds; 0: when the process has ended.
+    pub keep_every_ms: u64,
     /// How it ended.
     pub outcome: Option<Outcome>,
     /// The current attempt.
     pub attempt: AttemptView,
+    /// What the current attempt began with, or the next will; empty where the reader may not see
+    /// it.
+    pub saved: Vec<Saved>,
+    /// What the job left was given up.
+    pub removed: Option<Removed>,
+    /// What the node that answers holds itself of the current attempt, as a keeper.
+    pub holds: Vec<CopyState>,
 }
 
 impl JobView {
@@ -168,8 +193,8 @@ pub struct RankView {
     pub grant: Grant,
     /// How far it is.
     pub state: RankState,
-    /// How it ended.
-    pub end: Option<RankEnd>,
+    /// How it ended. In a box, since most of what is shown has none.
+    pub end: Option<Box<RankEnd>>,
 }
 
 /// Why a job waits.
@@ -204,6 +229,12 @@ pub enum Verdict {
     Unreachable,
     /// It was not called: enough others were.
     NotCalled,
+    /// Of a job whose results are being copied: it has those of this many ranks.
+    Has(u32),
+    /// It is copying those of so many ranks.
+    Copies(u32),
+    /// It cannot hold copies now, for this reason.
+    CannotHold(String),
 }
 
 /// A node as it describes itself.

@@ -83,11 +83,12 @@ impl Peer {
         certificate.verify(spec, self.may_recover(spec.spec.owner)).map_err(|e| e.to_string())
     }
 
-    pub(super) fn check_links(
-        &self,
-        links: &[Link],
-        spec: &VerifiedSpec,
-    ) -> Result<Vec<Keeper>, String> {
+    /// Who keeps the job of `spec` after these changes of its keepers: whoever shows them and is
+    /// among those keeps its record.
+    ///
+    /// # Errors
+    /// Why they prove nothing.
+    pub fn check_links(&self, links: &[Link], spec: &VerifiedSpec) -> Result<Vec<Keeper>, String> {
         follow(spec, links, self.may_recover(spec.spec.owner)).map_err(|e| e.to_string())
     }
 

@@ -197,6 +197,7 @@ impl Peer {
         if news {
             self.soft.insert_advert(node, item);
             self.out.events.push_back(Event::BoardChanged { node });
+            self.copies.look_around = true;
             self.with_stewards(now, |stewards, cx| stewards.room_seen(node, cx));
         }
         news

@@ -3,10 +3,12 @@
 use super::Peer;
 use crate::{
     JobId, Now, UserId,
+    copies::Scene,
     identity::SignedBytes,
     job::{State, StopCause},
     message::{AttemptView, Command, JobFilter, JobView, RankView, Reply},
     record::{Keeper, Kept},
+    steward::Sight,
     wire,
 };
 
@@ -44,11 +46,14 @@ impl Peer {
                 if kept.value.body.steward != peer.me && state != State::Done {
                     return peer.unknown(job);
                 }
-                Reply::Why(Box::new(peer.stewards.why(job, &peer.board, state, now)))
+                let scene = Scene { board: &peer.board, roster: &peer.roster, now };
+                let sight = Sight { kept, copies: &peer.copies, scene };
+                Reply::Why(Box::new(peer.stewards.why(&sight)))
             }),
             Command::Stop(job) => self.stop_job(user, job, now),
             Command::Node => Reply::Node(Box::new(self.bidder.view())),
             Command::Log(job) | Command::Files(job) => self.grant_read(user, job),
+            Command::Remove { job, undo } => self.remove_data(user, job, undo, now),
         }
     }
 
@@ -191,7 +196,7 @@ impl Peer {
             node: rank.assignment.node,
             grant: rank.assignment.grant.clone(),
             state: rank.state,
-            end: if may_read { rank.end.clone() } else { None },
+            end: rank.end.clone().filter(|_| may_read).map(Box::new),
         });
         JobView {
             job: kept.spec.job,
@@ -216,8 +221,16 @@ impl Peer {
             retried: body.retried,
             policy: spec.policy,
             lost_after_ms: spec.lost_after_ms,
+            keep_every_ms: spec.keep_every_ms,
             outcome: body.outcome.clone(),
             attempt: AttemptView { number: body.attempt, ranks: ranks.collect() },
+            saved: if may_read { body.saved.clone() } else { Vec::new() },
+            removed: body.removed,
+            holds: if may_read {
+                self.copies.states(kept.spec.job, body.attempt)
+            } else {
+                Vec::new()
+            },
         }
     }
 }
@@ -274,6 +287,7 @@ mod tests {
             retries: 0,
             policy: Policy::Continue,
             lost_after_ms: 3_600_000,
+            keep_every_ms: 60_000,
             nonce: [5; 16],
             submitted_at_ms: WALL_MS,
             keepers: [1, 2, 3].map(keeper).to_vec(),

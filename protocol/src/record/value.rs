@@ -6,8 +6,8 @@ use super::Keeper;
 use crate::{
     JobId, PeerId,
     job::{
-        Attempt, Change, Outcome, RankAssignment, RankRecord, RankState, State, StopCause,
-        VerifiedSpec,
+        Attempt, Change, Outcome, RankAssignment, RankRecord, RankState, Removed, Saved, State,
+        StopCause, VerifiedSpec,
     },
     wire,
 };
@@ -71,8 +71,13 @@ pub struct Body {
     pub retried: u32,
     /// The majority of its keepers was lost, and somebody said so: it may have missed changes.
     pub recovered: bool,
+    /// What the next attempt begins with, where one was given up: for each rank at most
+    /// [`crate::job::SAVED_MAX`] copies of its `keep/`, the best first.
+    pub saved: Vec<Saved>,
     /// How it ended.
     pub outcome: Option<Outcome>,
+    /// What it left was given up, of a job that is over: nobody needs to hold it any more.
+    pub removed: Option<Removed>,
 }
 
 impl Value {
@@ -102,7 +107,9 @@ impl Value {
                 bound: false,
                 retried: 0,
                 recovered: false,
+                saved: Vec::new(),
                 outcome: None,
+                removed: None,
             },
             sealed: None,
         }

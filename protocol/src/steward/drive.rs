@@ -40,6 +40,15 @@ pub(crate) struct Drive {
     pub(super) since_ms: u64,
     /// Whether it acted when last looked at.
     pub(super) acting: bool,
+    /// The configuration that was last followed.
+    pub(super) epoch: Option<u32>,
+    /// Since when every rank's end is in the record and what they left is being copied, on the
+    /// boot clock.
+    pub(super) copies_since_ms: Option<u64>,
+    /// When a keeper that lacks the latest value was last brought it, on the boot clock.
+    pub(super) shown_ms: u64,
+    /// Somebody asked not to wait for what only a node has that is gone.
+    pub(super) give_up_copies: bool,
     /// It is being handed over: not a word more.
     pub(super) leaving: bool,
 }
@@ -121,6 +130,10 @@ impl Drive {
             just_entered: true,
             since_ms: now.boot_ms,
             acting: false,
+            epoch: None,
+            copies_since_ms: None,
+            shown_ms: 0,
+            give_up_copies: false,
             leaving: false,
         }
     }

@@ -71,6 +71,7 @@ pub(crate) fn small_job_spec(pool: PoolId, keepers: Vec<Keeper>) -> JobSpec {
         retries: 0,
         policy: Policy::Continue,
         lost_after_ms: 3_600_000,
+        keep_every_ms: 0,
         nonce: [5; 16],
         submitted_at_ms: WALL_MS,
         keepers,

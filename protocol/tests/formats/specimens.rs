@@ -14,14 +14,14 @@ use p2pit_protocol::{
     inventory::{Capacity, Gpu, GpuUuid},
     job::{
         Attempt, Change, Command as JobCommand, Continued, Ending, Grace, JobSpec, Outcome, Policy,
-        Rank, RankAssignment, RankEnd, RankRecord, RankState, Source, State, StopCause,
-        VerifiedSpec,
+        Rank, RankAssignment, RankEnd, RankRecord, RankState, Removed, Saved, Source, State,
+        StopCause, VerifiedSpec,
     },
     message::{
         Accept, Adopt, Advert, AttemptView, Bid, Call, CallFate, ClockReading, Command, Commit,
-        Decline, GpuState, GpuView, Head, HoldView, Install, JobFilter, JobView, Key, LeaseAsk,
-        LeaseGrant, Message, NodeView, Offer, PinRefusal, Promise, RankReport, RankView, Renewal,
-        Reply, Report, Soft, Start, Verdict, WaitView, Wanted, Watch, blinded,
+        CopyState, Decline, GpuState, GpuView, Head, HoldView, Install, JobFilter, JobView, Key,
+        LeaseAsk, LeaseGrant, Message, NodeView, Offer, PinRefusal, Promise, RankReport, RankView,
+        Renewal, Reply, Report, Soft, Start, Verdict, WaitView, Wanted, Watch, blinded,
     },
     peer::Slot,
     reconcile::{Items, Sum},
@@ -153,6 +153,7 @@ pub(crate) fn job_spec() -> JobSpec {
         retries: 3,
         policy: Policy::Restart,
         lost_after_ms: 3_600_000,
+        keep_every_ms: 60_000,
         nonce: [5; 16],
         submitted_at_ms: WALL_MS,
         keepers: vec![keeper(1), keeper(2), keeper(3)],
@@ -203,6 +204,7 @@ fn rank_end(ending: Ending) -> RankEnd {
         keep: Some(BlobId([0xe0; 32])),
         artifacts: Some(BlobId([0xe1; 32])),
         note: Some("`out/huge` was too large".to_owned()),
+        log_bytes: 70_000,
         at_ms: WALL_MS + 5_000,
     }
 }
@@ -238,7 +240,12 @@ fn full_body() -> Body {
         State::Cleaning,
         State::Done,
     ];
-    let rank = |rank, state, end| RankRecord { assignment: assignment(rank), state, end };
+    let rank = |rank, state, end| RankRecord {
+        assignment: assignment(rank),
+        state,
+        end,
+        store: Some(StoreId([4; 16])),
+    };
     Body {
         steward: node(2),
         term: 4,
@@ -256,7 +263,28 @@ fn full_body() -> Body {
         retried: 2,
         recovered: true,
         bound: true,
+        saved: vec![saved()],
         outcome: Some(Outcome::Failed { code: 3 }),
+        removed: Some(removed()),
+    }
+}
+
+fn saved() -> Saved {
+    let (rank, attempt) = (Rank(1), Attempt(1));
+    Saved { rank, attempt, node: node(3), tree: BlobId([0xe2; 32]) }
+}
+
+fn removed() -> Removed {
+    Removed { by: user(1), at_ms: WALL_MS + 90_000 }
+}
+
+fn copy_state() -> CopyState {
+    CopyState {
+        rank: Rank(1),
+        complete: true,
+        save: Some((7, BlobId([0xe3; 32]))),
+        under_way: true,
+        cannot: Some("no room".to_owned()),
     }
 }
 
@@ -713,6 +741,10 @@ pub(crate) fn messages() -> Vec<Message> {
             asked: clock(),
             entries: vec![LeaseGrant { job, attempt, binding: true }],
         },
+        Message::Save { job, attempt, rank: Rank(1), seq: 7, tree: BlobId([0xe3; 32]) },
+        Message::SaveHeld { job, attempt, rank: Rank(1), seq: 7 },
+        Message::AskCopies { job, attempt, without: vec![node(3)] },
+        Message::Copies { job, attempt, seq: 17, ranks: vec![copy_state()] },
         Message::Soft(Soft::head(signed_head())),
         Message::Reconcile { sum: sum(), query: vec![0x61, 0, 0, 2, 0] },
         Message::Reconciled { answer: vec![0x61, 0, 0, 2, 0] },
@@ -849,6 +881,7 @@ fn commands() -> Vec<(&'static str, Command)> {
         ("node", Command::Node),
         ("log", Command::Log(job)),
         ("files", Command::Files(job)),
+        ("remove", Command::Remove { job, undo: true }),
     ]
 }
 
@@ -861,7 +894,7 @@ fn job_view() -> JobView {
         node: record.assignment.node,
         grant: record.assignment.grant.clone(),
         state: record.state,
-        end: record.end.clone(),
+        end: record.end.clone().map(Box::new),
     };
     JobView {
         job: job(),
@@ -886,8 +919,12 @@ fn job_view() -> JobView {
         policy: spec.policy,
         lost_after_ms: spec.lost_after_ms,
         recovered: false,
+        keep_every_ms: spec.keep_every_ms,
         outcome: body.outcome,
         attempt: AttemptView { number: body.attempt, ranks: body.ranks.iter().map(rank).collect() },
+        saved: body.saved,
+        removed: body.removed,
+        holds: vec![copy_state()],
     }
 }
 
@@ -915,6 +952,9 @@ fn put_user(tray: &mut Tray) {
         Verdict::NoAnswer,
         Verdict::Unreachable,
         Verdict::NotCalled,
+        Verdict::Has(2),
+        Verdict::Copies(1),
+        Verdict::CannotHold("no room".to_owned()),
     ];
     verdicts.extend(declines().into_iter().map(|(_, decline)| Verdict::Declined(decline)));
     let why = WaitView {
@@ -928,6 +968,8 @@ fn put_user(tray: &mut Tray) {
     tray.put("reply", "why", &Reply::Why(Box::new(why)));
     let stopping = Reply::Stopping { state: State::Stopping, recorded: true };
     tray.put("reply", "stopping", &stopping);
+    let given_up = Reply::Removed { removed: Some(removed()), recorded: true };
+    tray.put("reply", "removed", &given_up);
     let elsewhere = Reply::Elsewhere { steward: Some(node(2)), keepers: vec![node(2), node(3)] };
     tray.put("reply", "elsewhere", &elsewhere);
     let gpu = |gpu: &Gpu, state, job| GpuView { gpu: gpu.clone(), state, job };
@@ -1100,6 +1142,7 @@ fn wide_body(processes: u32) -> Body {
         },
         state: RankState::Running,
         end: None,
+        store: None,
     };
     Body { ranks: (0..processes).map(rank).collect(), ..full_body() }
 }

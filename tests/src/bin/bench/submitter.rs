@@ -21,8 +21,8 @@ use p2pit_protocol::{
     BlobId, JobId, PeerId, UserId,
     identity::{Domain, KeyPair, SignedBytes},
     job::{
-        Command as JobCommand, Grace, JobSpec, LOST_AFTER_MS, Outcome, Policy, Source, State,
-        VerifiedSpec,
+        Command as JobCommand, Grace, JobSpec, KEEP_EVERY_MS, LOST_AFTER_MS, Outcome, Policy,
+        Source, State, VerifiedSpec,
     },
     message::{Command, JobFilter, JobView},
     roster::{REQUEST_AHEAD_MS_MAX, UserRequest},
@@ -148,6 +148,7 @@ impl Submitter {
             retries: 0,
             policy: Policy::Continue,
             lost_after_ms: LOST_AFTER_MS,
+            keep_every_ms: KEEP_EVERY_MS,
             nonce: nonce()?,
             submitted_at_ms: wall_ms()?,
             keepers: self.planned.keepers.clone(),

@@ -1,0 +1,739 @@
+//! Copies of what ranks on other nodes write and leave: this node's part as a keeper.
+//!
+//! What is to be here the peer decides, and says anew whenever it changes
+//! ([`p2pit_protocol::copies::CopyOrder`]). A task per job has a task for each rank of its
+//! order, and that two: one follows the log, the other brings trees. Holders pull, as fast as
+//! they can, from the rank's own node or from each other, and go on where they were cut; what
+//! they have at last is on their disk as `shelf` tells. A task ends when its rank is no more
+//! in the order; what it has stays.
+
+mod shelf;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use p2pit_protocol::{
+    BlobId, JobId, Peer, PeerId,
+    bidder::WorkId,
+    copies::{CopyOrder, EndOrder, RankOrder, SaveOrder},
+    job::{Attempt, Rank, VerifiedSpec},
+    record::Link,
+};
+use tokio::{
+    sync::{Semaphore, watch},
+    task::JoinSet,
+    time::{Instant, sleep, timeout},
+};
+use tracing::{debug, info, warn};
+
+use self::shelf::LogCopy;
+pub(crate) use self::shelf::{EndCopy, Held, SaveCopy, Shelf};
+use super::{
+    Shared,
+    fetch::FetchError,
+    lock, push,
+    serve::{Gate, Request, short},
+};
+use crate::{
+    api::is_disk_full,
+    transfer::{BlobStore, frame},
+};
+
+/// A log is followed once its rank has run for so long: what ends sooner is fetched once.
+const FOLLOW_AFTER: Duration = Duration::from_secs(1);
+/// What came of a log is on the disk after this, for when this node loses power as well.
+const SYNC_EVERY: Duration = Duration::from_secs(2);
+/// Between two tries, at first and at most.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
+/// Trees that are brought at a time.
+const TRANSFERS_MAX: usize = 8;
+/// Inputs remembered.
+const KEPT_MAX: usize = 4_096;
+/// How long a node may take to say whether a log follows.
+const GATE_WITHIN: Duration = Duration::from_secs(10);
+
+/// A rank of a job.
+type Part = (Attempt, Rank);
+type Orders = watch::Receiver<Option<Arc<CopyOrder>>>;
+
+/// What is copied here.
+#[derive(Debug)]
+pub(crate) struct Copies {
+    shelf: Shelf,
+    jobs: Mutex<BTreeMap<JobId, Job>>,
+    transfers: Semaphore,
+    /// Inputs that were made safe from a loss of power since this daemon started.
+    kept: Mutex<BTreeSet<BlobId>>,
+}
+
+#[derive(Debug)]
+struct Job {
+    orders: watch::Sender<Option<Arc<CopyOrder>>>,
+    /// Ranks of which all that was ordered is here.
+    complete: BTreeSet<Part>,
+}
+
+impl Copies {
+    pub(crate) fn new(shelf: Shelf) -> Self {
+        let (jobs, kept) = (Mutex::default(), Mutex::default());
+        Self { shelf, jobs, transfers: Semaphore::new(TRANSFERS_MAX), kept }
+    }
+
+    /// An input is safe from a loss of power.
+    pub(super) fn note_kept(&self, tree: BlobId) {
+        let mut kept = lock(&self.kept);
+        if kept.len() >= KEPT_MAX {
+            kept.clear();
+        }
+        kept.insert(tree);
+    }
+
+    pub(crate) fn shelf(&self) -> &Shelf {
+        &self.shelf
+    }
+
+    /// What the peer wants of a job may be another.
+    pub(super) fn ordered(&self, shared: &Arc<Shared>, job: JobId, peer: &Peer) {
+        let order = peer.copies_wanted(job).map(Arc::new);
+        let mut jobs = lock(&self.jobs);
+        if let Some(known) = jobs.get(&job) {
+            known.orders.send_if_modified(|last| {
+                let is_news = *last != order;
+                *last = order;
+                is_news
+            });
+        } else if order.is_some() {
+            let (orders, received) = watch::channel(order);
+            jobs.insert(job, Job { orders, complete: BTreeSet::new() });
+            tokio::spawn(tend(Arc::clone(shared), job, received));
+        }
+        drop(jobs);
+        // Whoever reads a copy asks again whether there is more to come.
+        shared.work.touch(job);
+    }
+
+    /// Whether more of this rank is expected to come here.
+    pub(crate) fn grows(&self, id: WorkId) -> bool {
+        let jobs = lock(&self.jobs);
+        let Some(job) = jobs.get(&id.job) else { return false };
+        let order = job.orders.borrow();
+        let ranks = order.iter().flat_map(|order| &order.ranks);
+        let part = (id.attempt, id.rank);
+        let is_complete = job.complete.contains(&part);
+        ranks
+            .filter(|rank| (rank.attempt, rank.rank) == part)
+            .any(|rank| rank.follow || rank.end.is_some() && !is_complete)
+    }
+
+    fn set_complete(&self, id: WorkId, is_complete: bool) {
+        if let Some(job) = lock(&self.jobs).get_mut(&id.job) {
+            let part = (id.attempt, id.rank);
+            if is_complete {
+                job.complete.insert(part)
+            } else {
+                job.complete.remove(&part)
+            };
+        }
+    }
+
+    /// Forgets the task of a job, unless there is an order for it again.
+    fn is_done_with(&self, job: JobId) -> bool {
+        let mut jobs = lock(&self.jobs);
+        let is_wanted = jobs.get(&job).is_some_and(|job| job.orders.borrow().is_some());
+        if !is_wanted {
+            jobs.remove(&job);
+        }
+        !is_wanted
+    }
+}
+
+/// What is on the disk, all of it, to be told to the peer after a start. Lists that name what
+/// is not there any more are removed. Blocks.
+pub(super) fn take_stock(shelf: &Shelf, store: &BlobStore) -> io::Result<Vec<(WorkId, Held)>> {
+    let mut stock = Vec::new();
+    for job in shelf.jobs()? {
+        for (attempt, rank) in shelf.ranks(job)? {
+            let id = WorkId { job, attempt, rank };
+            let mut held = shelf.held(id);
+            let is_whole = |end: &EndCopy| {
+                held.log_bytes >= end.log_bytes
+                    && end.keep.iter().chain(&end.artifacts).all(|tree| has_tree(store, *tree))
+            };
+            if held.end.as_ref().is_some_and(|end| !is_whole(end)) {
+                warn!(%job, %rank, "not all of a copy is here any more: it is made anew");
+                shelf.forget_end(id)?;
+                held.end = None;
+            }
+            if held.save.as_ref().is_some_and(|save| !has_tree(store, save.tree)) {
+                warn!(%job, %rank, "not all of a save is here any more: it is made anew");
+                shelf.forget_save(id)?;
+                held.save = None;
+            }
+            stock.push((id, held));
+        }
+    }
+    Ok(stock)
+}
+
+/// Tells the peer what [`take_stock`] found.
+pub(super) fn tell(peer: &mut Peer, stock: Vec<(WorkId, Held)>, now: p2pit_protocol::Now) {
+    for (WorkId { job, attempt, rank }, held) in stock {
+        if let Some(save) = held.save {
+            peer.save_held(job, attempt, rank, save.seq, save.tree, now);
+        }
+        if held.end.is_some() {
+            peer.copied(job, attempt, rank, now);
+        }
+    }
+}
+
+/// Whether a tree is here with all its blobs.
+fn has_tree(store: &BlobStore, root: BlobId) -> bool {
+    store.has(&root)
+        && push::blobs_of(store, root)
+            .is_ok_and(|blobs| blobs.iter().all(|(blob, _)| store.has(blob)))
+}
+
+/// Has a task for every rank that is ordered, and one for the inputs.
+async fn tend(shared: Arc<Shared>, job: JobId, mut orders: Orders) {
+    let mut tasks = JoinSet::new();
+    let mut at_work = BTreeSet::new();
+    loop {
+        let order = orders.borrow_and_update().clone();
+        let ranks = order.iter().flat_map(|order| &order.ranks);
+        for part in ranks.map(|rank| (rank.attempt, rank.rank)) {
+            if at_work.insert(Some(part)) {
+                let (shared, orders) = (Arc::clone(&shared), orders.clone());
+                tasks.spawn(async move {
+                    let id = WorkId { job, attempt: part.0, rank: part.1 };
+                    copy_rank(&shared, id, orders).await;
+                    Some(part)
+                });
+            }
+        }
+        if order.as_ref().is_some_and(|order| order.inputs) && at_work.insert(None) {
+            let (shared, orders) = (Arc::clone(&shared), orders.clone());
+            tasks.spawn(async move {
+                hold_inputs(&shared, job, orders).await;
+                None
+            });
+        }
+        if order.is_none() && at_work.is_empty() && shared.copies.is_done_with(job) {
+            return;
+        }
+        tokio::select! {
+            changed = orders.changed() => if changed.is_err() {
+                return;
+            },
+            Some(ended) = tasks.join_next() => match ended {
+                Ok(task) => drop(at_work.remove(&task)),
+                Err(reason) => {
+                    warn!(%job, %reason, "a task that copies broke");
+                    return;
+                }
+            },
+        }
+    }
+}
+
+/// What is ordered of one rank now.
+struct Wanted {
+    spec: Arc<VerifiedSpec>,
+    links: Vec<Link>,
+    rank: RankOrder,
+}
+
+fn wanted(orders: &mut Orders, id: WorkId) -> Option<Wanted> {
+    let order = orders.borrow_and_update();
+    let order = order.as_ref()?;
+    let rank = order.ranks.iter().find(|it| (it.attempt, it.rank) == (id.attempt, id.rank))?;
+    let (spec, links, rank) = (Arc::clone(&order.spec), order.links.clone(), rank.clone());
+    Some(Wanted { spec, links, rank })
+}
+
+/// Waits between two tries, longer each time, and no longer than until the order changes.
+struct Patience {
+    pause: Duration,
+}
+
+impl Patience {
+    fn new() -> Self {
+        Self { pause: PAUSES.0 }
+    }
+
+    async fn wait(&mut self, orders: &mut Orders) {
+        // Whoever waits looks at the order again, also at its end.
+        let _ = timeout(self.pause, orders.changed()).await;
+        self.pause = (self.pause * 2).min(PAUSES.1);
+    }
+}
+
+async fn copy_rank(shared: &Arc<Shared>, id: WorkId, mut orders: Orders) {
+    let mut patience = Patience::new();
+    let log = loop {
+        let Some(Wanted { spec, .. }) = wanted(&mut orders, id) else { return };
+        let shelf = shared.copies.shelf.clone();
+        let made = tokio::task::spawn_blocking(move || {
+            shelf.make(id, &spec)?;
+            shelf.log(id)
+        });
+        match made.await.map_err(io::Error::other).and_then(|made| made) {
+            Ok(log) => break log,
+            Err(reason) => {
+                let reason = anyhow::Error::from(reason).context("no place for a copy");
+                cannot(shared, id.job, &reason).await;
+            }
+        }
+        patience.wait(&mut orders).await;
+    };
+    // So many bytes of the log are on the disk.
+    let (durable, is_durable) = watch::channel(0);
+    tokio::join!(
+        copy_log(shared, id, log, orders.clone(), durable),
+        copy_trees(shared, id, orders, is_durable),
+    );
+}
+
+/// Says that this node cannot hold what is wanted of a job, where that is for its disk.
+async fn cannot(shared: &Arc<Shared>, job: JobId, reason: &anyhow::Error) {
+    let is_full = is_disk_full(reason);
+    warn!(%job, reason = format!("{reason:#}"), is_full, "cannot be copied here");
+    if is_full {
+        let reason = format!("no room on {}: {reason:#}", shared.label(shared.id()));
+        // The daemon is ending if nobody listens.
+        let _ = shared.act(move |peer, now| peer.cannot_copy(job, reason, now)).await;
+    }
+}
+
+// ---- logs -----------------------------------------------------------------------------
+
+async fn copy_log(
+    shared: &Arc<Shared>,
+    id: WorkId,
+    log: LogCopy,
+    mut orders: Orders,
+    durable: watch::Sender<u64>,
+) {
+    let mut copy = Tail { shared, id, log: Some(log), durable };
+    let mut patience = Patience::new();
+    let begun = Instant::now();
+    while let Some(wanted) = wanted(&mut orders, id) {
+        let target = wanted.rank.end.map(|end| end.log_bytes);
+        if target.is_some_and(|target| copy.bytes() >= target) {
+            match copy.sync().await {
+                Ok(()) => {
+                    if orders.changed().await.is_err() {
+                        return;
+                    }
+                    continue;
+                }
+                Err(reason) => cannot(shared, id.job, &reason).await,
+            }
+            patience.wait(&mut orders).await;
+            continue;
+        }
+        if target.is_none() && !wanted.rank.follow {
+            if orders.changed().await.is_err() {
+                return;
+            }
+            continue;
+        }
+        let age = begun.elapsed();
+        if target.is_none() && copy.bytes() == 0 && age < FOLLOW_AFTER {
+            // Whoever waits looks at the order again, also at its end.
+            let _ = timeout(FOLLOW_AFTER - age, orders.changed()).await;
+            continue;
+        }
+        let before = copy.bytes();
+        let mut is_changed = false;
+        for source in wanted.rank.sources.iter().copied().filter(|it| *it != shared.id()) {
+            match copy.follow(source, &wanted, &mut orders).await {
+                // Who has less than another does no harm.
+                Ok(Stopped::AtEnd) => {}
+                Ok(Stopped::Changed) => {
+                    is_changed = true;
+                    break;
+                }
+                Err(Trouble::Here(reason)) => {
+                    cannot(shared, id.job, &reason).await;
+                    break;
+                }
+                Err(Trouble::There(reason)) => {
+                    let reason = format!("{reason:#}");
+                    debug!(job = %id.job, rank = %id.rank, %source, reason, "its log is not to be had");
+                }
+            }
+            if target.is_some_and(|target| copy.bytes() >= target) {
+                break;
+            }
+        }
+        if copy.bytes() > before {
+            patience = Patience::new();
+        }
+        let is_there = target.is_some_and(|target| copy.bytes() >= target);
+        if !is_changed && !is_there {
+            patience.wait(&mut orders).await;
+        }
+    }
+}
+
+/// Why a source is not read any longer.
+enum Stopped {
+    /// It has no more, now or for ever.
+    AtEnd,
+    /// What is ordered is another.
+    Changed,
+}
+
+enum Trouble {
+    Here(anyhow::Error),
+    There(anyhow::Error),
+}
+
+struct Tail<'a> {
+    shared: &'a Arc<Shared>,
+    id: WorkId,
+    /// Away only while it is written to.
+    log: Option<LogCopy>,
+    durable: watch::Sender<u64>,
+}
+
+impl Tail<'_> {
+    fn bytes(&self) -> u64 {
+        self.log.as_ref().map_or(0, LogCopy::bytes)
+    }
+
+    /// Takes what `source` has, and where the rank runs there what it writes.
+    async fn follow(
+        &mut self,
+        source: PeerId,
+        wanted: &Wanted,
+        orders: &mut Orders,
+    ) -> Result<Stopped, Trouble> {
+        // Others only copy from it, too.
+        let follow = wanted.rank.follow && source == wanted.rank.node;
+        let question = Request::Tail {
+            spec: wanted.spec.signed.clone(),
+            links: wanted.links.clone(),
+            attempt: self.id.attempt,
+            rank: self.id.rank,
+            from: self.bytes(),
+            follow,
+        };
+        let there = |reason: anyhow::Error| Trouble::There(reason);
+        let (_send, mut receive) =
+            self.shared.open_tail(source, &question).await.map_err(|e| there(e.into()))?;
+        let gate = timeout(GATE_WITHIN, frame::read_message::<Gate>(&mut receive, usize::MAX));
+        let gate = gate.await.context("it does not answer").map_err(there)?;
+        gate.map_err(|e| there(e.into()))?.pass().map_err(there)?;
+        let mut sync_at = Instant::now() + SYNC_EVERY;
+        loop {
+            let stopped = tokio::select! {
+                biased;
+                chunk = receive.read_chunk(256 << 10, true) => match chunk {
+                    Ok(Some(chunk)) => {
+                        self.append(chunk.bytes).await.map_err(Trouble::Here)?;
+                        None
+                    }
+                    Ok(None) => Some(Ok(Stopped::AtEnd)),
+                    Err(reason) => Some(Err(there(reason.into()))),
+                },
+                () = sleep(sync_at.saturating_duration_since(Instant::now())) => None,
+                changed = orders.changed() => {
+                    let is_same = changed.is_ok() && self::wanted(orders, self.id).is_some_and(|now| {
+                        // Until it has all: what it lacks then is asked for anew.
+                        let target = now.rank.end.map_or(u64::MAX, |end| end.log_bytes);
+                        self.bytes() < target && now.rank.sources == wanted.rank.sources
+                    });
+                    if is_same { None } else { Some(Ok(Stopped::Changed)) }
+                }
+            };
+            if Instant::now() >= sync_at || stopped.is_some() {
+                self.sync().await.map_err(Trouble::Here)?;
+                sync_at = Instant::now() + SYNC_EVERY;
+            }
+            if let Some(stopped) = stopped {
+                return stopped;
+            }
+        }
+    }
+
+    async fn append(&mut self, bytes: bytes::Bytes) -> anyhow::Result<()> {
+        self.with(move |log| log.append(&bytes)).await?;
+        // Who follows the copy is woken.
+        self.shared.work.touch(self.id.job);
+        Ok(())
+    }
+
+    async fn sync(&mut self) -> anyhow::Result<()> {
+        self.with(LogCopy::sync).await?;
+        let bytes = self.bytes();
+        self.durable.send_if_modified(|durable| std::mem::replace(durable, bytes) != bytes);
+        Ok(())
+    }
+
+    async fn with(
+        &mut self,
+        work: impl FnOnce(&mut LogCopy) -> io::Result<()> + Send + 'static,
+    ) -> anyhow::Result<()> {
+        let mut log = match self.log.take() {
+            Some(log) => log,
+            // A task broke while it had it.
+            None => self.shared.copies.shelf.log(self.id).context("cannot open a log's copy")?,
+        };
+        let (log, done) = tokio::task::spawn_blocking(move || {
+            let done = work(&mut log);
+            (log, done)
+        })
+        .await?;
+        self.log = Some(log);
+        done.context("cannot write a log's copy")
+    }
+}
+
+// ---- trees ----------------------------------------------------------------------------
+
+async fn copy_trees(
+    shared: &Arc<Shared>,
+    id: WorkId,
+    mut orders: Orders,
+    mut durable: watch::Receiver<u64>,
+) {
+    let shelf = &shared.copies.shelf;
+    let mut held = shelf.held(id);
+    let mut patience = Patience::new();
+    while let Some(wanted) = wanted(&mut orders, id) {
+        let done = if let Some(end) = wanted.rank.end {
+            let end = end_copy(&wanted.rank, &end);
+            if held.end.as_ref() == Some(&end) {
+                Ok(None)
+            } else {
+                shared.copies.set_complete(id, false);
+                make_end(shared, id, &wanted, &end, &mut durable, &mut orders)
+                    .await
+                    .map(|made| made.then(|| held.end = Some(end)))
+            }
+        } else if let Some(save) = wanted.rank.save
+            && held.save.as_ref().is_none_or(|known| known.seq < save.seq)
+        {
+            let before = held.save.as_ref().map(|save| save.tree);
+            make_save(shared, id, &wanted, save, before, &orders).await.map(|copy| {
+                held.save = Some(copy);
+                Some(())
+            })
+        } else {
+            Ok(None)
+        };
+        match done {
+            Ok(made) => {
+                patience = Patience::new();
+                if let Some(end) = &held.end
+                    && wanted.rank.end.as_ref().is_some_and(|it| end_copy(&wanted.rank, it) == *end)
+                {
+                    tell_end(shared, id).await;
+                }
+                if made.is_none() && orders.changed().await.is_err() {
+                    return;
+                }
+            }
+            Err(FetchError::Unwanted) => {}
+            Err(FetchError::Here(reason)) => {
+                cannot(shared, id.job, &reason).await;
+                patience.wait(&mut orders).await;
+            }
+            Err(reason @ (FetchError::Nowhere { .. } | FetchError::Denied(_))) => {
+                let reason = reason.to_string();
+                info!(job = %id.job, rank = %id.rank, reason, "not copied yet");
+                patience.wait(&mut orders).await;
+            }
+        }
+    }
+}
+
+async fn tell_end(shared: &Arc<Shared>, id: WorkId) {
+    shared.copies.set_complete(id, true);
+    let WorkId { job, attempt, rank } = id;
+    // The daemon is ending if nobody listens: the next one finds the copy.
+    let _ = shared.act(move |peer, now| peer.copied(job, attempt, rank, now)).await;
+    shared.work.touch(job);
+}
+
+fn end_copy(rank: &RankOrder, end: &EndOrder) -> EndCopy {
+    let EndOrder { log_bytes, keep, artifacts } = *end;
+    EndCopy { node: rank.node, log_bytes, keep, artifacts }
+}
+
+/// Brings all that a rank left, and writes that it is here; `false` where something else was
+/// ordered meanwhile.
+async fn make_end(
+    shared: &Arc<Shared>,
+    id: WorkId,
+    wanted: &Wanted,
+    end: &EndCopy,
+    durable: &mut watch::Receiver<u64>,
+    orders: &mut Orders,
+) -> Result<bool, FetchError> {
+    let watched = orders.clone();
+    let is_wanted = || {
+        let order = watched.borrow();
+        let rank = order.iter().flat_map(|order| &order.ranks);
+        let mut rank = rank.filter(|it| (it.attempt, it.rank) == (id.attempt, id.rank));
+        std::future::ready(rank.any(|it| it.end == wanted.rank.end))
+    };
+    for tree in end.keep.iter().chain(&end.artifacts) {
+        bring(shared, wanted, *tree, None, is_wanted).await?;
+    }
+    tokio::select! {
+        // Its sender lives as long as this.
+        come = durable.wait_for(|bytes| *bytes >= end.log_bytes) => if come.is_err() {
+            return Ok(false);
+        },
+        _ = orders.changed() => return Ok(false),
+    }
+    let (shelf, end) = (shared.copies.shelf.clone(), end.clone());
+    blocking(move || shelf.write_end(id, &end).context("cannot write what a copy is of")).await?;
+    info!(job = %id.job, attempt = %id.attempt, rank = %id.rank, "copied what a rank left");
+    Ok(true)
+}
+
+/// Brings a save, and writes that it is here. One that is on its way is brought to its end
+/// although there is a newer one: else a slow line would never bring any.
+async fn make_save(
+    shared: &Arc<Shared>,
+    id: WorkId,
+    wanted: &Wanted,
+    save: SaveOrder,
+    before: Option<BlobId>,
+    orders: &Orders,
+) -> Result<SaveCopy, FetchError> {
+    let is_wanted = || {
+        let order = orders.borrow();
+        let rank = order.iter().flat_map(|order| &order.ranks);
+        let mut rank = rank.filter(|it| (it.attempt, it.rank) == (id.attempt, id.rank));
+        std::future::ready(rank.any(|it| it.end.is_none()))
+    };
+    bring(shared, wanted, save.tree, before, is_wanted).await?;
+    let copy = SaveCopy { node: wanted.rank.node, seq: save.seq, tree: save.tree };
+    let (shelf, written) = (shared.copies.shelf.clone(), copy.clone());
+    blocking(move || shelf.write_save(id, &written).context("cannot write what a copy is of"))
+        .await?;
+    let WorkId { job, attempt, rank } = id;
+    let SaveOrder { seq, tree } = save;
+    debug!(%job, %attempt, %rank, seq, "copied what a rank keeps");
+    // The daemon is ending if nobody listens: the next one finds the copy.
+    let _ = shared.act(move |peer, now| peer.save_held(job, attempt, rank, seq, tree, now)).await;
+    Ok(copy)
+}
+
+/// Has a tree of a job here, safe from a loss of power; what `before`, which is, has as well
+/// need not be made so again.
+async fn bring<W: Future<Output = bool> + Send>(
+    shared: &Arc<Shared>,
+    wanted: &Wanted,
+    tree: BlobId,
+    before: Option<BlobId>,
+    is_wanted: impl Fn() -> W + Sync,
+) -> Result<(), FetchError> {
+    let request = Request::Copies { spec: wanted.spec.signed.clone(), links: wanted.links.clone() };
+    bring_as(shared, &request, wanted.rank.sources.clone(), tree, before, is_wanted).await
+}
+
+async fn bring_as<W: Future<Output = bool> + Send>(
+    shared: &Arc<Shared>,
+    request: &Request,
+    sources: Vec<PeerId>,
+    tree: BlobId,
+    before: Option<BlobId>,
+    is_wanted: impl Fn() -> W + Sync,
+) -> Result<(), FetchError> {
+    let permit = shared.copies.transfers.acquire().await;
+    let brought = shared.bring_tree(request, sources, tree, is_wanted).await;
+    drop(permit);
+    brought?;
+    let store = shared.store.clone();
+    blocking(move || {
+        let blobs = |tree| anyhow::Ok(push::blobs_of(&store, tree)?.into_iter().map(|(id, _)| id));
+        let mut new: BTreeSet<BlobId> = blobs(tree)?.collect();
+        new.insert(tree);
+        // Where that cannot be read, all is made so again.
+        for known in before.and_then(|before| blobs(before).ok()).into_iter().flatten() {
+            new.remove(&known);
+        }
+        store.persist(&new).with_context(|| format!("tree {tree} cannot be kept"))
+    })
+    .await
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> Result<T, FetchError> {
+    let done = tokio::task::spawn_blocking(work).await.map_err(|e| FetchError::Here(e.into()))?;
+    done.map_err(FetchError::Here)
+}
+
+// ---- inputs ---------------------------------------------------------------------------
+
+/// Has the inputs of a job here, and what its next attempt begins with, as long as that is
+/// ordered.
+async fn hold_inputs(shared: &Arc<Shared>, job: JobId, mut orders: Orders) {
+    let mut held = BTreeSet::new();
+    let mut patience = Patience::new();
+    loop {
+        let order = orders.borrow_and_update().clone();
+        let Some(order) = order.filter(|order| order.inputs) else { return };
+        let saved = order.saved.iter().map(|saved| saved.tree);
+        let trees: BTreeSet<BlobId> = order.spec.inputs().chain(saved).collect();
+        let Some(tree) = trees.iter().find(|tree| !held.contains(*tree)).copied() else {
+            if orders.changed().await.is_err() {
+                return;
+            }
+            continue;
+        };
+        let is_wanted = || {
+            let order = orders.borrow();
+            std::future::ready(order.as_ref().is_some_and(|order| order.inputs))
+        };
+        match hold_input(shared, &order, tree, is_wanted).await {
+            Ok(()) => {
+                held.insert(tree);
+                patience = Patience::new();
+            }
+            Err(FetchError::Unwanted) => {}
+            Err(reason) => {
+                if let FetchError::Here(reason) = &reason {
+                    cannot(shared, job, reason).await;
+                }
+                let reason = format!("{:#}", anyhow::Error::from(reason));
+                info!(%job, %tree, reason, "an input is not here yet");
+                patience.wait(&mut orders).await;
+            }
+        }
+    }
+}
+
+async fn hold_input<W: Future<Output = bool> + Send>(
+    shared: &Arc<Shared>,
+    order: &CopyOrder,
+    tree: BlobId,
+    is_wanted: impl Fn() -> W + Sync,
+) -> Result<(), FetchError> {
+    let (store, is_input) = (shared.store.clone(), order.spec.inputs().any(|input| input == tree));
+    if !blocking(move || Ok(has_tree(&store, tree))).await? {
+        let spec = &order.spec;
+        let keepers = order.links.last().map_or(&spec.spec.keepers, |link| &link.next);
+        let saved = order.saved.iter().filter(|saved| saved.tree == tree).map(|saved| saved.node);
+        let sources = saved.chain(keepers.iter().map(|(keeper, _)| *keeper)).collect();
+        let request = Request::Copies { spec: spec.signed.clone(), links: order.links.clone() };
+        bring_as(shared, &request, sources, tree, None, is_wanted).await?;
+        info!(job = short(spec.job), %tree, "copied an input");
+    }
+    if is_input && !lock(&shared.copies.kept).contains(&tree) {
+        shared.keep_tree(tree).await.map_err(FetchError::Here)?;
+    }
+    Ok(())
+}
