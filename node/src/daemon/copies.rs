@@ -498,6 +498,15 @@ impl Tail<'_> {
 
 // ---- trees ----------------------------------------------------------------------------
 
+/// What came of one look at the order.
+enum Step {
+    Made,
+    /// There was nothing to do.
+    Nothing,
+    /// Something else was ordered while it was being made.
+    Changed,
+}
+
 async fn copy_trees(
     shared: &Arc<Shared>,
     id: WorkId,
@@ -511,12 +520,16 @@ async fn copy_trees(
         let done = if let Some(end) = wanted.rank.end {
             let end = end_copy(&wanted.rank, &end);
             if held.end.as_ref() == Some(&end) {
-                Ok(None)
+                Ok(Step::Nothing)
             } else {
                 shared.copies.set_complete(id, false);
-                make_end(shared, id, &wanted, &end, &mut durable, &mut orders)
-                    .await
-                    .map(|made| made.then(|| held.end = Some(end)))
+                make_end(shared, id, &wanted, &end, &mut durable, &mut orders).await.map(|made| {
+                    if !made {
+                        return Step::Changed;
+                    }
+                    held.end = Some(end);
+                    Step::Made
+                })
             }
         } else if let Some(save) = wanted.rank.save
             && held.save.as_ref().is_none_or(|known| known.seq < save.seq)
@@ -524,20 +537,26 @@ async fn copy_trees(
             let before = held.save.as_ref().map(|save| save.tree);
             make_save(shared, id, &wanted, save, before, &orders).await.map(|copy| {
                 held.save = Some(copy);
-                Some(())
+                Step::Made
             })
         } else {
-            Ok(None)
+            Ok(Step::Nothing)
         };
         match done {
-            Ok(made) => {
+            Ok(step) => {
                 patience = Patience::new();
                 if let Some(end) = &held.end
                     && wanted.rank.end.as_ref().is_some_and(|it| end_copy(&wanted.rank, it) == *end)
                 {
                     tell_end(shared, id).await;
                 }
-                if made.is_none() && orders.changed().await.is_err() {
+                let is_over = match step {
+                    Step::Made => false,
+                    // The change was seen already: to wait for the next could be for ever.
+                    Step::Changed => orders.has_changed().is_err(),
+                    Step::Nothing => orders.changed().await.is_err(),
+                };
+                if is_over {
                     return;
                 }
             }
