@@ -94,7 +94,7 @@ fn a_job_comes_through_lines_that_are_slow_late_and_lose_packets() {
     assert!(second.daemon_process().is_some());
     world.heal();
     world.slow("n3", None);
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     assert_eq!(world.dropped(), 0);
 }
 
@@ -197,7 +197,7 @@ fn a_job_ends_although_the_disk_of_the_machine_that_drives_it_is_full() {
     for (name, gpus) in [("n1", "none"), ("n2", "none"), ("n3", "sim:1xv100")] {
         world.add(name, &["--gpus", gpus, "--cpus", "4"]);
     }
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     let [first, second, third] = world.nodes() else { panic!("three nodes") };
     let job = first.submit(&["Driven", "[v100]", "-d", COUNT]);
     wait_for_ticks(second, &job, 2);
@@ -282,7 +282,7 @@ fn a_submission_whose_daemon_dies_is_unknown_and_can_be_asked_for() {
     // Its inputs had not come, so nothing was sent.
     world.slow("laptop", None);
     laptop.restart();
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     laptop.p2pit(&["show", &format!("job:{job}")]).refused(1, &["no node", "keeps job"]);
     let again = laptop.submit(&["Again", "[v100]", "-d", "true"]);
     assert_eq!(wait_for_end(world.node(1), &again)["outcome"], "succeeded");
@@ -343,7 +343,7 @@ fn a_partition_of_a_minute_ends_nothing_on_either_side() {
     });
     assert!(world.dropped() > 0);
     world.heal();
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     for (job, ranks) in [(&gang, 2), (&lone, 1)] {
         for rank in 0..ranks {
             let seen = lines_of(&first.log(job), rank).len();
@@ -377,7 +377,7 @@ fn a_daemon_that_stands_still_is_replaced_and_does_no_harm_when_it_goes_on() {
     wait_until("it stood still", 2 * CUT, || (since.elapsed() >= CUT).then_some(()));
     world.go_on(first);
     world.go_on(third);
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     let seen = ticks(second, &job);
     wait_for_ticks(second, &job, seen + 3);
     assert_eq!(pids(&[&job]), counters);
@@ -407,7 +407,7 @@ fn a_gang_does_not_notice_that_the_daemons_are_upgraded_below_it() {
         let runs = fs::read_link(format!("/proc/{}/exe", node.daemon().pid())).unwrap();
         assert_eq!(runs, new);
     }
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     assert_eq!(pids(&[&gang]), counters);
     for rank in 0..2 {
         let seen = lines_of(&first.log(&gang), rank).len();
@@ -434,7 +434,7 @@ fn nothing_is_lost_when_all_daemons_are_killed_at_once() {
     daemons.iter().for_each(|daemon| daemon.signal(Signal::KILL));
     wait_until("all are dead", SOON, || daemons.iter().all(Process::has_ended).then_some(()));
     world.nodes().iter().rev().for_each(Node::restart);
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     assert_eq!(pids(&[&gang]), counters);
     for rank in 0..2 {
         let seen = lines_of(&first.log(&gang), rank).len();
@@ -470,7 +470,7 @@ fn a_machine_that_was_restarted_says_so_of_what_ran_there() {
         world.boot(name);
         node.restart();
     }
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     let job = wait_for_end(&first, &again);
     assert_eq!((&job["outcome"], &job["attempt"]), (&json!("succeeded"), &json!(2)), "{job:#}");
     assert_eq!(lines_of(&first.log(&again), 0).last(), Some(&"n2"));
@@ -542,7 +542,7 @@ fn machines_whose_wall_clocks_differ_run_jobs_together() {
         node.shut_down();
         node.restart_with(&[(WALL_CLOCK_OFF_MS, off)]);
     }
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     let first = world.named("n1");
     let gang = first.submit(&["Gang", "2:[v100]", "-d", "echo ran"]);
     let job = wait_for_end(first, &gang);
@@ -555,7 +555,7 @@ fn machines_whose_wall_clocks_differ_run_jobs_together() {
 #[track_caller]
 fn add_laptop(world: &mut World) -> Node {
     let laptop = world.add("laptop", &["--client"]);
-    world.wait_until_assembled();
+    world.wait_until_assembled_within(TAKEN_OVER);
     laptop
 }
 

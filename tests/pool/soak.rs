@@ -526,7 +526,7 @@ impl<'a> Soak<'a> {
     // ---- judging -----------------------------------------------------------------------
 
     fn settle(&self) {
-        self.world.wait_until_assembled();
+        self.world.wait_until_assembled_within(SETTLED);
         let since = Instant::now();
         let mut open = Vec::new();
         while since.elapsed() < SETTLED {

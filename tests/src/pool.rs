@@ -5,6 +5,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
 use tempfile::TempDir;
@@ -131,9 +132,16 @@ impl Pool {
     /// Returns once every node is connected to every other and knows what it offers.
     #[track_caller]
     pub fn wait_until_assembled(&self) {
+        self.wait_until_assembled_within(SOON);
+    }
+
+    /// As [`Self::wait_until_assembled`], where that takes longer: nodes that missed each other
+    /// for a while try again at most a minute after the last time.
+    #[track_caller]
+    pub fn wait_until_assembled_within(&self, within: Duration) {
         for node in &self.nodes {
             let mut seen = BTreeMap::new();
-            wait_until(&format!("{} sees all nodes", node.name()), SOON, || {
+            wait_until(&format!("{} sees all nodes", node.name()), within, || {
                 seen = node.nodes();
                 let is_here = |it: &Node| {
                     // Only the node itself knows what it offers before its first advert.
