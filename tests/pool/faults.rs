@@ -38,6 +38,16 @@ const COUNT: &str = "trap 'echo told; exit 0' USR1; \
 /// Runs until its machine is gone; an attempt that finds the mark of the test ends.
 const FIRST_NEVER_ENDS: &str = "if [ ! -e /mnt/again ]; then echo first; sleep 3600; fi; hostname";
 
+/// Counts in `keep/`; an attempt that finds the mark of the test goes on by one, and ends.
+const TRAIN: &str = r#"
+cd "$JOB_DIR/keep"
+if [ ! -e /mnt/again ]; then
+    n=0
+    while :; do n=$((n + 1)); echo $n > new; mv new step; echo step $n; sleep 0.2; done
+fi
+n=$(cat step); echo "goes on from $n"; echo $((n + 1)) > step; echo "ended on $(hostname)"
+"#;
+
 #[test]
 fn machines_form_a_pool_and_nothing_of_them_stays() {
     let Some(world) = World::of(&["sim:1xv100", "none"]) else { return };
@@ -471,13 +481,18 @@ fn a_machine_that_was_restarted_says_so_of_what_ran_there() {
     assert!(of_job(&again).is_empty() && of_job(&once).is_empty());
 }
 
-/// Its machine goes out for ever. The lease runs out, and the job is run elsewhere.
+/// Its machine goes out for ever. The lease runs out, and the job is run elsewhere, from what its
+/// `keep/` was a moment before.
 #[test]
-fn a_job_with_retries_is_run_elsewhere_when_its_machine_never_returns() {
+fn a_job_with_retries_goes_on_elsewhere_when_its_machine_never_returns() {
     let Some(world) = World::of(&["none", "sim:1xv100", "sim:1xv100"]) else { return };
     let first = world.named("n1");
-    let job = first.submit(&["Elsewhere", "[v100]", "--retries", "1", "-d", FIRST_NEVER_ENDS]);
-    wait_for_line(first, &job, "first");
+    let flags = ["--retries", "1", "--keep-every", "2s"];
+    let job = first.submit(&[&["Training", "[v100]"], &flags[..], &["-d", TRAIN]].concat());
+    wait_for_ticks(first, &job, 5);
+    let seen = ticks(first, &job);
+    // Far more than an interval, on a busy machine as well.
+    wait_for_ticks(first, &job, seen + 60);
     let ran = first.job(&job)["ranks"][0]["node"].as_str().expect("it has a node").to_owned();
     let other = if ran == "n2" { "n3" } else { "n2" };
     world.power_off(&ran);
@@ -490,7 +505,31 @@ fn a_job_with_retries_is_run_elsewhere_when_its_machine_never_returns() {
     for name in ["n1", other] {
         let node = world.named(name);
         assert_eq!(wait_for_end(node, &job)["outcome"], "succeeded");
-        assert_eq!(lines_of(&node.log(&job), 0).last(), Some(&other));
+        let log = node.log(&job);
+        let said = lines_of(&log, 0);
+        assert_eq!(said.last(), Some(&format!("ended on {other}").as_str()), "{said:?}");
+        let from = said[said.len() - 2].strip_prefix("goes on from ").expect("it says so");
+        let from: usize = from.parse().expect("it is a number");
+        assert!(from >= seen, "from {from}, when {seen} had been said long before");
+        assert_eq!(node.p2pit(&["cp", &job, "keep/step", "-"]).ok(), format!("{}\n", from + 1));
+    }
+}
+
+#[test]
+fn what_a_job_left_is_read_when_the_machine_that_ran_it_is_gone() {
+    let Some(world) = World::of(&["none", "sim:1xv100", "none"]) else { return };
+    let first = world.named("n1");
+    let script =
+        "echo said; echo result > \"$JOB_DIR/artifacts/out\"; echo kept > \"$JOB_DIR/keep/it\"";
+    let job = first.submit(&["Leaves", "[v100]", "-d", script]);
+    let over = wait_for_end(first, &job);
+    assert_eq!(over["outcome"], "succeeded", "{over:#}");
+    world.power_off("n2");
+    for name in ["n1", "n3"] {
+        let node = world.named(name);
+        assert_eq!(lines_of(&node.log(&job), 0), ["said"]);
+        assert_eq!(node.p2pit(&["cp", &job, "artifacts/out", "-"]).ok(), "result\n");
+        assert_eq!(node.p2pit(&["cp", &job, "keep/it", "-"]).ok(), "kept\n");
     }
 }
 
