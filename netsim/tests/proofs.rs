@@ -88,7 +88,12 @@ fn without_exactly_the_sealed_body_an_epoch_begins_with_another() {
 
 #[test]
 fn without_waiting_a_keeper_takes_over_while_the_steward_acts() {
-    prove(Rule::TakeoverWaits, "S1", Options::stress_all);
+    // With two stewards at once anything may go wrong first.
+    let only = Some("S1");
+    prove(Rule::TakeoverWaits, "S1", |seed| Options {
+        watched_rule: only,
+        ..Options::stress_all(seed)
+    });
 }
 
 #[test]

@@ -469,7 +469,7 @@ impl Stewards {
                 // Nobody waits for this ending any more.
                 done(cx.out, self.me);
             } else if is_end {
-                self.point_elsewhere(from, job, cx);
+                self.point_elsewhere(from, job, attempt, cx);
             }
             return;
         };

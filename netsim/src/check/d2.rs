@@ -3,8 +3,8 @@
 //! it was lost.
 //!
 //! A node can hold it that runs a daemon of the pool, did not say lately that it cannot, and was
-//! not away or cut off for so long that a steward gives it up. A node whose disk was emptied after
-//! its process ended counts as having what it had until everybody can know.
+//! not away or cut off for so long that a steward gives it up. A node whose disk was emptied counts
+//! as having what it had until everybody can know.
 
 use p2pit_protocol::{
     JobId, PeerId,
@@ -82,10 +82,9 @@ fn lacking_of_rank(
     for candidate in candidates(Some(node), &peers) {
         let machines = scene.machines.iter().filter(|machine| machine.peer == candidate);
         for machine in machines {
-            let ran = candidate == node;
             let keeps = keepers.contains(&(machine.peer, machine.member.store))
                 && machine.journal.contains_key(&Slot::Record(job).to_bytes());
-            let has = machine.left.contains(&id) || (ran && is_emptied(scene, machine));
+            let has = machine.left.contains(&id) || is_emptied(scene, machine);
             have += usize::from(has);
             can += usize::from(has || (keeps && may_hold(scene, machine.index, job)));
         }

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use tracing::debug;
+
 use super::{Context, Drive, STEWARD_RENEW_MS, Stewards, Timer};
 use crate::{
     JobId, Now, PeerId,
     bidder::{LEASE_GRACE_MS, LEASE_MS},
-    job::{Ending, RankEnd, RankState, State},
+    job::{Attempt, Ending, RankEnd, RankState, State},
     message::{Adopt, ClockReading, LeaseAsk, LeaseGrant, Message, RENEWALS_MAX, Renewal},
     record::{Body, CLOCK_MARGIN},
     sabotage::Rule,
@@ -15,6 +17,14 @@ use crate::{
 /// After the last lease that may have been given to a node, when none of its processes runs
 /// any more: the lease and the time to end them, by the slowest clock.
 pub const RERUN_MS: u64 = (LEASE_MS + LEASE_GRACE_MS) + (LEASE_MS + LEASE_GRACE_MS) / CLOCK_MARGIN;
+
+/// Whether `node` may have had a rank of `attempt`: the nodes of the record's own attempt are known,
+/// those of others are not. What shows who drives a job names the job and its trees, which are
+/// not everybody's to know.
+fn may_have_run(body: &Body, attempt: Attempt, node: PeerId) -> bool {
+    let unknown = attempt != body.attempt || body.ranks.is_empty();
+    attempt > Attempt(0) && (unknown || body.assigned_to(node).next().is_some())
+}
 
 /// How soon a renewal that no quorum heard is repeated.
 const RETRY_MS: u64 = 2_000;
@@ -133,7 +143,7 @@ impl Stewards {
         for ask in entries.iter().take(RENEWALS_MAX) {
             let LeaseAsk { job, attempt, term } = *ask;
             if !self.acts(job, cx) {
-                self.point_elsewhere(from, job, cx);
+                self.point_elsewhere(from, job, attempt, cx);
                 continue;
             }
             let Some(kept) = cx.registers.get(job) else { continue };
@@ -144,7 +154,7 @@ impl Stewards {
                     .iter()
                     .any(|rank| rank.assignment.node == from && rank.state != RankState::Ended);
             let Some(drive) = self.drives.get_mut(&job) else { continue };
-            if term < body.term {
+            if term < body.term && may_have_run(body, attempt, from) {
                 // It has not heard of this steward: first it must.
                 drive.observed.adopted.remove(&from);
                 let adopt = Adopt {
@@ -193,7 +203,13 @@ impl Stewards {
     }
 
     /// A bidder asks about a job that this node does not drive.
-    pub(super) fn point_elsewhere(&self, from: PeerId, job: JobId, cx: &mut Context<'_>) {
+    pub(super) fn point_elsewhere(
+        &self,
+        from: PeerId,
+        job: JobId,
+        attempt: Attempt,
+        cx: &mut Context<'_>,
+    ) {
         let Some(kept) = cx.registers.get(job) else {
             // It was kept here once: those who keep it now know more.
             let keepers = cx.registers.moved(job).unwrap_or_default().to_vec();
@@ -204,8 +220,10 @@ impl Stewards {
         };
         let body = &kept.value.body;
         if body.state() == State::Done {
-            // Nobody drives it any more: any keeper may tell.
-            if kept.chosen && !kept.certificate.receipts.is_empty() {
+            // Nobody drives it any more: any keeper may tell those whom it concerns.
+            if !may_have_run(body, attempt, from) {
+                debug!(%job, %from, %attempt, "asks about a job that it never ran");
+            } else if kept.chosen && !kept.certificate.receipts.is_empty() {
                 let adopt = Adopt {
                     spec: kept.spec.signed.clone(),
                     attempt: body.attempt,
