@@ -232,14 +232,15 @@ fn a_node_is_not_left_before_others_have_what_only_it_has() {
 /// When the last line of a log was written, by its own clock.
 fn last_line_ms(log: &str) -> u64 {
     let line = log.lines().rfind(|line| line.contains("[worker 0]")).expect("it said something");
-    let stamp = line.strip_prefix('[').and_then(|rest| rest.split_once(']')).expect("a stamp").0;
-    let stamp: jiff::Timestamp = stamp.parse().expect("a time");
-    u64::try_from(stamp.as_millisecond()).expect("after 1970")
+    let stamp = line.strip_prefix('[').and_then(|rest| rest.split_once(']'));
+    let (stamp, _) = stamp.expect("a line begins with its time");
+    let stamp: jiff::Timestamp = stamp.parse().expect("it is a time");
+    u64::try_from(stamp.as_millisecond()).expect("it is of this age")
 }
 
 fn wall_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
-    u64::try_from(since.as_millis()).expect("some years")
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is set");
+    u64::try_from(since.as_millis()).expect("it is of this age")
 }
 
 fn names(array: &Value) -> Vec<&str> {
