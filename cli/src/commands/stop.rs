@@ -1,15 +1,13 @@
 //! `p2pit stop`: end jobs before their time.
 
-use std::cell::Cell;
-
 use p2pit_protocol::{
     job::State,
-    message::{Command, Reply},
+    message::{Command, JobView, Reply},
 };
 
 use crate::{
     args::Globals,
-    jobs::Found,
+    jobs::{Asked, Found},
     output::Output,
     problem::explain,
     session::{Session, unexpected},
@@ -52,13 +50,14 @@ pub(crate) async fn run(globals: &Globals, out: &Output, args: Args) -> anyhow::
 
 async fn stop(session: &Session, out: &Output, text: &str) -> anyhow::Result<()> {
     let found = Found::by_text(session, text).await?;
-    let was_alive = Cell::new(false);
-    // Only what is recorded is sure to happen.
-    let is_final = |reply: &Reply| {
-        let Reply::Stopping { state, recorded } = reply else { return true };
-        was_alive.set(was_alive.get() || *state != State::Done);
-        *recorded
+    let job = Command::Job(found.job());
+    // Whoever is not sure that it is over finds out by stopping it.
+    let was_over = match found.try_ask(session, &job).await? {
+        Asked::Said(Reply::Jobs(jobs)) => jobs.iter().any(JobView::is_final),
+        Asked::Said(_) | Asked::NoSteward | Asked::Nobody(_) => false,
     };
+    // Only what is recorded is sure to happen.
+    let is_final = |reply: &Reply| !matches!(reply, Reply::Stopping { recorded: false, .. });
     let stop = Command::Stop(found.job());
     let reply = found.ask_steward(session, out, &stop, is_final).await?;
     let Reply::Stopping { state, .. } = reply else {
@@ -66,8 +65,8 @@ async fn stop(session: &Session, out: &Output, text: &str) -> anyhow::Result<()>
     };
     let short = &found.resolved.short;
     out.note(&match state {
-        State::Done if was_alive.get() => format!("job {short} is over now"),
-        State::Done => format!("job {short} was over before: there is nothing to stop"),
+        State::Done if was_over => format!("job {short} is over already: there is nothing to stop"),
+        State::Done => format!("job {short} is over now"),
         _ => format!("job {short} is being stopped"),
     });
     Ok(())

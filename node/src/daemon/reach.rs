@@ -177,6 +177,8 @@ pub(super) async fn tend(shared: Arc<Shared>) {
         };
         let names: BTreeSet<PeerId> = wanted.iter().map(|wanted| wanted.peer).collect();
         tries.retain(|peer, _| names.contains(peer));
+        // Who is connected lets this node in, whoever dialled.
+        super::lock(&shared.shut_out).retain(|peer, _| names.contains(peer));
         // What could not be reached from the network before may be from this one.
         let moved = shared.moves.load(Ordering::Relaxed);
         if std::mem::replace(&mut moves, moved) != moved {
