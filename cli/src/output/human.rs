@@ -758,10 +758,10 @@ mod tests {
             ..Space::default()
         };
         let said = "4.00 GiB of 5.00 GiB used (content 3.00 GiB, trash 1.00 GiB); 1.00 GiB of \
-                    16.0 GiB free; no room for more content";
+                    16.00 GiB free; no room for more content";
         assert_eq!(disk_text(&space), said);
         let not_yet = Space { is_counted: false, ..space };
-        assert_eq!(disk_text(&not_yet), "1.00 GiB of 16.0 GiB free");
+        assert_eq!(disk_text(&not_yet), "1.00 GiB of 16.00 GiB free");
         let mut node = samples::node(1, "online");
         node.full = true;
         assert!(PLAIN.nodes(&[node]).contains("online (disk full)"));
