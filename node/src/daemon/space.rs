@@ -12,7 +12,10 @@ mod usage;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -83,6 +86,9 @@ pub(crate) struct Space {
     told: Mutex<BTreeMap<JobId, Told>>,
     /// When nobody could tell last.
     untold: Mutex<BTreeMap<JobId, Instant>>,
+    /// Directories came back out of the trash: what they name is to come as well.
+    is_due: AtomicBool,
+    taking_back: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -197,7 +203,8 @@ async fn tend(shared: Arc<Shared>) {
             }
         };
         let wanted = lock(&shared.space.need).wanted.take();
-        let is_due = Instant::now() >= next || has_gone;
+        let has_come = shared.space.is_due.swap(false, Ordering::Relaxed);
+        let is_due = Instant::now() >= next || has_gone || has_come;
         if wanted.is_some() || is_due {
             if is_due {
                 next = Instant::now() + every;
@@ -574,18 +581,26 @@ async fn give_up(shared: &Arc<Shared>, job: JobId, why: Dropped) -> anyhow::Resu
 }
 
 /// Moves a job's directories out of the trash, and tells the peer what is held again.
-async fn take_back(shared: &Arc<Shared>, job: JobId) -> anyhow::Result<()> {
+///
+/// To be called before anything is made for a job in `copies/`: what was begun anew would stand
+/// in the place of what was there.
+pub(super) async fn take_back(shared: &Arc<Shared>, job: JobId) -> anyhow::Result<()> {
+    // Nobody goes on before what is back was looked at.
+    let _alone = shared.space.taking_back.lock().await;
     let (bin, shelf) = (Bin::of(&shared.home), shared.copies.shelf().clone());
     let store = shared.store.clone();
     let stock = tokio::task::spawn_blocking(move || {
         if !bin.take_back(job)? {
             return std::io::Result::Ok(None);
         }
-        // With it what has gone to the trash of the store comes back.
+        // What it names may be in the trash of the store, and comes back from there.
+        store.keep_trash();
         Ok(Some(copies::take_stock_of(&shelf, &store, job)?))
     });
     let Some(stock) = stock.await?? else { return Ok(()) };
     info!(%job, "what it left is back");
+    shared.space.is_due.store(true, Ordering::Relaxed);
+    shared.space.wake.notify_one();
     shared.act(move |peer, now| copies::tell(peer, stock, now)).await?;
     Ok(())
 }

@@ -11,7 +11,7 @@ use std::{
     fs::{self, DirBuilder, File, FileTimes},
     io,
     os::unix::fs::DirBuilderExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
@@ -100,10 +100,14 @@ impl Bin {
         for kind in KINDS {
             let from = self.dir(kind).join(format!("{job}.{}", ending(Dropped::Removed)));
             let to = self.place(kind, job);
-            // A copy that was begun anew meanwhile stays what it is.
-            if from.is_dir() && !to.exists() {
-                fs::rename(&from, &to)?;
-                moved = true;
+            if !to.exists() {
+                moved |= rename(&from, &to)?;
+                continue;
+            }
+            // What was begun anew meanwhile stays what it is; the rest comes back beside it.
+            for name in names_in(&from)? {
+                let to = to.join(&name);
+                moved |= !to.exists() && rename(&from.join(&name), &to)?;
             }
         }
         Ok(moved)
@@ -125,6 +129,15 @@ impl Bin {
             }
         }
         Ok(residues)
+    }
+}
+
+/// Whether there was anything to be moved.
+fn rename(from: &Path, to: &Path) -> io::Result<bool> {
+    match fs::rename(from, to) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
     }
 }
 
@@ -159,5 +172,28 @@ mod tests {
         assert_eq!(bin.removed().unwrap(), [one]);
         assert!(bin.purge(Duration::ZERO).unwrap().is_empty());
         assert!(bin.removed().unwrap().is_empty() && !bin.take_back(one).unwrap());
+    }
+
+    #[test]
+    fn what_was_begun_anew_keeps_no_other_rank_in_the_trash() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::open_or_create(&dir.path().join("home")).unwrap();
+        let bin = Bin::of(&home);
+        let job = JobId([1; 32]);
+        let write = |rank: &str, text: &str| {
+            let rank = bin.place("copies", job).join(rank);
+            fs::create_dir_all(&rank).unwrap();
+            fs::write(rank.join("log"), text).unwrap();
+        };
+        write("1-0", "old");
+        write("1-1", "old");
+        assert!(bin.put(job, Dropped::Removed).unwrap());
+        write("1-0", "new");
+        assert!(bin.take_back(job).unwrap());
+        let log = |rank: &str| {
+            fs::read_to_string(bin.place("copies", job).join(rank).join("log")).unwrap()
+        };
+        assert_eq!((log("1-0").as_str(), log("1-1").as_str()), ("new", "old"));
+        assert!(!bin.take_back(job).unwrap());
     }
 }
