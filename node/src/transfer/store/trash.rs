@@ -214,6 +214,8 @@ pub struct Swept {
     pub brought_back: u64,
     /// Named by nothing, and relied on of late.
     pub relied_on: u64,
+    /// Of what stays only as long as there is room, and nobody relies on.
+    pub spared_bytes: u64,
 }
 
 impl BlobStore {
@@ -327,11 +329,20 @@ impl BlobStore {
         if !reach.unreadable.is_empty() || reach.is_given_up {
             return Ok(swept);
         }
-        self.each_live(|path, _, is_blob| {
+        let cutoff = self.inner.upkeep.cutoff();
+        self.each_live(|path, metadata, is_blob| {
             if !is_blob {
                 return self.sweep_outboard(path);
             }
-            let Some(id) = blob_at(path).filter(|id| !reach.contains(id)) else { return Ok(()) };
+            let Some(id) = blob_at(path) else { return Ok(()) };
+            if reach.contains(&id) {
+                let is_old = metadata.modified().is_ok_and(|at| at < cutoff);
+                if is_old && !reach.blobs.contains(&id) {
+                    let room = u64::try_from(room_of(metadata)).unwrap_or_default();
+                    swept.spared_bytes += room;
+                }
+                return Ok(());
+            }
             step()?;
             match self.discard(&id, path).map_err(Error::io("move to the trash", path))? {
                 Some(bytes) => {
@@ -426,7 +437,7 @@ impl BlobStore {
     }
 
     /// Whether the trash waits for a sweep: see [`Self::keep_trash`].
-    fn is_trash_kept(&self) -> bool {
+    pub(super) fn is_trash_kept(&self) -> bool {
         let upkeep = &self.inner.upkeep;
         upkeep.named_again.load(Ordering::Relaxed) != upkeep.swept_at.load(Ordering::Relaxed)
     }
