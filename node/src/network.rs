@@ -328,7 +328,9 @@ impl Network {
     }
 
     fn tunnel(&self, in_use: InUse, stream: libp2p::Stream) -> Tunnel {
-        let relayed = !matches!(self.route(in_use.peer), Some(Route::Direct(_)));
+        // Which of several connections carries a stream cannot be seen.
+        let relayed = !matches!(self.route(in_use.peer), Some(Route::Direct(_)))
+            || lock(&self.shared.relayed).contains(&in_use.peer);
         Tunnel { stream, relayed, in_use }
     }
 
@@ -398,6 +400,8 @@ struct Shared {
     refused: Mutex<BTreeSet<PeerId>>,
     refusal: Notify,
     routes: Mutex<BTreeMap<PeerId, Route>>,
+    /// Who has a connection through a relay, if besides others.
+    relayed: Mutex<BTreeSet<PeerId>>,
     relays: Mutex<Vec<PeerId>>,
     punches: Mutex<BTreeMap<PeerId, Punch>>,
     /// How many go on with each peer.

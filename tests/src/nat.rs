@@ -11,7 +11,10 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use crate::{Ended, Node, Running, require::is_root};
+use crate::{
+    Ended, Node, Running,
+    require::{has_internets, is_root},
+};
 
 /// The switch of the public segment.
 const SWITCH: &str = "hub";
@@ -51,7 +54,7 @@ impl Internet {
     #[must_use]
     pub fn new() -> Option<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        if !is_root() {
+        if !is_root() || !has_internets() {
             return None;
         }
         let n = COUNT.fetch_add(1, Ordering::Relaxed);

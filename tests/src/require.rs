@@ -1,6 +1,6 @@
 //! What a machine may lack, and whether a test may be skipped for it.
 
-use std::{env, path::PathBuf, process::Command};
+use std::{env, path::PathBuf, process::Command, sync::OnceLock};
 
 use crate::Node;
 
@@ -59,6 +59,40 @@ pub fn has_torch() -> bool {
 #[must_use]
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root() || skip("root", "this is an ordinary user")
+}
+
+/// Whether networks can be laid out here, each in a namespace of its own and with rules of
+/// `nft`; says so where they cannot.
+///
+/// # Panics
+/// Where they cannot although `P2PIT_TEST_REQUIRE` names `root`, who else could.
+#[must_use]
+pub(crate) fn has_internets() -> bool {
+    static LACKS: OnceLock<Option<String>> = OnceLock::new();
+    let lacks = LACKS.get_or_init(|| {
+        let space = format!("reach-try-{}", std::process::id());
+        let at = format!("--net=/run/netns/{space}");
+        let tries: [&[&str]; 3] = [
+            &["ip", "netns", "add", &space],
+            &["ip", "-n", &space, "link", "add", "br0", "type", "bridge"],
+            &["nsenter", &at, "nft", "add", "table", "ip", "try"],
+        ];
+        let lacks = tries.iter().find_map(|words| lack_of(words));
+        // There may be none to remove.
+        let _ = lack_of(&["ip", "netns", "delete", &space]);
+        lacks
+    });
+    lacks.as_ref().is_none_or(|reason| skip("root", reason))
+}
+
+/// Why a command does not succeed here.
+fn lack_of(words: &[&str]) -> Option<String> {
+    let line = words.join(" ");
+    match Command::new(words[0]).args(&words[1..]).output() {
+        Ok(ended) if ended.status.success() => None,
+        Ok(ended) => Some(format!("{line}: {}", String::from_utf8_lossy(&ended.stderr).trim())),
+        Err(error) => Some(format!("{line}: {error}")),
+    }
 }
 
 pub(crate) fn skip(what: &str, reason: &str) -> bool {

@@ -40,6 +40,7 @@ use super::{
     fetch::FetchError,
     lock, push,
     serve::{Gate, Request, short},
+    space,
 };
 use crate::{
     api::is_disk_full,
@@ -302,6 +303,12 @@ async fn copy_rank(shared: &Arc<Shared>, id: WorkId, mut orders: Orders) {
     let mut patience = Patience::new();
     let log = loop {
         let Some(Wanted { spec, .. }) = wanted(&mut orders, id) else { return };
+        // What was removed and is wanted again is what there is to go on with.
+        if let Err(reason) = space::take_back(shared, id.job).await {
+            cannot(shared, id.job, &reason.context("a copy cannot be taken back")).await;
+            patience.wait(&mut orders).await;
+            continue;
+        }
         let shelf = shared.copies.shelf.clone();
         let made = tokio::task::spawn_blocking(move || {
             shelf.make(id, &spec)?;

@@ -68,6 +68,9 @@ const SHUT_FOR: Duration = Duration::from_secs(30);
 /// Before a member that may well be dialled is asked to dial.
 const BACK_AFTER: Duration = Duration::from_secs(1);
 
+/// Before a member that could not be dialled back is dialled for its asking again.
+const BACK_PAUSE: Duration = Duration::from_secs(2);
+
 /// Why a node could not be asked; the text is what it is called.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ReachError {
@@ -669,12 +672,50 @@ pub(super) async fn connect_back(
     peer: PeerId,
     lane: u8,
 ) -> anyhow::Result<()> {
+    if lane > LOGS {
+        bail!("there is no lane {lane}");
+    }
+    let turn = shared.shut.backs.turn(peer, lane);
+    let mut failed_at = turn.lock().await;
+    if failed_at.is_some_and(|at| at.elapsed() < BACK_PAUSE) {
+        bail!("it was tried a moment ago, and failed");
+    }
+    let connected = dial_back(shared, peer, lane).await;
+    *failed_at = connected.is_err().then(Instant::now);
+    connected
+}
+
+async fn dial_back(shared: &Arc<Shared>, peer: PeerId, lane: u8) -> anyhow::Result<()> {
     let (addrs, _) = shared.whereabouts(peer).await?;
     let connection = shared.endpoint.connect_lane(peer, &addrs, DATA.alpn, lane).await?;
     let (send, receive) = connection.open_bi().await?;
     let () = request(&mut (send.into(), receive.into()), &Request::Connected { lane }).await?;
-    tokio::spawn(serve::data_back(Arc::clone(shared), connection));
+    let id = connection.stable_id();
+    if super::lock(&shared.shut.backs.answered).insert(id) {
+        let shared = Arc::clone(shared);
+        tokio::spawn(async move {
+            serve::data_back(Arc::clone(&shared), connection).await;
+            super::lock(&shared.shut.backs.answered).remove(&id);
+        });
+    }
     Ok(())
+}
+
+/// Connections that others ask this node for.
+#[derive(Debug, Default)]
+struct Backs {
+    /// One is tried at a time for each lane of a member; when one last failed.
+    turns: Mutex<BTreeMap<(PeerId, u8), Turn>>,
+    /// Connections that have a task that answers on them.
+    answered: Mutex<BTreeSet<usize>>,
+}
+
+type Turn = Arc<tokio::sync::Mutex<Option<Instant>>>;
+
+impl Backs {
+    fn turn(&self, peer: PeerId, lane: u8) -> Turn {
+        Arc::clone(super::lock(&self.turns).entry((peer, lane)).or_default())
+    }
 }
 
 /// What carries questions to a member.
@@ -695,23 +736,26 @@ enum Path {
 
 /// Members with whom no connection of the data plane comes about, and since when.
 #[derive(Debug, Default)]
-pub(crate) struct Shut(Mutex<BTreeMap<PeerId, Instant>>);
+pub(crate) struct Shut {
+    since: Mutex<BTreeMap<PeerId, Instant>>,
+    backs: Backs,
+}
 
 impl Shut {
     fn note(&self, peer: PeerId, now: Instant) {
-        let mut shut = super::lock(&self.0);
+        let mut shut = super::lock(&self.since);
         shut.retain(|_, since| now.saturating_duration_since(*since) < SHUT_FOR);
         shut.insert(peer, now);
     }
 
     /// This node has moved: it may be otherwise from here.
     pub(super) fn forget(&self) {
-        super::lock(&self.0).clear();
+        super::lock(&self.since).clear();
     }
 
     /// How long such a connection is waited for where there is another way.
     fn patience(&self, peer: PeerId, lane: u8, now: Instant) -> Duration {
-        let since = super::lock(&self.0).get(&peer).copied();
+        let since = super::lock(&self.since).get(&peer).copied();
         match since {
             Some(since) if now.saturating_duration_since(since) < SHUT_FOR => Duration::ZERO,
             _ if lane == TALK => OWN_WITHIN.0,
@@ -794,6 +838,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn each_lane_of_a_member_has_a_turn_of_its_own() {
+        let (peer, other) = (PeerId(PublicKey([1; 32])), PeerId(PublicKey([2; 32])));
+        let backs = Backs::default();
+        let held = backs.turn(peer, TALK);
+        let _held = held.try_lock().unwrap();
+        assert!(backs.turn(peer, TALK).try_lock().is_err());
+        assert!(backs.turn(peer, BULK).try_lock().is_ok());
+        assert!(backs.turn(other, TALK).try_lock().is_ok());
+    }
+
+    #[test]
     fn where_no_connection_came_about_it_is_not_waited_for_again_for_a_while() {
         let (peer, other) = (PeerId(PublicKey([1; 32])), PeerId(PublicKey([2; 32])));
         let (shut, now) = (Shut::default(), Instant::now());
@@ -809,6 +864,6 @@ mod tests {
         // What is over is not remembered.
         shut.note(peer, now);
         shut.note(other, now + SHUT_FOR);
-        assert_eq!(super::super::lock(&shut.0).len(), 1);
+        assert_eq!(super::super::lock(&shut.since).len(), 1);
     }
 }

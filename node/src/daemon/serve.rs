@@ -170,6 +170,10 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const MANIFEST_BYTES_MAX: u64 = 128 << 20;
 /// Requests that come through tunnels, from all members together.
 const TUNNELS_MAX: usize = 256;
+/// Of these from one member.
+const TUNNELS_PER_PEER: usize = 32;
+/// How long who opened a tunnel may take to say what for.
+const TUNNEL_ASKS_WITHIN: Duration = Duration::from_secs(10);
 /// Longer than the side that asked for the connection keeps it without use.
 const BACK_IDLE: Duration = Duration::from_secs(180);
 /// Before bulk, when a connection has room: what somebody looks at.
@@ -256,17 +260,22 @@ fn begin(
 pub(super) async fn tunnels(shared: Arc<Shared>, network: Network) {
     let Some(mut tunnels) = network.take_tunnels() else { return };
     let room = Arc::new(Semaphore::new(TUNNELS_MAX));
+    let mut rooms = BTreeMap::<PeerId, Arc<Semaphore>>::new();
     while let Some((from, tunnel)) = tunnels.next().await {
         if !shared.is_member(from) {
             continue;
         }
-        let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
+        rooms.retain(|_, room| room.available_permits() < TUNNELS_PER_PEER);
+        let own = rooms.entry(from).or_insert_with(|| Arc::new(Semaphore::new(TUNNELS_PER_PEER)));
+        let own = Arc::clone(own).try_acquire_owned();
+        let all = Arc::clone(&room).try_acquire_owned();
+        let (Ok(own), Ok(all)) = (own, all) else {
             debug!(%from, "too many tunnels");
             continue;
         };
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {
-            let _permit = permit;
+            let _permits = (own, all);
             let (send, receive) = stream::tunnel(tunnel);
             if let Err(reason) = answer(&shared, from, send, receive, None).await {
                 debug!(%from, reason = format!("{reason:#}"), "request not answered");
@@ -282,7 +291,11 @@ async fn answer(
     mut receive: RecvStream,
     connection: Option<Connection>,
 ) -> anyhow::Result<()> {
-    let request = frame::read_message(&mut receive, usize::MAX).await?;
+    let request = frame::read_message(&mut receive, usize::MAX);
+    let request = match &connection {
+        Some(_) => request.await?,
+        None => timeout(TUNNEL_ASKS_WITHIN, request).await.context("nothing was asked")??,
+    };
     if !matches!(
         request,
         Request::Blobs(_) | Request::Inputs { .. } | Request::Copies { .. } | Request::Tail { .. }

@@ -12,7 +12,10 @@ mod usage;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -83,14 +86,19 @@ pub(crate) struct Space {
     told: Mutex<BTreeMap<JobId, Told>>,
     /// When nobody could tell last.
     untold: Mutex<BTreeMap<JobId, Instant>>,
+    /// Directories came back out of the trash: what they name is to come as well.
+    is_due: AtomicBool,
+    taking_back: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default)]
 struct Need {
-    wanted: Option<u64>,
+    /// By each that waits, in bytes.
+    wanted: BTreeSet<u64>,
     /// Sweeps that were made for want of room.
     sweeps: u64,
-    fruitless_at: Option<Instant>,
+    /// When one last found too little, and for how many bytes.
+    fruitless: Option<(Instant, u64)>,
 }
 
 /// What the last walk found beside the blobs.
@@ -117,10 +125,12 @@ impl Space {
     /// cannot.
     fn relieve(&self, wanted: u64) {
         let mut need = lock(&self.need);
-        if need.fruitless_at.is_some_and(|at| at.elapsed() < FRUITLESS) {
+        let is_fruitless =
+            |(at, bytes): (Instant, u64)| at.elapsed() < FRUITLESS && wanted >= bytes;
+        if need.fruitless.is_some_and(is_fruitless) {
             return;
         }
-        need.wanted = Some(need.wanted.unwrap_or(0).max(wanted));
+        need.wanted.insert(wanted);
         let before = need.sweeps;
         self.wake.notify_one();
         // Who waits too long is refused; there may be room the next time.
@@ -131,10 +141,11 @@ impl Space {
         );
     }
 
-    fn relief_is_over(&self, is_enough: bool) {
+    /// `lacks` is the least that there is no room for.
+    fn relief_is_over(&self, lacks: Option<u64>) {
         let mut need = lock(&self.need);
         need.sweeps += 1;
-        need.fruitless_at = (!is_enough).then(Instant::now);
+        need.fruitless = lacks.map(|bytes| (Instant::now(), bytes));
         drop(need);
         self.relieved.notify_all();
     }
@@ -186,9 +197,23 @@ async fn tend(shared: Arc<Shared>) {
     let mut is_told = false;
     let mut next = Instant::now();
     let mut steady = Steady::new();
+    let (begun, mut is_counted) = (next, true);
     loop {
         is_told = is_told
             || shared.act(move |peer, now| peer.set_keep_done(keep_done_ms, now)).await.is_ok();
+        let wanted = std::mem::take(&mut lock(&shared.space.need).wanted);
+        let mut lacks = None;
+        if !wanted.is_empty() {
+            // Somebody waits: nobody is asked about removed jobs before.
+            lacks = swept(&steady, tidy(&shared, &wanted, begun)).await.unwrap_or_else(|| {
+                // Nothing was swept.
+                wanted.first().copied()
+            });
+            if lacks.is_none() {
+                shared.space.relief_is_over(None);
+            }
+            is_counted = false;
+        }
         let has_gone = match settle_removed(&shared).await {
             Ok(has_gone) => has_gone,
             Err(reason) => {
@@ -196,24 +221,26 @@ async fn tend(shared: Arc<Shared>) {
                 false
             }
         };
-        let wanted = lock(&shared.space.need).wanted.take();
-        let is_due = Instant::now() >= next || has_gone;
-        if wanted.is_some() || is_due {
-            if is_due {
-                next = Instant::now() + every;
+        let has_come = shared.space.is_due.swap(false, Ordering::Relaxed);
+        if Instant::now() >= next || has_gone || has_come {
+            next = Instant::now() + every;
+            let lacking = if lacks.is_some() { wanted } else { BTreeSet::new() };
+            if let Some(still) = swept(&steady, tidy(&shared, &lacking, begun)).await {
+                lacks = still;
+                is_counted = false;
             }
-            let done = if steady.is_trusted() {
-                tidy(&shared, wanted).await
-            } else {
-                Err(anyhow::anyhow!("the clock was set: it is waited for an hour"))
-            };
-            if let Err(reason) = &done
-                && !matches!(reason.downcast_ref(), Some(NoPeer::NoPool))
-            {
-                warn!(reason = format!("{reason:#}"), "nothing was swept");
+            if !lacking.is_empty() {
+                shared.space.relief_is_over(lacks);
             }
-            if wanted.is_some() {
-                shared.space.relief_is_over(done.unwrap_or(false));
+        } else if lacks.is_some() {
+            shared.space.relief_is_over(lacks);
+        }
+        if !is_counted {
+            match count(&shared).await {
+                Ok(()) => is_counted = true,
+                Err(reason) => {
+                    warn!(reason = format!("{reason:#}"), "what is stored here cannot be counted");
+                }
             }
         }
         look_at_room(&shared).await;
@@ -223,6 +250,27 @@ async fn tend(shared: Arc<Shared>) {
             () = tokio::time::sleep(LOOK_EVERY.min(every)) => {}
         }
         steady.look();
+    }
+}
+
+/// What came of a round; `None` where it could not be made.
+async fn swept(
+    steady: &Steady,
+    round: impl Future<Output = anyhow::Result<Option<u64>>>,
+) -> Option<Option<u64>> {
+    let done = if steady.is_trusted() {
+        round.await
+    } else {
+        Err(anyhow::anyhow!("the clock was set: it is waited for an hour"))
+    };
+    match done {
+        Ok(lacks) => Some(lacks),
+        Err(reason) => {
+            if !matches!(reason.downcast_ref(), Some(NoPeer::NoPool)) {
+                warn!(reason = format!("{reason:#}"), "nothing was swept");
+            }
+            None
+        }
     }
 }
 
@@ -272,6 +320,11 @@ const fn sweep_every() -> Duration {
     SWEEP_EVERY
 }
 
+/// For so long after a start nothing of a removed job is deleted.
+fn undo_is_heard_after() -> Duration {
+    RELIED.min(sweep_every())
+}
+
 /// The store of a daemon.
 pub(super) fn open_store(
     dir: &std::path::Path,
@@ -283,37 +336,66 @@ pub(super) fn open_store(
     BlobStore::open(dir)
 }
 
-/// One round of all that makes room; whether there is enough of it, where somebody waits for
-/// some.
-async fn tidy(shared: &Arc<Shared>, wanted: Option<u64>) -> anyhow::Result<bool> {
-    let is_enough = |shared: &Shared| match wanted {
-        Some(wanted) => shared.store.room_left().is_none_or(|room| room >= wanted),
-        None => true,
-    };
+/// One round of all that makes room. Of several that wait for some, each with so many bytes,
+/// the largest that can be had at all is made; the smallest that there is no room for is
+/// returned.
+async fn tidy(
+    shared: &Arc<Shared>,
+    wanted: &BTreeSet<u64>,
+    begun: Instant,
+) -> anyhow::Result<Option<u64>> {
     expire(shared).await?;
-    sweep(shared, true).await?;
-    if !is_enough(shared) {
-        sweep(shared, false).await?;
-    }
-    let is_short = !is_enough(shared);
-    let (store, bin) = (shared.store.clone(), Bin::of(&shared.home));
+    let spared = sweep(shared, true).await?;
     let kept = shared.settings.trash;
+    // Who took a removal back may not have been heard yet.
+    let removed_too = begun.elapsed() >= undo_is_heard_after();
+    let bin = Bin::of(&shared.home);
+    let mut in_bin = if wanted.is_empty() {
+        Vec::new()
+    } else {
+        let bin = bin.clone();
+        tokio::task::spawn_blocking(move || bin.sizes(removed_too)).await??
+    };
+    let could_fit = |wanted: u64, freed: u64| shared.store.could_fit(wanted, freed);
+    let most = in_bin.iter().map(|(bytes, _)| *bytes).sum::<u64>().saturating_add(spared);
+    // For what cannot fit nothing goes.
+    let goal = wanted.iter().rev().copied().find(|wanted| could_fit(*wanted, most));
+    let mut freed = 0;
+    if let Some(goal) = goal {
+        if !could_fit(goal, 0) {
+            sweep(shared, false).await?;
+        }
+        in_bin.retain(|(bytes, _)| {
+            let is_needed = !could_fit(goal, freed);
+            freed += if is_needed { *bytes } else { 0 };
+            is_needed
+        });
+    } else {
+        in_bin.clear();
+    }
+    let store = shared.store.clone();
     tokio::task::spawn_blocking(move || {
-        store.purge(kept)?;
+        if removed_too {
+            store.purge(kept)?;
+        }
         store.sweep_partials(PARTIAL_KEPT)?;
-        let kept = if is_short { Duration::ZERO } else { kept };
-        for residue in bin.purge(kept).context("the trash of jobs cannot be emptied")? {
+        let old = bin.purge(kept, removed_too).context("the trash of jobs cannot be emptied")?;
+        let needed = bin::delete(in_bin.into_iter().map(|(_, path)| path));
+        for residue in old.into_iter().chain(needed) {
             warn!(residue, "a directory of a job that was given up stays");
         }
         anyhow::Ok(())
     })
     .await??;
-    count(shared).await?;
-    Ok(is_enough(shared))
+    if freed > 0 {
+        count_beside(shared).await?;
+    }
+    Ok(wanted.iter().copied().find(|wanted| !could_fit(*wanted, 0)))
 }
 
-/// Moves what nothing names to the trash; without inputs of finished jobs where so.
-async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Result<()> {
+/// Moves what nothing names to the trash; without inputs of finished jobs where so. How many
+/// bytes only they keep.
+async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Result<u64> {
     // Before anything is looked at: see `Reach`.
     let mut reach = Reach::begin(&shared.store);
     let keep_done_ms = millis(shared.settings.keep_done);
@@ -371,7 +453,7 @@ async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Res
             "swept the store"
         );
     }
-    Ok(())
+    Ok(swept.spared_bytes)
 }
 
 /// What the owner is told where it is not known what is needed.
@@ -574,18 +656,26 @@ async fn give_up(shared: &Arc<Shared>, job: JobId, why: Dropped) -> anyhow::Resu
 }
 
 /// Moves a job's directories out of the trash, and tells the peer what is held again.
-async fn take_back(shared: &Arc<Shared>, job: JobId) -> anyhow::Result<()> {
+///
+/// To be called before anything is made for a job in `copies/`: what was begun anew would stand
+/// in the place of what was there.
+pub(super) async fn take_back(shared: &Arc<Shared>, job: JobId) -> anyhow::Result<()> {
+    // Nobody goes on before what is back was looked at.
+    let _alone = shared.space.taking_back.lock().await;
     let (bin, shelf) = (Bin::of(&shared.home), shared.copies.shelf().clone());
     let store = shared.store.clone();
     let stock = tokio::task::spawn_blocking(move || {
         if !bin.take_back(job)? {
             return std::io::Result::Ok(None);
         }
-        // With it what has gone to the trash of the store comes back.
+        // What it names may be in the trash of the store, and comes back from there.
+        store.keep_trash();
         Ok(Some(copies::take_stock_of(&shelf, &store, job)?))
     });
     let Some(stock) = stock.await?? else { return Ok(()) };
     info!(%job, "what it left is back");
+    shared.space.is_due.store(true, Ordering::Relaxed);
+    shared.space.wake.notify_one();
     shared.act(move |peer, now| copies::tell(peer, stock, now)).await?;
     Ok(())
 }

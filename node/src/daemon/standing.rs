@@ -1,9 +1,10 @@
 //! How others reach this node.
 //!
 //! Nobody can tell by itself: so a few members are asked from where they see this node, and
-//! whether they can dial it there, from ports that it never sent anything to. Where all of
-//! those asked can, it is open, and passes on for others; where one cannot it is behind a NAT
-//! or a firewall, and has two open members pass on for it. Either goes into the advert.
+//! whether they can dial it there, from ports that it never sent anything to. Where most of
+//! those that tried can, it is open, and passes on for others; else it is behind a NAT or a
+//! firewall, and has two open members pass on for it. Either goes into the advert. Members that
+//! see it at its own address may be behind the same NAT: they count where no other tried.
 //!
 //! Asked again when this node listens elsewhere, when members come that have not been asked,
 //! and every few minutes.
@@ -18,7 +19,7 @@ use std::{
 use p2pit_protocol::{PeerId, message::Reach};
 use tokio::{
     net::TcpStream,
-    sync::{Notify, Semaphore},
+    sync::{Notify, Semaphore, SemaphorePermit},
     time::{Instant, timeout},
 };
 use tracing::{debug, info};
@@ -48,6 +49,8 @@ const CONFIRM_AFTER: Duration = Duration::from_secs(1);
 const PROBE_PATIENCE: Duration = Duration::from_secs(3);
 /// Probes for others at once; each dials three ports.
 const PROBES_MAX: usize = 16;
+/// Of these for one member.
+const PROBES_PER_PEER: usize = 2;
 
 /// What is known of it.
 #[derive(Debug)]
@@ -55,6 +58,27 @@ pub(crate) struct Standing {
     known: Mutex<Known>,
     pub(super) changed: Notify,
     probing: Semaphore,
+    /// For whom how many probes are made.
+    probed: Mutex<BTreeMap<PeerId, usize>>,
+}
+
+/// Leave to make a probe for a member, as long as it lives.
+struct Permit<'a> {
+    _room: SemaphorePermit<'a>,
+    probed: &'a Mutex<BTreeMap<PeerId, usize>>,
+    peer: PeerId,
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        let mut probed = lock(self.probed);
+        if let Some(count) = probed.get_mut(&self.peer) {
+            *count -= 1;
+            if *count == 0 {
+                probed.remove(&self.peer);
+            }
+        }
+    }
 }
 
 impl Default for Standing {
@@ -63,6 +87,7 @@ impl Default for Standing {
             known: Mutex::default(),
             changed: Notify::new(),
             probing: Semaphore::new(PROBES_MAX),
+            probed: Mutex::default(),
         }
     }
 }
@@ -103,18 +128,39 @@ impl Standing {
     pub(crate) fn reach(&self) -> Reach {
         lock(&self.known).reach
     }
+
+    fn permit(&self, peer: PeerId) -> Option<Permit<'_>> {
+        let _room = self.probing.try_acquire().ok()?;
+        let mut probed = lock(&self.probed);
+        let count = probed.entry(peer).or_default();
+        if *count >= PROBES_PER_PEER {
+            return None;
+        }
+        *count += 1;
+        drop(probed);
+        Some(Permit { _room, probed: &self.probed, peer })
+    }
 }
 
 impl Known {
-    /// What the answers come to.
-    fn judge(answers: &BTreeMap<PeerId, Answer>) -> Reach {
-        let by_datagrams = answers.values().filter(|answer| answer.probed.seen.is_some());
-        let opens: Vec<bool> = by_datagrams.map(|answer| answer.probed.is_open()).collect();
-        match opens.as_slice() {
-            [] if answers.is_empty() => Reach::Unknown,
+    /// What the answers come to; `own` are this machine's addresses.
+    fn judge(answers: &BTreeMap<PeerId, Answer>, own: &[IpAddr]) -> Reach {
+        let by_datagrams = answers.values().filter_map(|answer| {
+            answer.probed.seen.map(|seen| (&answer.probed, !own.contains(&seen.ip())))
+        });
+        let by_datagrams: Vec<_> = by_datagrams.collect();
+        if by_datagrams.is_empty() && !answers.is_empty() {
             // They can only be asked through others, or by TCP.
-            [] => Reach::Behind,
-            opens if opens.iter().all(|open| *open) => Reach::Open,
+            return Reach::Behind;
+        }
+        let tried = by_datagrams.into_iter().filter(|(probed, _)| probed.data.is_some());
+        let (outside, inside): (Vec<_>, Vec<_>) = tried.partition(|(_, is_outside)| *is_outside);
+        let counted = if outside.is_empty() { inside } else { outside };
+        let open = counted.iter().filter(|(probed, _)| probed.is_open()).count();
+        match counted.len() {
+            // Who had no leave to try says nothing.
+            0 => Reach::Unknown,
+            all if 2 * open > all => Reach::Open,
             _ => Reach::Behind,
         }
     }
@@ -133,11 +179,17 @@ impl Known {
         }
     }
 
-    /// Addresses beyond this machine's at which others could dial it.
+    /// Addresses beyond this machine's at which others could dial it, where two say the same, or
+    /// only one could be asked: one alone could name any.
     fn outside(&self, own: &[IpAddr]) -> BTreeSet<IpAddr> {
+        let mut votes = BTreeMap::<IpAddr, usize>::new();
         let open = self.answers.values().filter(|answer| answer.probed.is_open());
         let seen = open.filter_map(|answer| answer.probed.seen).map(|addr| addr.ip());
-        seen.filter(|ip| !own.contains(ip)).collect()
+        for ip in seen.filter(|ip| !own.contains(ip)) {
+            *votes.entry(ip).or_default() += 1;
+        }
+        let needed = self.answers.len().min(2);
+        votes.into_iter().filter(|(_, votes)| *votes >= needed).map(|(ip, _)| ip).collect()
     }
 }
 
@@ -167,7 +219,7 @@ pub(super) async fn probe(
         (Some(addr), _) | (None, Some(Route::Direct(addr))) => addr.ip(),
         _ => return Probed::untried(seen),
     };
-    let Ok(_permit) = shared.standing.probing.try_acquire() else { return Probed::untried(seen) };
+    let Some(_permit) = shared.standing.permit(from) else { return Probed::untried(seen) };
     let at = |port| SocketAddr::new(ip, port);
     let endpoint = &shared.endpoint;
     let (control, tcp, data) = tokio::join!(
@@ -280,7 +332,8 @@ async fn ask_confirmed(
     members: &[Member],
 ) -> BTreeMap<PeerId, Answer> {
     let answers = ask(shared, members).await;
-    let differs = Known::judge(&answers) != known.reach && known.reach != Reach::Unknown;
+    let reach = Known::judge(&answers, &own_ips(shared));
+    let differs = reach != known.reach && known.reach != Reach::Unknown;
     if answers.is_empty() || !differs {
         return answers;
     }
@@ -329,9 +382,20 @@ fn clock_offset(before: i64, after: i64, there: i64) -> i64 {
     if there < before { there.saturating_sub(before) } else { there.saturating_sub(after).max(0) }
 }
 
+/// Where this machine listens.
+fn own_ips(shared: &Shared) -> Vec<IpAddr> {
+    let listens = shared.network().map(|network| network.listen_addrs()).unwrap_or_default();
+    listens.iter().map(SocketAddr::ip).collect()
+}
+
 fn take_in(shared: &Shared, answers: BTreeMap<PeerId, Answer>) {
+    let own = own_ips(shared);
     let mut known = lock(&shared.standing.known);
-    let reach = Known::judge(&answers);
+    let reach = match Known::judge(&answers, &own) {
+        // Nobody could try: what was known holds.
+        Reach::Unknown => known.reach,
+        reach => reach,
+    };
     if known.reach != reach {
         info!(?reach, "how others reach this node");
     }
@@ -405,7 +469,8 @@ mod tests {
     fn known(answers: Vec<Answer>) -> Known {
         let answers: BTreeMap<_, _> =
             (1..).map(|n| PeerId(PublicKey([n; 32]))).zip(answers).collect();
-        Known { reach: Known::judge(&answers), answers }
+        let own = ["10.0.0.1".parse().unwrap()];
+        Known { reach: Known::judge(&answers, &own), answers }
     }
 
     fn shut() -> Result<(), String> {
@@ -413,8 +478,10 @@ mod tests {
     }
 
     #[test]
-    fn a_node_is_open_where_all_that_were_asked_can_dial_it() {
+    fn a_node_is_open_where_most_that_tried_can_dial_it() {
         let at = |ip| Some(ip);
+        let untried = |ip: &str| Answer { probed: Probed::untried(ip.parse().ok()), clock_ms: 0 };
+        let outside = |data| answer(at("192.0.2.1:5"), data);
         for (answers, reach) in [
             (vec![], Reach::Unknown),
             (vec![answer(at("10.0.0.1:5"), Ok(()))], Reach::Open),
@@ -425,6 +492,20 @@ mod tests {
             // Asked by TCP, or through a relay, alone.
             (vec![answer(None, shut())], Reach::Behind),
             (vec![answer(None, shut()), answer(at("10.0.0.1:5"), Ok(()))], Reach::Open),
+            // Who had no leave to try.
+            (vec![untried("192.0.2.1:5")], Reach::Unknown),
+            (vec![untried("192.0.2.1:5"), outside(Ok(()))], Reach::Open),
+            (vec![outside(Ok(())), outside(Ok(())), outside(shut())], Reach::Open),
+            (vec![outside(Ok(())), outside(shut())], Reach::Behind),
+            // Two are behind the same NAT.
+            (
+                vec![
+                    answer(at("10.0.0.1:5"), Ok(())),
+                    answer(at("10.0.0.1:5"), Ok(())),
+                    outside(shut()),
+                ],
+                Reach::Behind,
+            ),
         ] {
             assert_eq!(known(answers.clone()).reach, reach, "{answers:?}");
         }
@@ -449,10 +530,27 @@ mod tests {
         let own = ["10.0.0.1".parse().unwrap()];
         let forwarded = known(vec![
             answer(Some("192.0.2.1:5"), Ok(())),
-            answer(Some("10.0.0.1:5"), Ok(())),
+            answer(Some("192.0.2.1:7"), Ok(())),
             answer(Some("192.0.2.2:5"), shut()),
         ]);
         assert_eq!(forwarded.outside(&own), ["192.0.2.1".parse().unwrap()].into());
+        let one = |answers: &[&str]| {
+            known(answers.iter().map(|addr| answer(Some(addr), Ok(()))).collect()).outside(&own)
+        };
+        assert_eq!(one(&["192.0.2.1:5"]), ["192.0.2.1".parse().unwrap()].into());
+        assert!(one(&["192.0.2.1:5", "10.0.0.1:5"]).is_empty(), "nobody else says so");
+        assert!(one(&["192.0.2.1:5", "192.0.2.2:5"]).is_empty());
+    }
+
+    #[test]
+    fn one_member_does_not_take_all_leave_to_probe() {
+        let standing = Standing::default();
+        let node = |n| PeerId(PublicKey([n; 32]));
+        let held: Vec<_> =
+            (0..PROBES_PER_PEER).map(|_| standing.permit(node(1)).unwrap()).collect();
+        assert!(standing.permit(node(1)).is_none() && standing.permit(node(2)).is_some());
+        drop(held);
+        assert!(standing.permit(node(1)).is_some());
     }
 
     #[test]

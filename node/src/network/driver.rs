@@ -461,6 +461,13 @@ impl Driver {
             Some(route) => routes.insert(to, route),
             None => routes.remove(&to),
         };
+        drop(routes);
+        let mut relayed = lock(&self.shared.relayed);
+        if self.peers.get(&to).is_some_and(Peer::is_relayed) {
+            relayed.insert(to);
+        } else {
+            relayed.remove(&to);
+        }
     }
 
     /// Closes connections that are dead, though this side has not noticed. Where no other but

@@ -99,6 +99,11 @@ impl Peer {
         direct.or_else(|| routes.next())
     }
 
+    /// Whether any connection goes through a relay.
+    pub(super) fn is_relayed(&self) -> bool {
+        self.links.iter().any(|link| matches!(link.route, Route::Relayed(_)))
+    }
+
     /// Connections through relays that a direct one has made needless for long enough.
     pub(super) fn needless(&self, now: Instant) -> Vec<ConnectionId> {
         let is_direct = |link: &&Link| matches!(link.route, Route::Direct(_));
@@ -231,6 +236,7 @@ mod tests {
         assert_eq!(peer.needless(now), []);
         let later = now + RELAYED_LINGERS;
         assert_eq!(peer.needless(later), [relayed]);
+        assert!(peer.is_relayed(), "until it is closed");
         peer.closed(direct);
         assert_eq!((peer.route(), peer.needless(later)), (Some(through), vec![]));
     }

@@ -11,13 +11,16 @@ use std::{
     fs::{self, DirBuilder, File, FileTimes},
     io,
     os::unix::fs::DirBuilderExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
 use p2pit_protocol::JobId;
 
-use super::roots::{Dropped, jobs_in, names_in};
+use super::{
+    roots::{Dropped, jobs_in, names_in},
+    usage,
+};
 use crate::{home::Home, workspace::remove_tree};
 
 /// The two directories that have one for each job.
@@ -100,31 +103,84 @@ impl Bin {
         for kind in KINDS {
             let from = self.dir(kind).join(format!("{job}.{}", ending(Dropped::Removed)));
             let to = self.place(kind, job);
-            // A copy that was begun anew meanwhile stays what it is.
-            if from.is_dir() && !to.exists() {
-                fs::rename(&from, &to)?;
-                moved = true;
+            if !to.exists() {
+                moved |= rename(&from, &to)?;
+                continue;
+            }
+            // What was begun anew meanwhile stays what it is; the rest comes back beside it.
+            for name in names_in(&from)? {
+                let to = to.join(&name);
+                moved |= !to.exists() && rename(&from.join(&name), &to)?;
             }
         }
         Ok(moved)
     }
 
-    /// Deletes what has been here for so long; what cannot be deleted is named.
-    pub(super) fn purge(&self, kept: Duration) -> io::Result<Vec<String>> {
-        let mut residues = Vec::new();
+    /// Deletes what has been here for so long, and what was removed only where `removed_too`;
+    /// what cannot be deleted is named.
+    pub(super) fn purge(&self, kept: Duration, removed_too: bool) -> io::Result<Vec<String>> {
+        let old = self.all(removed_too)?.into_iter().filter(|(at, _)| {
+            let age = at.elapsed().unwrap_or_default();
+            age >= kept
+        });
+        Ok(delete(old.map(|(_, path)| path)))
+    }
+
+    /// What takes room here, the oldest first: bytes of disk, each. As [`Self::purge`] otherwise.
+    pub(super) fn sizes(&self, removed_too: bool) -> io::Result<Vec<(u64, PathBuf)>> {
+        let mut all = self.all(removed_too)?;
+        all.sort();
+        let paths: Vec<PathBuf> = all.into_iter().map(|(_, path)| path).collect();
+        Ok(usage::of(&paths)?.into_iter().zip(paths).collect())
+    }
+
+    fn all(&self, removed_too: bool) -> io::Result<Vec<(SystemTime, PathBuf)>> {
+        let mut all = Vec::new();
         for kind in KINDS {
             let dir = self.dir(kind);
             for name in names_in(&dir)? {
-                let path = dir.join(name);
-                let age = fs::symlink_metadata(&path)?.modified()?.elapsed().unwrap_or_default();
-                if age >= kept
-                    && let Err(residue) = remove_tree(&path)
-                {
-                    residues.push(format!("{residue}: {}", residue.source));
+                let path = dir.join(&name);
+                match fs::symlink_metadata(&path) {
+                    Ok(metadata) if removed_too || !name.ends_with(".removed") => {
+                        all.push((metadata.modified()?, path));
+                    }
+                    Ok(_) => {}
+                    // Taken back meanwhile.
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                    Err(e) => return Err(e),
                 }
             }
         }
-        Ok(residues)
+        Ok(all)
+    }
+}
+
+/// Deletes these for good; what cannot be deleted is named.
+pub(super) fn delete(paths: impl IntoIterator<Item = PathBuf>) -> Vec<String> {
+    let mut residues = Vec::new();
+    for path in paths {
+        // By another name: nobody takes back what is half gone.
+        let going = path.with_extension("going");
+        match rename(&path, &going) {
+            Ok(_) => {}
+            Err(e) => {
+                residues.push(format!("{}: {e}", path.display()));
+                continue;
+            }
+        }
+        if let Err(residue) = remove_tree(&going) {
+            residues.push(format!("{residue}: {}", residue.source));
+        }
+    }
+    residues
+}
+
+/// Whether there was anything to be moved.
+fn rename(from: &Path, to: &Path) -> io::Result<bool> {
+    match fs::rename(from, to) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
     }
 }
 
@@ -155,9 +211,36 @@ mod tests {
         assert_eq!(fs::read_to_string(bin.place("copies", one).join("1-0/log")).unwrap(), "said");
         // Removed again: its time begins again, too.
         bin.put(one, Dropped::Removed).unwrap();
-        assert!(bin.purge(Duration::from_secs(60)).unwrap().is_empty());
+        assert!(bin.purge(Duration::from_secs(60), true).unwrap().is_empty());
         assert_eq!(bin.removed().unwrap(), [one]);
-        assert!(bin.purge(Duration::ZERO).unwrap().is_empty());
+        assert!(bin.purge(Duration::ZERO, false).unwrap().is_empty());
+        let left: Vec<PathBuf> =
+            bin.sizes(true).unwrap().into_iter().map(|(_, path)| path).collect();
+        assert_eq!(left.len(), 2, "what expired is gone: {left:?}");
+        assert!(bin.purge(Duration::ZERO, true).unwrap().is_empty());
         assert!(bin.removed().unwrap().is_empty() && !bin.take_back(one).unwrap());
+    }
+
+    #[test]
+    fn what_was_begun_anew_keeps_no_other_rank_in_the_trash() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::open_or_create(&dir.path().join("home")).unwrap();
+        let bin = Bin::of(&home);
+        let job = JobId([1; 32]);
+        let write = |rank: &str, text: &str| {
+            let rank = bin.place("copies", job).join(rank);
+            fs::create_dir_all(&rank).unwrap();
+            fs::write(rank.join("log"), text).unwrap();
+        };
+        write("1-0", "old");
+        write("1-1", "old");
+        assert!(bin.put(job, Dropped::Removed).unwrap());
+        write("1-0", "new");
+        assert!(bin.take_back(job).unwrap());
+        let log = |rank: &str| {
+            fs::read_to_string(bin.place("copies", job).join(rank).join("log")).unwrap()
+        };
+        assert_eq!((log("1-0").as_str(), log("1-1").as_str()), ("new", "old"));
+        assert!(!bin.take_back(job).unwrap());
     }
 }

@@ -9,17 +9,25 @@ fn who_needs_room_waits_for_a_sweep_and_is_not_kept_where_the_last_found_none() 
     let space = Arc::new(Space::default());
     let waiting = Arc::clone(&space);
     let waits = thread::spawn(move || waiting.relieve(7));
-    while lock(&space.need).wanted.is_none() {
+    while lock(&space.need).wanted.is_empty() {
         thread::yield_now();
     }
-    let wanted = lock(&space.need).wanted.take();
-    assert_eq!(wanted, Some(7));
+    let wanted = std::mem::take(&mut lock(&space.need).wanted);
+    assert_eq!(wanted, [7].into());
     assert!(!waits.is_finished());
-    space.relief_is_over(false);
+    space.relief_is_over(Some(7));
     waits.join().unwrap();
     // Nobody is there to sweep, and nobody is asked.
     space.relieve(9);
-    assert_eq!(lock(&space.need).wanted, None);
+    assert!(lock(&space.need).wanted.is_empty());
+    // What is less may fit.
+    let asking = Arc::clone(&space);
+    let asks = thread::spawn(move || asking.relieve(6));
+    while lock(&space.need).wanted.is_empty() {
+        thread::yield_now();
+    }
+    space.relief_is_over(None);
+    asks.join().unwrap();
 }
 
 #[test]

@@ -247,17 +247,28 @@ impl BlobStore {
     /// # Errors
     /// [`NoRoom`], as an error of a full disk.
     pub fn fits(&self, bytes: u64) -> io::Result<()> {
-        if self.is_lenient || self.lacks(bytes).is_none() {
+        if self.is_lenient {
             return Ok(());
         }
-        let refused = |lack| io::Error::new(io::ErrorKind::StorageFull, lack);
-        let purge = || self.purge_until(|| self.lacks(bytes).is_none()).map_err(io::Error::other);
-        purge()?;
         let Some(lack) = self.lacks(bytes) else { return Ok(()) };
-        let Some(relief) = self.inner.room.relief.get() else { return Err(refused(lack)) };
-        relief(lack.wanted);
-        purge()?;
-        self.lacks(bytes).map_or(Ok(()), |lack| Err(refused(lack)))
+        let trash_is_enough = || self.lack_of(self.promised(bytes), self.used().trash).is_none();
+        if (self.is_trash_kept() || !trash_is_enough())
+            && let Some(relief) = self.inner.room.relief.get()
+        {
+            relief(lack.wanted);
+        }
+        // For what does not fit all the same nothing is deleted.
+        if trash_is_enough() {
+            self.purge_until(|| self.lacks(bytes).is_none()).map_err(io::Error::other)?;
+        }
+        let refused = |lack| Err(io::Error::new(io::ErrorKind::StorageFull, lack));
+        self.lacks(bytes).map_or(Ok(()), refused)
+    }
+
+    /// Whether so many bytes would fit in all, once the trash and `freed` bytes more are gone.
+    #[must_use]
+    pub fn could_fit(&self, wanted: u64, freed: u64) -> bool {
+        self.lack_of(wanted, self.used().trash.saturating_add(freed)).is_none()
     }
 
     /// Whether the limits are reached now.
@@ -266,24 +277,33 @@ impl BlobStore {
     }
 
     fn lacks(&self, bytes: u64) -> Option<NoRoom> {
+        self.lack_of(self.promised(bytes), 0)
+    }
+
+    /// So many bytes, with what was promised already.
+    fn promised(&self, bytes: u64) -> u64 {
+        let reserved = self.inner.room.reserved.load(Ordering::Relaxed);
+        bytes.saturating_add(u64::try_from(reserved).unwrap_or_default())
+    }
+
+    /// Why so many bytes would not fit after `freed` are gone.
+    fn lack_of(&self, wanted: u64, freed: u64) -> Option<NoRoom> {
         let room = &self.inner.room;
         let limits = room.limits();
         let Limits { whose, quota } = limits.as_ref()?;
-        let reserved = u64::try_from(room.reserved.load(Ordering::Relaxed)).unwrap_or_default();
-        let wanted = bytes.saturating_add(reserved);
         let lack = |bound| {
             let (whose, store) = (whose.clone(), self.inner.root.clone());
             Some(NoRoom { whose, store, wanted, bound })
         };
         let used = room.used().total();
         if let Some(quota) = *quota
-            && used.saturating_add(wanted) > quota
+            && used.saturating_sub(freed).saturating_add(wanted) > quota
         {
             return lack(Bound::Quota { quota, used });
         }
         // See `room_left`.
         let disk = self.disk().ok()?;
-        if disk.free < disk.left.saturating_add(wanted) {
+        if disk.free.saturating_add(freed) < disk.left.saturating_add(wanted) {
             return lack(Bound::Disk { free: disk.free, left: disk.left });
         }
         None

@@ -23,7 +23,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, SystemTime},
 };
@@ -56,6 +56,10 @@ pub(super) struct Upkeep {
     uses: Arc<Mutex<BTreeMap<u64, SystemTime>>>,
     /// Saves looking there for every blob that is not here.
     has_trash: AtomicBool,
+    /// How often it was said that what is in the trash may be named again.
+    named_again: AtomicU64,
+    /// Of these the last sweep knew.
+    swept_at: AtomicU64,
 }
 
 impl Default for Upkeep {
@@ -78,6 +82,8 @@ impl Upkeep {
             gate: RwLock::default(),
             uses: Arc::default(),
             has_trash: AtomicBool::new(false),
+            named_again: AtomicU64::new(0),
+            swept_at: AtomicU64::new(0),
         }
     }
 
@@ -123,6 +129,8 @@ impl Drop for Use {
 pub struct Reach {
     store: BlobStore,
     _since: Use,
+    /// See [`BlobStore::keep_trash`].
+    named_again: u64,
     blobs: HashSet<BlobId>,
     /// Stay where they are, in the trash as well.
     in_place: HashSet<BlobId>,
@@ -138,7 +146,8 @@ impl Reach {
         let (blobs, unreadable) = (HashSet::new(), Vec::new());
         let (store, _since) = (store.clone(), store.begin_use());
         let in_place = HashSet::new();
-        Self { store, _since, blobs, in_place, unreadable, is_given_up: false }
+        let named_again = store.inner.upkeep.named_again.load(Ordering::Relaxed);
+        Self { store, _since, named_again, blobs, in_place, unreadable, is_given_up: false }
     }
 
     /// Adds a tree and all that it names, as far as it is here. What is not a tree names
@@ -205,6 +214,8 @@ pub struct Swept {
     pub brought_back: u64,
     /// Named by nothing, and relied on of late.
     pub relied_on: u64,
+    /// Of what stays only as long as there is room, and nobody relies on.
+    pub spared_bytes: u64,
 }
 
 impl BlobStore {
@@ -314,14 +325,24 @@ impl BlobStore {
             step()?;
             swept.brought_back += u64::from(self.has(&id));
         }
+        self.inner.upkeep.swept_at.fetch_max(reach.named_again, Ordering::Relaxed);
         if !reach.unreadable.is_empty() || reach.is_given_up {
             return Ok(swept);
         }
-        self.each_live(|path, _, is_blob| {
+        let cutoff = self.inner.upkeep.cutoff();
+        self.each_live(|path, metadata, is_blob| {
             if !is_blob {
                 return self.sweep_outboard(path);
             }
-            let Some(id) = blob_at(path).filter(|id| !reach.contains(id)) else { return Ok(()) };
+            let Some(id) = blob_at(path) else { return Ok(()) };
+            if reach.contains(&id) {
+                let is_old = metadata.modified().is_ok_and(|at| at < cutoff);
+                if is_old && !reach.blobs.contains(&id) {
+                    let room = u64::try_from(room_of(metadata)).unwrap_or_default();
+                    swept.spared_bytes += room;
+                }
+                return Ok(());
+            }
             step()?;
             match self.discard(&id, path).map_err(Error::io("move to the trash", path))? {
                 Some(bytes) => {
@@ -409,9 +430,21 @@ impl BlobStore {
         Ok(removed)
     }
 
+    /// What is in the trash may be named again: until the next sweep has taken out what is, no
+    /// want of room empties it.
+    pub fn keep_trash(&self) {
+        self.inner.upkeep.named_again.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether the trash waits for a sweep: see [`Self::keep_trash`].
+    pub(super) fn is_trash_kept(&self) -> bool {
+        let upkeep = &self.inner.upkeep;
+        upkeep.named_again.load(Ordering::Relaxed) != upkeep.swept_at.load(Ordering::Relaxed)
+    }
+
     /// Removes from the trash, the oldest first, until there is enough room.
     pub(super) fn purge_until(&self, is_enough: impl Fn() -> bool) -> Result<(), Error> {
-        if self.used().trash == 0 {
+        if self.used().trash == 0 || self.is_trash_kept() {
             return Ok(());
         }
         let mut files: Vec<(SystemTime, PathBuf)> = Vec::new();
