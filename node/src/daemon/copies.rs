@@ -21,8 +21,8 @@ use bytes::BytesMut;
 use p2pit_protocol::{
     BlobId, JobId, Peer, PeerId,
     bidder::WorkId,
-    copies::{CopyOrder, EndOrder, RankOrder, SaveOrder},
-    job::{Attempt, Rank, VerifiedSpec},
+    copies::{CANNOT_MS, CopyOrder, EndOrder, RankOrder, SaveOrder},
+    job::{Attempt, Rank, State, VerifiedSpec},
     record::Link,
 };
 use tokio::{
@@ -53,8 +53,17 @@ const FOLLOW_AFTER: Duration = Duration::from_secs(1);
 const SYNC_EVERY: Duration = Duration::from_secs(2);
 /// Between two tries, at first and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
-/// Trees that are brought at a time.
+/// The same at most of a job that is over while none of those who have it can be reached.
+const DONE_PAUSE: Duration = Duration::from_secs(120);
+/// Trees that are brought at a time, and those of them that may be of jobs that are over.
 const TRANSFERS_MAX: usize = 8;
+const TRANSFERS_OF_DONE_MAX: usize = 3;
+/// After so long without what is wanted, this node says that it cannot have it.
+const STUCK_AFTER: Duration = Duration::from_secs(60);
+/// Something came of what took so long to fail: a source that gives nothing is left before.
+const GOES_ON_AFTER: Duration = Duration::from_secs(5 * 60);
+/// How often it is looked whether somebody is back who has what could not be had.
+const LOOK_FOR_SOURCES: Duration = Duration::from_secs(5);
 /// Taken of a log at a time.
 const CHUNK_BYTES: usize = 256 << 10;
 /// Inputs remembered.
@@ -75,7 +84,11 @@ pub(crate) struct Copies {
     shelf: Shelf,
     jobs: Mutex<BTreeMap<JobId, Job>>,
     transfers: Semaphore,
+    /// Whoever brings a tree of a job that is over needs one of these as well.
+    transfers_of_done: Semaphore,
     followed: Semaphore,
+    /// Jobs of which this node said that it cannot have something, and waits for who has it.
+    refused: Mutex<BTreeMap<JobId, Refused>>,
     /// Inputs that were made safe from a loss of power since this daemon started.
     kept: Mutex<BTreeSet<BlobId>>,
 }
@@ -85,13 +98,60 @@ struct Job {
     orders: watch::Sender<Option<Arc<CopyOrder>>>,
     /// Ranks of which all that was ordered is here.
     complete: BTreeSet<Part>,
+    /// Since when something is not to be had.
+    stuck: BTreeMap<(Part, What), Instant>,
+}
+
+/// What of a rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum What {
+    Log,
+    Trees,
+}
+
+#[derive(Debug)]
+struct Refused {
+    /// Who may have it and could not be reached.
+    away: BTreeSet<PeerId>,
+    until: Instant,
+}
+
+impl Job {
+    fn is_stuck(&self, part: Part) -> bool {
+        [What::Log, What::Trees].into_iter().any(|what| self.stuck.contains_key(&(part, what)))
+    }
+
+    /// Something failed that began at `begun`. Whether this node should say that it cannot have
+    /// it: it tried for long enough, and of the ranks that `ended` what it can have is here.
+    fn fails(
+        &mut self,
+        (part, what): (Part, What),
+        mut ended: impl Iterator<Item = Part>,
+        begun: Instant,
+        now: Instant,
+    ) -> bool {
+        let since = self.stuck.entry((part, what)).or_insert(now);
+        if now.duration_since(begun) >= GOES_ON_AFTER {
+            *since = now;
+        }
+        if now.duration_since(*since) < STUCK_AFTER {
+            return false;
+        }
+        ended.all(|part| self.complete.contains(&part) || self.is_stuck(part))
+    }
 }
 
 impl Copies {
     pub(crate) fn new(shelf: Shelf) -> Self {
-        let (jobs, kept) = (Mutex::default(), Mutex::default());
-        let (transfers, followed) = (Semaphore::new(TRANSFERS_MAX), Semaphore::new(FOLLOWED_MAX));
-        Self { shelf, jobs, transfers, followed, kept }
+        Self {
+            shelf,
+            jobs: Mutex::default(),
+            transfers: Semaphore::new(TRANSFERS_MAX),
+            transfers_of_done: Semaphore::new(TRANSFERS_OF_DONE_MAX),
+            followed: Semaphore::new(FOLLOWED_MAX),
+            refused: Mutex::default(),
+            kept: Mutex::default(),
+        }
     }
 
     /// An input is safe from a loss of power.
@@ -116,7 +176,10 @@ impl Copies {
     pub(super) fn ordered(&self, shared: &Arc<Shared>, job: JobId, peer: &Peer) {
         let order = peer.copies_wanted(job).map(Arc::new);
         let mut jobs = lock(&self.jobs);
-        if let Some(known) = jobs.get(&job) {
+        if let Some(known) = jobs.get_mut(&job) {
+            if order.is_none() {
+                known.stuck.clear();
+            }
             known.orders.send_if_modified(|last| {
                 let is_news = *last != order;
                 *last = order;
@@ -124,7 +187,8 @@ impl Copies {
             });
         } else if order.is_some() {
             let (orders, received) = watch::channel(order);
-            jobs.insert(job, Job { orders, complete: BTreeSet::new() });
+            let (complete, stuck) = (BTreeSet::new(), BTreeMap::new());
+            jobs.insert(job, Job { orders, complete, stuck });
             tokio::spawn(tend(Arc::clone(shared), job, received));
         }
         drop(jobs);
@@ -153,6 +217,24 @@ impl Copies {
             } else {
                 job.complete.remove(&part)
             };
+        }
+    }
+
+    /// See [`Job::fails`].
+    fn fails(&self, id: WorkId, what: What, begun: Instant) -> bool {
+        let part = (id.attempt, id.rank);
+        let mut jobs = lock(&self.jobs);
+        let Some(job) = jobs.get_mut(&id.job) else { return false };
+        let order = job.orders.borrow().clone();
+        let ranks = order.iter().flat_map(|order| &order.ranks);
+        let ended = ranks.filter(|it| it.end.is_some()).map(|it| (it.attempt, it.rank));
+        job.fails((part, what), ended, begun, Instant::now())
+    }
+
+    /// It does not fail any more.
+    fn goes_on(&self, id: WorkId, what: What) {
+        if let Some(job) = lock(&self.jobs).get_mut(&id.job) {
+            job.stuck.remove(&((id.attempt, id.rank), what));
         }
     }
 
@@ -293,9 +375,13 @@ impl Patience {
     }
 
     async fn wait(&mut self, orders: &mut Orders) {
+        self.wait_up_to(PAUSES.1, orders).await;
+    }
+
+    async fn wait_up_to(&mut self, most: Duration, orders: &mut Orders) {
         // Whoever waits looks at the order again, also at its end.
-        let _ = timeout(self.pause, orders.changed()).await;
-        self.pause = (self.pause * 2).min(PAUSES.1);
+        let _ = timeout(self.pause.min(most), orders.changed()).await;
+        self.pause = (self.pause * 2).min(most);
     }
 }
 
@@ -331,15 +417,110 @@ async fn copy_rank(shared: &Arc<Shared>, id: WorkId, mut orders: Orders) {
     );
 }
 
-/// Says that this node cannot hold what is wanted of a job, where that is for its disk.
+/// Says that this node cannot hold what is wanted of a job, for a reason of its own: its disk is
+/// full or broken, or not to be written to. It is asked again after [`CANNOT_MS`].
 async fn cannot(shared: &Arc<Shared>, job: JobId, reason: &anyhow::Error) {
     let is_full = is_disk_full(reason);
     warn!(%job, reason = format!("{reason:#}"), is_full, "cannot be copied here");
-    if is_full {
-        let reason = format!("no room on {}: {reason:#}", shared.label(shared.id()));
-        // The daemon is ending if nobody listens.
-        let _ = shared.act(move |peer, now| peer.cannot_copy(job, reason, now)).await;
+    let what = if is_full { "no room on" } else { "it cannot be kept on" };
+    let reason = format!("{what} {}: {reason:#}", shared.label(shared.id()));
+    // The daemon is ending if nobody listens.
+    let _ = shared.act(move |peer, now| peer.cannot_copy(job, reason, now)).await;
+}
+
+/// Of those who may have something of a job, who can be reached; and whether the job is over.
+async fn within_reach(shared: &Arc<Shared>, job: JobId, named: &[PeerId]) -> (Vec<PeerId>, bool) {
+    let (me, named) = (shared.id(), named.to_vec());
+    let known = shared.act(move |peer, _| {
+        let is_there = |node: &PeerId| *node != me && peer.board().is_connected(*node);
+        let record = peer.record(job);
+        let is_done = record.is_some_and(|kept| kept.value.body.state() == State::Done);
+        (named.into_iter().filter(is_there).collect(), is_done)
+    });
+    // The daemon is ending if nobody answers.
+    known.await.unwrap_or_default()
+}
+
+/// Something of a rank is not to be had now, since `begun`: waits until it is to be tried again.
+/// Others are asked to copy the job instead when this lasts; but nobody for a job that is over
+/// while those who have it are away, which they may be for long and for everybody.
+async fn not_to_be_had(
+    shared: &Arc<Shared>,
+    id: WorkId,
+    (what, begun): (What, Instant),
+    (reason, sources): (String, &[PeerId]),
+    patience: &mut Patience,
+    orders: &mut Orders,
+) {
+    let (near, is_done) = within_reach(shared, id.job, sources).await;
+    if near.is_empty() && is_done {
+        shared.copies.goes_on(id, what);
+        return patience.wait_up_to(DONE_PAUSE, orders).await;
     }
+    if shared.copies.fails(id, what, begun) {
+        let away = sources.iter().copied().filter(|it| !near.contains(it));
+        refuse(shared, id.job, reason, away).await;
+    }
+    patience.wait(orders).await;
+}
+
+/// Says that this node cannot have what is wanted of a job, until somebody who may have it and
+/// is `away` is back.
+async fn refuse(
+    shared: &Arc<Shared>,
+    job: JobId,
+    reason: String,
+    away: impl Iterator<Item = PeerId>,
+) {
+    warn!(%job, reason, "cannot be had here");
+    let away: BTreeSet<PeerId> = away.filter(|node| *node != shared.id()).collect();
+    if !away.is_empty() {
+        let until = Instant::now() + Duration::from_millis(CANNOT_MS);
+        let mut refused = lock(&shared.copies.refused);
+        let is_first = refused.is_empty();
+        refused.insert(job, Refused { away, until });
+        if is_first {
+            tokio::spawn(look_for_sources(Arc::clone(shared)));
+        }
+    }
+    let reason = format!("{} cannot have it: {reason}", shared.label(shared.id()));
+    // The daemon is ending if nobody listens.
+    let _ = shared.act(move |peer, now| peer.cannot_copy(job, reason, now)).await;
+}
+
+/// Says that jobs can be copied here again once somebody is back who may have them.
+async fn look_for_sources(shared: Arc<Shared>) {
+    loop {
+        sleep(LOOK_FOR_SOURCES).await;
+        let online = shared.act(|peer, _| peer.board().connected().collect::<BTreeSet<_>>()).await;
+        // The daemon is ending.
+        let Ok(online) = online else { return };
+        let (back, is_last) = {
+            let mut refused = lock(&shared.copies.refused);
+            let back = take_back(&mut refused, &online, Instant::now());
+            (back, refused.is_empty())
+        };
+        for job in back {
+            info!(%job, "somebody is back who may have it: it is copied here again");
+            let _ = shared.act(move |peer, now| peer.can_copy(job, now)).await;
+        }
+        if is_last {
+            return;
+        }
+    }
+}
+
+/// The jobs of which somebody is back. Those of which the others forgot the refusal are dropped.
+fn take_back(
+    refused: &mut BTreeMap<JobId, Refused>,
+    online: &BTreeSet<PeerId>,
+    now: Instant,
+) -> Vec<JobId> {
+    refused.retain(|_, refused| refused.until > now);
+    let is_back = |refused: &Refused| !refused.away.is_disjoint(online);
+    let back = refused.iter().filter(|(_, it)| is_back(it)).map(|(job, _)| *job).collect();
+    refused.retain(|_, refused| !is_back(refused));
+    back
 }
 
 // ---- logs -----------------------------------------------------------------------------
@@ -381,12 +562,15 @@ async fn copy_log(
             let _ = timeout(FOLLOW_AFTER - age, orders.changed()).await;
             continue;
         }
-        let before = copy.bytes();
+        let (before, tried) = (copy.bytes(), Instant::now());
         let mut is_changed = false;
-        for source in wanted.rank.sources.iter().copied().filter(|it| *it != shared.id()) {
+        let mut why = "no node that may have its log can be reached".to_owned();
+        // Who is away is not dialled for each rank of each job again and again.
+        let (near, _) = within_reach(shared, id.job, &wanted.rank.sources).await;
+        for source in near {
             match copy.follow(source, &wanted, &mut orders).await {
                 // Who has less than another does no harm.
-                Ok(Stopped::AtEnd) => {}
+                Ok(Stopped::AtEnd) => why = "nobody has all of its log".to_owned(),
                 Ok(Stopped::Changed) => {
                     is_changed = true;
                     break;
@@ -398,6 +582,7 @@ async fn copy_log(
                 Err(Trouble::There(reason)) => {
                     let reason = format!("{reason:#}");
                     debug!(job = %id.job, rank = %id.rank, %source, reason, "its log is not to be had");
+                    why = format!("its log: {reason}");
                 }
             }
             if target.is_some_and(|target| copy.bytes() >= target) {
@@ -406,9 +591,16 @@ async fn copy_log(
         }
         if copy.bytes() > before {
             patience = Patience::new();
+            shared.copies.goes_on(id, What::Log);
         }
         let is_there = target.is_some_and(|target| copy.bytes() >= target);
-        if !is_changed && !is_there {
+        if is_there {
+            shared.copies.goes_on(id, What::Log);
+        } else if target.is_some() && copy.bytes() == before && !is_changed {
+            let what = (What::Log, tried);
+            let why = (why, &wanted.rank.sources[..]);
+            not_to_be_had(shared, id, what, why, &mut patience, &mut orders).await;
+        } else if !is_changed {
             patience.wait(&mut orders).await;
         }
     }
@@ -553,6 +745,7 @@ async fn copy_trees(
     let mut held = shelf.held(id);
     let mut patience = Patience::new();
     while let Some(wanted) = wanted(&mut orders, id) {
+        let begun = Instant::now();
         let done = if let Some(end) = wanted.rank.end {
             let end = end_copy(&wanted.rank, &end);
             if held.end.as_ref() == Some(&end) {
@@ -588,8 +781,12 @@ async fn copy_trees(
             Ok(Step::Idle)
         };
         match done {
-            Ok(Step::Again) => patience = Patience::new(),
+            Ok(Step::Again) => {
+                patience = Patience::new();
+                shared.copies.goes_on(id, What::Trees);
+            }
             Ok(Step::Idle) => {
+                shared.copies.goes_on(id, What::Trees);
                 if orders.changed().await.is_err() {
                     return;
                 }
@@ -604,7 +801,14 @@ async fn copy_trees(
             Err(reason @ (FetchError::Nowhere { .. } | FetchError::Denied(_))) => {
                 let reason = reason.to_string();
                 info!(job = %id.job, rank = %id.rank, reason, "not copied yet");
-                patience.wait(&mut orders).await;
+                if wanted.rank.end.is_some() {
+                    let what = (What::Trees, begun);
+                    let why = (reason, &wanted.rank.sources[..]);
+                    not_to_be_had(shared, id, what, why, &mut patience, &mut orders).await;
+                } else {
+                    // The process runs: there will be another save.
+                    patience.wait(&mut orders).await;
+                }
             }
         }
     }
@@ -695,20 +899,35 @@ async fn bring<W: Future<Output = bool> + Send>(
     is_wanted: impl Fn() -> W + Sync,
 ) -> Result<(), FetchError> {
     let request = Request::Copies { spec: wanted.spec.signed.clone(), links: wanted.links.clone() };
-    bring_as(shared, &request, wanted.rank.sources.clone(), tree, before, is_wanted).await
+    let of = (wanted.spec.job, tree);
+    bring_as(shared, &request, &wanted.rank.sources, of, before, is_wanted).await
 }
 
 async fn bring_as<W: Future<Output = bool> + Send>(
     shared: &Arc<Shared>,
     request: &Request,
-    sources: Vec<PeerId>,
-    tree: BlobId,
+    named: &[PeerId],
+    (job, tree): (JobId, BlobId),
     before: Option<BlobId>,
     is_wanted: impl Fn() -> W + Sync,
 ) -> Result<(), FetchError> {
+    let nobody = || FetchError::Nowhere { blob: tree, from: Vec::new() };
+    // Whoever waits for those that are away does not keep others from what is there, and jobs
+    // that are over not those that wait for their copies.
+    let (near, is_done) = within_reach(shared, job, named).await;
+    if near.is_empty() {
+        return Err(nobody());
+    }
+    let of_done =
+        if is_done { Some(shared.copies.transfers_of_done.acquire().await) } else { None };
     let permit = shared.copies.transfers.acquire().await;
-    let brought = shared.bring_tree(request, sources, tree, is_wanted).await;
-    drop(permit);
+    // It may have been long.
+    let (near, _) = within_reach(shared, job, named).await;
+    if near.is_empty() {
+        return Err(nobody());
+    }
+    let brought = shared.bring_tree(request, near, tree, is_wanted).await;
+    drop((permit, of_done));
     brought?;
     let store = shared.store.clone();
     blocking(move || {
@@ -782,9 +1001,9 @@ async fn hold_input<W: Future<Output = bool> + Send>(
         let spec = &order.spec;
         let keepers = order.links.last().map_or(&spec.spec.keepers, |link| &link.next);
         let saved = order.saved.iter().filter(|saved| saved.tree == tree).map(|saved| saved.node);
-        let sources = saved.chain(keepers.iter().map(|(keeper, _)| *keeper)).collect();
+        let sources: Vec<PeerId> = saved.chain(keepers.iter().map(|(keeper, _)| *keeper)).collect();
         let request = Request::Copies { spec: spec.signed.clone(), links: order.links.clone() };
-        bring_as(shared, &request, sources, tree, None, is_wanted).await?;
+        bring_as(shared, &request, &sources, (spec.job, tree), None, is_wanted).await?;
         info!(job = short(spec.job), %tree, "copied an input");
     }
     if is_input && !lock(&shared.copies.kept).contains(&tree) {
@@ -802,6 +1021,41 @@ mod tests {
         Tree, TreePath,
         tree::{Entry, Kind},
     };
+
+    #[test]
+    fn a_job_is_refused_once_nothing_of_it_can_be_had_for_long() {
+        let (orders, _) = watch::channel(None);
+        let mut job = Job { orders, complete: BTreeSet::new(), stuck: BTreeMap::new() };
+        let (start, part) = (Instant::now(), |rank| (Attempt(1), Rank(rank)));
+        let fails = |job: &mut Job, rank, what, begun_s, s| {
+            let at = |s| start + Duration::from_secs(s);
+            let ended = [part(0), part(1)].into_iter();
+            job.fails((part(rank), what), ended, at(begun_s), at(s))
+        };
+        assert!(!fails(&mut job, 0, What::Trees, 0, 1));
+        assert!(!fails(&mut job, 0, What::Trees, 50, 70), "rank 1 is still copied");
+        job.complete.insert(part(1));
+        assert!(!fails(&mut job, 0, What::Log, 70, 71), "its log is not stuck for so long");
+        assert!(fails(&mut job, 0, What::Trees, 70, 72));
+        assert!(!fails(&mut job, 0, What::Trees, 72, 373), "so long a try brought something");
+        job.complete.clear();
+        assert!(!fails(&mut job, 1, What::Log, 373, 374));
+        assert!(fails(&mut job, 1, What::Log, 433, 434), "both are stuck");
+    }
+
+    #[test]
+    fn a_refusal_ends_when_somebody_who_was_away_is_back() {
+        let node = |n| PeerId(KeyPair::from_seed(&[n; 32]).public());
+        let now = Instant::now();
+        let until = now + Duration::from_secs(600);
+        let job = |n| JobId([n; 32]);
+        let refused = |n, until| (job(n), Refused { away: [node(n)].into(), until });
+        let mut known: BTreeMap<_, _> =
+            [refused(1, until), refused(2, until), refused(3, now)].into();
+        let online = [node(2), node(3)].into();
+        assert_eq!(take_back(&mut known, &online, now), [job(2)]);
+        assert_eq!(known.into_keys().collect::<Vec<_>>(), [job(1)]);
+    }
 
     #[test]
     fn a_copy_that_is_not_whole_any_more_is_made_anew() {

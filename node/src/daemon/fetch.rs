@@ -86,6 +86,16 @@ pub(crate) enum FetchError {
     Unwanted,
 }
 
+/// Why not from a source that was asked for everything.
+const LACKS: &str = "does not have it";
+
+impl FetchError {
+    /// Whether everybody who was to have it was asked, and has it not.
+    pub(super) fn is_lost(&self) -> bool {
+        matches!(self, Self::Nowhere { from, .. } if from.iter().all(|(_, why)| why == LACKS))
+    }
+}
+
 fn list(from: &[(String, String)]) -> String {
     match from {
         [] => "no node that may have it can be reached".to_owned(),
@@ -514,9 +524,8 @@ impl Plan {
         let Some(wanted) = self.waiting.iter().flatten().next() else { return Ok(()) };
         let given_up = |source: &&Source| source.given_up;
         let trouble = |source: &Source| source.trouble.clone().filter(|_| source.given_up);
-        let why = |source: &Source| {
-            trouble(source).map_or("does not have it".to_owned(), |it| it.why().to_owned())
-        };
+        let why =
+            |source: &Source| trouble(source).map_or(LACKS.to_owned(), |it| it.why().to_owned());
         let denied = !self.sources.is_empty()
             && self.sources.values().filter(given_up).count() == self.sources.len()
             && self.sources.values().all(|it| matches!(it.trouble, Some(Trouble::Denied(_))));
@@ -584,6 +593,29 @@ mod tests {
         assert_eq!(left.blob, wanted[1].ask.id);
         let whys: Vec<&str> = left.from.iter().map(|(_, why)| why.as_str()).collect();
         assert_eq!(whys, ["does not have it"; 2]);
+    }
+
+    #[test]
+    fn what_a_silent_source_may_have_is_not_lost() {
+        let lost = |silent: bool| {
+            let wanted = blob(1, 10);
+            let mut plan = Plan::new(vec![wanted.clone()], &[peer(1), peer(2)]);
+            let asked = piece(&mut plan, peer(1));
+            plan.delivered(peer(1), asked, &[wanted.ask.id]);
+            let asked = piece(&mut plan, peer(2));
+            if silent {
+                let denied = Trouble::Denied("not of this pool".to_owned());
+                plan.failed(peer(2), asked, denied, Instant::now());
+            } else {
+                plan.delivered(peer(2), asked, &[wanted.ask.id]);
+            }
+            let Left { blob, from, .. } = plan.outcome().unwrap_err();
+            let from = from.into_iter().map(|(peer, why)| (peer.to_string(), why)).collect();
+            FetchError::Nowhere { blob, from }.is_lost()
+        };
+        assert!(lost(false));
+        assert!(!lost(true));
+        assert!(!FetchError::Denied("not of this pool".to_owned()).is_lost());
     }
 
     #[test]

@@ -686,13 +686,17 @@ async fn check_keeper(
     let asked = Arc::clone(&spec);
     let (pool, is_admitted, keepers, known) = shared
         .act(move |peer, _| {
-            // Links that are known here and not to the asker may have taken the job from it.
-            let known = peer.record(job).filter(|kept| kept.certificate.links.len() > links.len());
+            // Links that are known here and not to the asker may have taken the job from it; who
+            // only runs a rank of it has them of what named this node.
+            let kept = peer.record(job).map(|kept| &kept.certificate.links);
+            let works = peer.book().1.filter(|work| work.id.job == job);
+            let known = works.map(|work| &work.certificate.links).chain(kept);
+            let known = newer_keepers(known.map(Vec::as_slice), &links);
             (
                 peer.pool(),
                 peer.roster().state().is_member_user(asked.spec.owner),
                 peer.check_links(&links, &asked),
-                known.map(|kept| kept.keepers.clone()),
+                known,
             )
         })
         .await?;
@@ -705,6 +709,17 @@ async fn check_keeper(
         bail!("{from} does not keep job {}", short(job));
     }
     Ok(spec)
+}
+
+/// The keepers of now, by the longest of the links that are `known` here, where they lead further
+/// than those that are `shown`.
+fn newer_keepers<'a>(
+    known: impl Iterator<Item = &'a [Link]>,
+    shown: &[Link],
+) -> Option<Vec<Keeper>> {
+    let longest = known.max_by_key(|links| links.len())?;
+    let last = longest.last().filter(|_| longest.len() > shown.len())?;
+    Some(last.next.clone())
 }
 
 /// Those of the blobs asked for that a keeper of the job is to hold: its inputs, and what its
@@ -892,9 +907,24 @@ pub(crate) async fn recover(shared: &Arc<Shared>, signed: SignedBytes) -> anyhow
 
 #[cfg(test)]
 mod tests {
-    use p2pit_protocol::identity::KeyPair;
+    use p2pit_protocol::{StoreId, identity::KeyPair, record::LinkProof};
 
     use super::*;
+
+    #[test]
+    fn links_that_lead_further_than_those_shown_say_who_keeps() {
+        let keeper = |n: u8| (PeerId(KeyPair::from_seed(&[n; 32]).public()), StoreId([n; 16]));
+        let link = |n| Link { next: vec![keeper(n)], proof: LinkProof::Sealed(Vec::new()) };
+        let links = [link(1), link(2)];
+        // Of the work here, which knows more than the record, or the other way round.
+        for known in [[&links[..1], &links[..]], [&links[..], &links[..0]]] {
+            let newer = |shown: &[Link]| newer_keepers(known.into_iter(), shown);
+            assert_eq!(newer(&[]), Some(vec![keeper(2)]));
+            assert_eq!(newer(&links[..1]), Some(vec![keeper(2)]));
+            assert_eq!(newer(&links), None);
+        }
+        assert_eq!(newer_keepers(core::iter::empty(), &[]), None, "nothing is known here");
+    }
 
     #[test]
     fn keepers_are_given_up_only_once_they_have_been_away_for_long_enough() {

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use p2pit_protocol::{
     JobId, PeerId,
     bidder::WorkId,
@@ -390,7 +390,8 @@ fn lacks_content(reason: &anyhow::Error) -> bool {
 }
 
 /// What an earlier attempt of this rank kept, brought here: the best of what the record names
-/// that can be had.
+/// that can be had. Where there is nothing but what somebody who cannot be reached may have, that
+/// is a failure: another attempt, or another node, may have it, and work is not to be lost.
 async fn resume_from<W: Future<Output = bool> + Send>(
     shared: &Arc<Shared>,
     id: WorkId,
@@ -407,6 +408,7 @@ async fn resume_from<W: Future<Output = bool> + Send>(
     let newest = certificate.links.last().map_or(&spec.spec.keepers, |link| &link.next);
     let request = Request::Inputs { spec: spec.signed.clone(), certificate: certificate.clone() };
     let mut resumed = Resumed::default();
+    let mut is_lost = true;
     for Saved { attempt, node, tree, .. } in saved {
         let of = format!("keep/ of attempt {attempt}");
         let keepers = newest.iter().map(|(keeper, _)| *keeper);
@@ -420,12 +422,16 @@ async fn resume_from<W: Future<Output = bool> + Send>(
                 break;
             }
             Err(reason @ (FetchError::Nowhere { .. } | FetchError::Denied(_))) => {
+                is_lost &= reason.is_lost();
                 let reason = format!("{:#}", anyhow::Error::from(reason));
                 warn!(job = %id.job, rank = %id.rank, %attempt, reason, "a save cannot be had");
                 resumed.notes.push(format!("{of} cannot be had: {reason}"));
             }
             Err(reason) => return Err(reason).with_context(|| format!("cannot fetch {of}")),
         }
+    }
+    if resumed.keep.is_none() && !is_lost {
+        bail!("what this process is to go on from: {}", resumed.notes.join("; "));
     }
     Ok(Some(resumed))
 }
