@@ -134,6 +134,8 @@ pub(crate) struct Stewards {
     willing: BTreeMap<PeerId, (StoreId, u64)>,
     /// Nodes that were asked whether they would keep in which store.
     asked: BTreeMap<PeerId, StoreId>,
+    /// The job that is over whose keepers were changed last: the next turn is for those behind it.
+    done_after: Option<JobId>,
 }
 
 impl Stewards {
@@ -150,6 +152,7 @@ impl Stewards {
             fences: 0,
             willing: BTreeMap::new(),
             asked: BTreeMap::new(),
+            done_after: None,
         }
     }
 
