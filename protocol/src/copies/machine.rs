@@ -83,7 +83,8 @@ struct Cannot {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Told {
     attempt: Attempt,
-    at_ms: u64,
+    /// When; `None`: not since it connected last.
+    at_ms: Option<u64>,
     ranks: BTreeMap<Rank, CopyState>,
     /// When it last said of a rank that it is being copied.
     busy_ms: BTreeMap<Rank, u64>,
@@ -144,6 +145,8 @@ pub(crate) struct Copies {
     saves: BTreeMap<WorkId, OwnSave>,
     /// Since when nodes are away, on the boot clock.
     away: BTreeMap<PeerId, u64>,
+    /// Since when nodes are connected, on the boot clock.
+    here: BTreeMap<PeerId, u64>,
     /// Who was present when that was last looked at, with which store.
     present: BTreeMap<PeerId, (Option<StoreId>, bool)>,
     /// Since when this node looks, on the boot clock.
@@ -177,6 +180,7 @@ impl Copies {
             announced: BTreeMap::new(),
             saves: BTreeMap::new(),
             away: BTreeMap::new(),
+            here: BTreeMap::new(),
             present: BTreeMap::new(),
             began_ms: 0,
             look_around: true,
@@ -265,16 +269,20 @@ impl Copies {
 
     // ---- who is there -----------------------------------------------------------------
 
-    pub(crate) fn connected(&mut self, peer: PeerId) {
+    pub(crate) fn connected(&mut self, peer: PeerId, now: Now) {
         self.away.remove(&peer);
+        self.here.insert(peer, now.boot_ms);
         self.look_around = true;
         // It may come back with another disk: what it has it is to say again.
         for told in self.told.values_mut().filter_map(|told| told.get_mut(&peer)) {
+            // Until then it has not answered, and nothing is to be concluded from its silence.
+            told.at_ms = None;
             told.ranks.clear();
         }
     }
 
     pub(crate) fn disconnected(&mut self, peer: PeerId, now: Now) {
+        self.here.remove(&peer);
         self.away.insert(peer, now.boot_ms);
         self.look_around = true;
     }
@@ -529,12 +537,20 @@ impl Copies {
         }
     }
 
-    pub(crate) fn cannot(&mut self, job: JobId, reason: String, now: Now) {
-        let (told, epoch) =
-            self.cannot.get(&job).map_or((1, 0), |cannot| (cannot.told + 1, cannot.epoch));
+    /// `job` cannot be copied here; whether the others are to be told.
+    pub(crate) fn cannot(&mut self, job: JobId, reason: String, now: Now) -> bool {
+        if let Some(known) = self.cannot.get_mut(&job) {
+            // It is asked again when that is over, not later for having said it twice; a reason
+            // that names how much room there is changes with every try.
+            let tell = known.reason != reason && known.told < REFUSALS_TOLD;
+            known.told += u32::from(tell);
+            known.reason = reason;
+            return tell;
+        }
         let until_ms = now.after(CANNOT_MS);
-        self.cannot.insert(job, Cannot { reason, until_ms, told, epoch });
+        self.cannot.insert(job, Cannot { reason, until_ms, told: 1, epoch: 0 });
         self.dirty.insert(job);
+        true
     }
 
     pub(crate) fn can(&mut self, job: JobId) {
@@ -583,7 +599,7 @@ impl Copies {
         let told = self.told.entry(job).or_default().entry(from);
         let told = told.or_insert_with(|| Told {
             attempt,
-            at_ms: now.boot_ms,
+            at_ms: Some(now.boot_ms),
             ranks: BTreeMap::new(),
             busy_ms: BTreeMap::new(),
             cannot: None,
@@ -592,7 +608,7 @@ impl Copies {
         if told.attempt != attempt {
             told.busy_ms.clear();
         }
-        (told.attempt, told.at_ms) = (attempt, now.boot_ms);
+        (told.attempt, told.at_ms) = (attempt, Some(now.boot_ms));
         told.ranks.clear();
         // A keeper that does not get the record holds nothing of it.
         let keeps = kept.keepers.iter().any(|(keeper, _)| *keeper == from);
@@ -667,7 +683,7 @@ impl Copies {
             let cannot = Some(Cannot { reason, until_ms, told: 0, epoch: 0 });
             let blank = Told {
                 attempt: kept.value.body.attempt,
-                at_ms: now.boot_ms,
+                at_ms: None,
                 ranks: BTreeMap::new(),
                 busy_ms: BTreeMap::new(),
                 cannot: None,
@@ -858,7 +874,13 @@ impl Copies {
                 possible += 1;
             }
             let answered = candidate == self.me || self.has_answered(candidate, kept, since_ms);
-            hopeless &= !present || answered;
+            // Who is away may have all of it, however long it is away; a node that was put out
+            // of the pool brings nothing back.
+            if !complete && !answered && scene.roster.state().is_member_node(candidate) {
+                hopeless = false;
+                let here_ms = self.here.get(&candidate).copied().filter(|_| reachable);
+                gone_ms = gone_ms.max(here_ms.unwrap_or_else(|| self.away_since(candidate)));
+            }
         }
         if !self.sabotage.holds(Rule::DoneWaitsForCopies) || have >= should.min(possible).max(1) {
             return Standing::Enough { have, should: should.min(all) };
@@ -881,7 +903,10 @@ impl Copies {
 
     fn has_answered(&self, node: PeerId, kept: &Kept, since_ms: u64) -> bool {
         let told = self.told.get(&kept.spec.job).and_then(|told| told.get(&node));
-        told.is_some_and(|told| told.attempt == kept.value.body.attempt && told.at_ms >= since_ms)
+        told.is_some_and(|told| {
+            let lately = told.at_ms.is_some_and(|at_ms| at_ms >= since_ms);
+            told.attempt == kept.value.body.attempt && lately
+        })
     }
 
     /// Whether everybody who can be reached has said what they hold, since then.

@@ -69,8 +69,9 @@ impl Peer {
     /// has it. Others are asked instead, and this node again after [`crate::copies::CANNOT_MS`],
     /// or [`Peer::can_copy`].
     pub fn cannot_copy(&mut self, job: JobId, reason: String, now: Now) {
-        self.copies.cannot(job, reason, now);
-        self.tell_of_copies(job, false);
+        if self.copies.cannot(job, reason, now) {
+            self.tell_of_copies(job, false);
+        }
         self.finish(now);
     }
 
@@ -238,8 +239,9 @@ mod tests {
     use super::*;
     use crate::{
         BlobId, StoreId,
-        copies::{CANNOT_MS, COPIES_CHECK_MS, EndOrder, HERE_MS},
+        copies::{CANNOT_MS, COPIES_CHECK_MS, EndOrder, HERE_MS, Standing},
         job::{Ending, Outcome, RankAssignment, RankEnd, RankRecord},
+        message::CopyState,
         peer::{SHY_MS, Transmit, user::tests as user},
         record::{Ballot, Value},
         request::Grant,
@@ -374,6 +376,8 @@ mod tests {
         let said = sent(&mut second);
         let to: Vec<PeerId> = said.iter().map(|(to, _)| *to).collect();
         assert_eq!(to, [node(1), node(3)], "the other keepers are told");
+        second.cannot_copy(job, "no room".to_owned(), at(4_005));
+        assert_eq!(sent(&mut second), [], "and once is enough");
         third.handle_message(node(2), said[1].1.clone(), at(4_010));
         assert_eq!(ends(&third, job).map(|ends| ends.len()), Some(1));
         third.handle_timeout(at(4_010 + CANNOT_MS + COPIES_CHECK_MS));
@@ -432,6 +436,63 @@ mod tests {
             let [(to, Message::Copies { ranks: told, .. })] = &said[..] else { panic!("{said:?}") };
             assert_eq!((*to, told.len()), (from, ranks), "a tree's id is as good as the tree");
         }
+    }
+
+    fn standing(peer: &Peer, job: JobId, since: Now, now: Now) -> Standing {
+        let kept = peer.registers.get(job).unwrap();
+        let scene = Scene { board: &peer.board, roster: &peer.roster, now };
+        peer.copies.standing(kept, &kept.value.body.ranks[0], since.boot_ms, scene)
+    }
+
+    /// What `from` says it has of rank 0.
+    fn say(peer: &mut Peer, from: PeerId, job: JobId, complete: bool, now: Now) {
+        let (attempt, rank) = (Attempt(1), Rank(0));
+        let state = CopyState { rank, complete, save: None, under_way: false, cannot: None };
+        let seq = peer.registers.get(job).unwrap().value.seq;
+        peer.handle_message(from, Message::Copies { job, attempt, seq, ranks: vec![state] }, now);
+    }
+
+    /// The first keeper of a job whose rank ran on a node that lost its disk since.
+    fn steward_of_what_a_lost_disk_had() -> (Peer, JobId) {
+        let mut cleaning = value(&replica(), State::Cleaning, Some(end()));
+        cleaning.body.ranks[0].store = Some(StoreId([40; 16]));
+        let job = cleaning.job;
+        let mut first = keeper(1, &cleaning);
+        let ballot = Ballot::ZERO.next_of(StoreId([4; 16]));
+        let mut fourth = user::restarted(&replica(), 4, &cleaning, ballot);
+        fourth.handle_timeout(at(3_999));
+        let adverts = std::iter::from_fn(|| fourth.poll_transmit());
+        let mut adverts = adverts.filter_map(|transmit| match transmit {
+            Transmit::Gossip(item) if item.verified_advert().is_some() => Some(item),
+            _ => None,
+        });
+        assert!(first.handle_gossip(adverts.next().unwrap(), at(4_000)));
+        (first, job)
+    }
+
+    #[test]
+    fn a_keeper_that_connects_again_is_asked_before_anything_is_lost() {
+        let (mut first, job) = steward_of_what_a_lost_disk_had();
+        say(&mut first, node(2), job, false, at(4_100));
+        say(&mut first, node(3), job, true, at(4_100));
+        let since = at(4_000);
+        assert!(!matches!(standing(&first, job, since, at(4_200)), Standing::Lost));
+        first.peer_disconnected(node(3), at(5_000));
+        first.peer_connected(node(3), at(5_100));
+        let stands = standing(&first, job, since, at(5_200));
+        assert_eq!(stands, Standing::Gone { since_ms: at(5_100).boot_ms });
+        say(&mut first, node(3), job, false, at(5_300));
+        assert_eq!(standing(&first, job, since, at(5_400)), Standing::Lost, "it says so itself");
+    }
+
+    #[test]
+    fn what_a_keeper_may_have_that_is_away_for_long_is_gone_not_lost() {
+        let (mut first, job) = steward_of_what_a_lost_disk_had();
+        first.peer_disconnected(node(3), at(4_000));
+        let later = 4_000 + 2 * AWAY_MS;
+        say(&mut first, node(2), job, false, at(later));
+        let stands = standing(&first, job, at(later), at(later + 100));
+        assert_eq!(stands, Standing::Gone { since_ms: at(4_000).boot_ms });
     }
 
     #[test]
