@@ -39,6 +39,10 @@ pub const SAVE_RESEND_MS: u64 = 2_000;
 pub const SAVE_RESEND_MS_MAX: u64 = 60_000;
 /// How long a steward waits for what keepers hold before a job is tried again.
 pub const SAVES_WAIT_MS: u64 = 10_000;
+/// How long it waits for keepers that are out of reach, where nothing is known of what a rank kept
+/// so far: longer than a machine takes to start again, since to begin from scratch may cost days;
+/// less than [`crate::steward::AWAY_MS`], since such a machine may also never come.
+pub const SAVES_AWAY_MS: u64 = 3 * 60_000;
 /// How the note of a rank begins whose results were given up: its node is gone, and nobody else
 /// has all of them.
 pub const NOT_COPIED: &str = "not copied before its node was gone";

@@ -492,7 +492,7 @@ impl Peer {
     /// A connection to a member stands.
     pub fn peer_connected(&mut self, peer: PeerId, now: Now) {
         self.board.set_connected(peer, true);
-        self.copies.connected(peer);
+        self.copies.connected(peer, now);
         self.soft.turns.enqueue(peer);
         self.next_turn(now);
         self.finish(now);

@@ -35,6 +35,8 @@ use tracing::{debug, info, warn};
 
 pub use auction::{FINISH_MS, ROUND_MS, ROUNDS_MAX, SETTLE_MS};
 pub(crate) use copying::Sight;
+#[cfg(test)]
+pub(crate) use copying::finished;
 pub use done::DONE_AWAY_MS;
 pub(crate) use done::DONE_OP;
 pub(crate) use drive::Drive;
@@ -134,6 +136,8 @@ pub(crate) struct Stewards {
     willing: BTreeMap<PeerId, (StoreId, u64)>,
     /// Nodes that were asked whether they would keep in which store.
     asked: BTreeMap<PeerId, StoreId>,
+    /// The job that is over whose keepers were changed last: the next turn is for those behind it.
+    done_after: Option<JobId>,
 }
 
 impl Stewards {
@@ -150,6 +154,7 @@ impl Stewards {
             fences: 0,
             willing: BTreeMap::new(),
             asked: BTreeMap::new(),
+            done_after: None,
         }
     }
 
@@ -263,7 +268,8 @@ impl Stewards {
         });
         if let Some(drive) = self.drives.get_mut(&job) {
             if ended {
-                // Nothing runs any more: what is left to stop is waiting for a node that is gone.
+                // Nothing runs any more: what is left to stop is waiting for a node that is gone,
+                // or that does not get on.
                 drive.give_up_copies = true;
             }
             drive.observed.stop_asked.get_or_insert(by);
@@ -301,7 +307,7 @@ impl Stewards {
                     view.held = view.need;
                     view.summary = drive.describe_assigned(state);
                     if let Some(since_ms) = drive.copies_since_ms {
-                        sight.describe(since_ms, &mut view);
+                        sight.describe(drive, since_ms, &mut view);
                     }
                 }
             }

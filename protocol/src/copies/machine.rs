@@ -10,7 +10,7 @@ use crate::{
     BlobId, JobId, Now, PeerId, StoreId,
     bidder::{Bidder, WorkId},
     inventory::Board,
-    job::{Attempt, Rank, RankRecord, RankState, SAVED_MAX, Saved, State},
+    job::{Attempt, Ending, Rank, RankRecord, RankState, SAVED_MAX, Saved, State},
     message::{COPIES_MAX, CopyState, Message},
     peer::Outbox,
     record::{Body, KEEP_MS, Keeper, Kept},
@@ -83,7 +83,8 @@ struct Cannot {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Told {
     attempt: Attempt,
-    at_ms: u64,
+    /// When; `None`: not since it connected last.
+    at_ms: Option<u64>,
     ranks: BTreeMap<Rank, CopyState>,
     /// When it last said of a rank that it is being copied.
     busy_ms: BTreeMap<Rank, u64>,
@@ -98,8 +99,17 @@ struct OwnSave {
     seq: u64,
     tree: BlobId,
     keepers: Vec<PeerId>,
-    held_by: BTreeSet<PeerId>,
+    /// Who has it, in which store.
+    held_by: BTreeMap<PeerId, Option<StoreId>>,
     pause_ms: u64,
+}
+
+impl OwnSave {
+    /// Whether as many others have it as should.
+    fn is_held(&self, me: PeerId) -> bool {
+        let others = self.keepers.iter().filter(|keeper| **keeper != me).count();
+        self.held_by.len() >= (copies_for(self.keepers.len()) - 1).min(others)
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -114,8 +124,8 @@ enum Timer {
 pub(crate) enum Standing {
     /// As many nodes have them as can; so many, and so many should.
     Enough { have: usize, should: usize },
-    /// They are being copied.
-    UnderWay,
+    /// They are being copied; the same.
+    UnderWay { have: usize, should: usize },
     /// Nobody who can be reached has all of them, since then, on the boot clock.
     Gone { since_ms: u64 },
     /// Nobody has them, and nobody will: the disk they were on is lost.
@@ -144,6 +154,8 @@ pub(crate) struct Copies {
     saves: BTreeMap<WorkId, OwnSave>,
     /// Since when nodes are away, on the boot clock.
     away: BTreeMap<PeerId, u64>,
+    /// Since when nodes are connected, on the boot clock.
+    here: BTreeMap<PeerId, u64>,
     /// Who was present when that was last looked at, with which store.
     present: BTreeMap<PeerId, (Option<StoreId>, bool)>,
     /// Since when this node looks, on the boot clock.
@@ -152,6 +164,8 @@ pub(crate) struct Copies {
     pub(crate) look_around: bool,
     /// It is time to see whether keepers of jobs that are over are gone.
     pub(crate) look_at_done: bool,
+    /// It is time to see whether copies of `keep/` are where they were.
+    pub(crate) look_at_saves: bool,
     /// It is time to tell again what cannot be copied here.
     repeats: bool,
     /// Jobs whose orders are to be thought over.
@@ -177,10 +191,12 @@ impl Copies {
             announced: BTreeMap::new(),
             saves: BTreeMap::new(),
             away: BTreeMap::new(),
+            here: BTreeMap::new(),
             present: BTreeMap::new(),
             began_ms: 0,
             look_around: true,
             look_at_done: false,
+            look_at_saves: false,
             repeats: false,
             dirty: BTreeSet::new(),
             news: BTreeSet::new(),
@@ -193,6 +209,7 @@ impl Copies {
     pub(crate) fn has_work(&self) -> bool {
         self.look_around
             || self.look_at_done
+            || self.look_at_saves
             || self.repeats
             || !self.dirty.is_empty()
             || !self.news.is_empty()
@@ -221,7 +238,7 @@ impl Copies {
             match timer {
                 Timer::Check => {
                     (self.look_around, self.repeats) = (true, true);
-                    self.look_at_done = true;
+                    (self.look_at_done, self.look_at_saves) = (true, true);
                     self.forget_refusals(now);
                     self.timers.set(Timer::Check, now.after(COPIES_CHECK_MS));
                 }
@@ -265,16 +282,20 @@ impl Copies {
 
     // ---- who is there -----------------------------------------------------------------
 
-    pub(crate) fn connected(&mut self, peer: PeerId) {
+    pub(crate) fn connected(&mut self, peer: PeerId, now: Now) {
         self.away.remove(&peer);
+        self.here.insert(peer, now.boot_ms);
         self.look_around = true;
         // It may come back with another disk: what it has it is to say again.
         for told in self.told.values_mut().filter_map(|told| told.get_mut(&peer)) {
+            // Until then it has not answered, and nothing is to be concluded from its silence.
+            told.at_ms = None;
             told.ranks.clear();
         }
     }
 
     pub(crate) fn disconnected(&mut self, peer: PeerId, now: Now) {
+        self.here.remove(&peer);
         self.away.insert(peer, now.boot_ms);
         self.look_around = true;
     }
@@ -529,12 +550,20 @@ impl Copies {
         }
     }
 
-    pub(crate) fn cannot(&mut self, job: JobId, reason: String, now: Now) {
-        let (told, epoch) =
-            self.cannot.get(&job).map_or((1, 0), |cannot| (cannot.told + 1, cannot.epoch));
+    /// `job` cannot be copied here; whether the others are to be told.
+    pub(crate) fn cannot(&mut self, job: JobId, reason: String, now: Now) -> bool {
+        if let Some(known) = self.cannot.get_mut(&job) {
+            // It is asked again when that is over, not later for having said it twice; a reason
+            // that names how much room there is changes with every try.
+            let tell = known.reason != reason && known.told < REFUSALS_TOLD;
+            known.told += u32::from(tell);
+            known.reason = reason;
+            return tell;
+        }
         let until_ms = now.after(CANNOT_MS);
-        self.cannot.insert(job, Cannot { reason, until_ms, told, epoch });
+        self.cannot.insert(job, Cannot { reason, until_ms, told: 1, epoch: 0 });
         self.dirty.insert(job);
+        true
     }
 
     pub(crate) fn can(&mut self, job: JobId) {
@@ -583,7 +612,7 @@ impl Copies {
         let told = self.told.entry(job).or_default().entry(from);
         let told = told.or_insert_with(|| Told {
             attempt,
-            at_ms: now.boot_ms,
+            at_ms: Some(now.boot_ms),
             ranks: BTreeMap::new(),
             busy_ms: BTreeMap::new(),
             cannot: None,
@@ -592,7 +621,7 @@ impl Copies {
         if told.attempt != attempt {
             told.busy_ms.clear();
         }
-        (told.attempt, told.at_ms) = (attempt, now.boot_ms);
+        (told.attempt, told.at_ms) = (attempt, Some(now.boot_ms));
         told.ranks.clear();
         // A keeper that does not get the record holds nothing of it.
         let keeps = kept.keepers.iter().any(|(keeper, _)| *keeper == from);
@@ -667,7 +696,7 @@ impl Copies {
             let cannot = Some(Cannot { reason, until_ms, told: 0, epoch: 0 });
             let blank = Told {
                 attempt: kept.value.body.attempt,
-                at_ms: now.boot_ms,
+                at_ms: None,
                 ranks: BTreeMap::new(),
                 busy_ms: BTreeMap::new(),
                 cannot: None,
@@ -747,20 +776,70 @@ impl Copies {
         id: WorkId,
         (seq, tree): (u64, BlobId),
         keepers: Vec<PeerId>,
+        bidder: &Bidder,
         now: Now,
     ) {
         if self.saves.get(&id).is_some_and(|known| known.seq >= seq) {
             return;
         }
         self.save_held(id, seq, tree);
-        if self.saves.len() >= SAVES_MAX
-            && let Some((old, _)) = self.saves.pop_first()
-        {
-            self.timers.cancel(&Timer::Save(old));
+        if self.saves.len() >= SAVES_MAX && !self.saves.contains_key(&id) {
+            // What still runs is worth more than what has ended.
+            let mut ended = self.saves.keys().filter(|id| bidder.keepers_of_work(**id).is_none());
+            if let Some(old) = ended.next().or(self.saves.keys().next()).copied() {
+                self.forget_save(old);
+            }
         }
-        let (held_by, pause_ms) = (BTreeSet::new(), SAVE_RESEND_MS);
+        let (held_by, pause_ms) = (BTreeMap::new(), SAVE_RESEND_MS);
         self.saves.insert(id, OwnSave { seq, tree, keepers, held_by, pause_ms });
         self.timers.set(Timer::Save(id), now.boot_ms);
+    }
+
+    /// Whether a copy of `keep/` is to be announced (again).
+    #[cfg(test)]
+    pub(crate) fn is_save_due(&self, id: WorkId) -> bool {
+        self.timers.due(&Timer::Save(id)).is_some()
+    }
+
+    fn forget_save(&mut self, id: WorkId) {
+        self.saves.remove(&id);
+        self.timers.cancel(&Timer::Save(id));
+        // So is what is here of a job of which nobody asks any more.
+        self.dirty.insert(id.job);
+    }
+
+    /// Whether those that acknowledged copies of `keep/` still have them, by what is seen of them:
+    /// where too few are left, the copy is announced again. Copies of what `is_over` go.
+    pub(crate) fn review_saves(
+        &mut self,
+        keepers_of: impl Fn(WorkId) -> Option<Vec<PeerId>>,
+        is_over: impl Fn(WorkId) -> bool,
+        scene: Scene<'_>,
+    ) {
+        if !core::mem::take(&mut self.look_at_saves) {
+            return;
+        }
+        for id in self.saves.keys().copied().collect::<Vec<_>>() {
+            let Some(keepers) = keepers_of(id) else {
+                if is_over(id) {
+                    self.forget_save(id);
+                }
+                continue;
+            };
+            let Some(save) = self.saves.get(&id) else { continue };
+            let mut held_by = save.held_by.clone();
+            held_by.retain(|node, store| {
+                let now = self.store_of(*node, scene);
+                let same = store.is_none() || now.is_none() || *store == now;
+                same && keepers.contains(node) && self.is_present_within(*node, HERE_MS, scene)
+            });
+            let Some(save) = self.saves.get_mut(&id) else { continue };
+            (save.keepers, save.held_by) = (keepers, held_by);
+            if !save.is_held(self.me) && self.timers.due(&Timer::Save(id)).is_none() {
+                save.pause_ms = SAVE_RESEND_MS;
+                self.timers.set(Timer::Save(id), scene.now.boot_ms);
+            }
+        }
     }
 
     fn send_save(&mut self, id: WorkId, bidder: &Bidder, now: Now, out: &mut Outbox) {
@@ -768,14 +847,12 @@ impl Copies {
         // Once the process has ended its last copy counts, which the record names.
         let Some(keepers) = bidder.keepers_of_work(id) else { return };
         save.keepers = keepers;
-        let others = save.keepers.iter().filter(|keeper| **keeper != self.me).count();
-        let enough = (copies_for(save.keepers.len()) - 1).min(others);
-        if save.held_by.len() >= enough {
+        if save.is_held(self.me) {
             return;
         }
         let WorkId { job, attempt, rank } = id;
         for keeper in &save.keepers {
-            if *keeper != self.me && !save.held_by.contains(keeper) {
+            if *keeper != self.me && !save.held_by.contains_key(keeper) {
                 let (seq, tree) = (save.seq, save.tree);
                 out.send(self.me, *keeper, Message::Save { job, attempt, rank, seq, tree });
             }
@@ -785,10 +862,11 @@ impl Copies {
     }
 
     /// See [`Message::SaveHeld`].
-    pub(crate) fn acknowledged(&mut self, from: PeerId, id: WorkId, seq: u64) {
+    pub(crate) fn acknowledged(&mut self, from: PeerId, id: WorkId, seq: u64, scene: Scene<'_>) {
+        let store = self.store_of(from, scene);
         let Some(save) = self.saves.get_mut(&id) else { return };
         if seq >= save.seq && save.keepers.contains(&from) {
-            save.held_by.insert(from);
+            save.held_by.insert(from, store);
         }
     }
 
@@ -858,7 +936,13 @@ impl Copies {
                 possible += 1;
             }
             let answered = candidate == self.me || self.has_answered(candidate, kept, since_ms);
-            hopeless &= !present || answered;
+            // Who is away may have all of it, however long it is away; a node that was put out
+            // of the pool brings nothing back.
+            if !complete && !answered && scene.roster.state().is_member_node(candidate) {
+                hopeless = false;
+                let here_ms = self.here.get(&candidate).copied().filter(|_| reachable);
+                gone_ms = gone_ms.max(here_ms.unwrap_or_else(|| self.away_since(candidate)));
+            }
         }
         if !self.sabotage.holds(Rule::DoneWaitsForCopies) || have >= should.min(possible).max(1) {
             return Standing::Enough { have, should: should.min(all) };
@@ -866,7 +950,7 @@ impl Copies {
         match have {
             0 if hopeless => Standing::Lost,
             0 => Standing::Gone { since_ms: gone_ms },
-            _ => Standing::UnderWay,
+            _ => Standing::UnderWay { have, should: should.min(all) },
         }
     }
 
@@ -881,12 +965,42 @@ impl Copies {
 
     fn has_answered(&self, node: PeerId, kept: &Kept, since_ms: u64) -> bool {
         let told = self.told.get(&kept.spec.job).and_then(|told| told.get(&node));
-        told.is_some_and(|told| told.attempt == kept.value.body.attempt && told.at_ms >= since_ms)
+        told.is_some_and(|told| {
+            let lately = told.at_ms.is_some_and(|at_ms| at_ms >= since_ms);
+            told.attempt == kept.value.body.attempt && lately
+        })
     }
 
     /// Whether everybody who can be reached has said what they hold, since then.
     pub(crate) fn all_answered(&self, kept: &Kept, since_ms: u64, scene: Scene<'_>) -> bool {
         self.asked(kept, scene).into_iter().all(|node| self.has_answered(node, kept, since_ms))
+    }
+
+    /// Whether a keeper that has not answered may have a copy of the `keep/` of a rank of which
+    /// nothing else is known: who can be reached, or is away for less than [`AWAY_MS`].
+    pub(crate) fn may_have_saves(
+        &self,
+        kept: &Kept,
+        body: &Body,
+        since_ms: u64,
+        scene: Scene<'_>,
+    ) -> bool {
+        let mut all = stores_of(kept, None, self.me, scene).into_iter();
+        let unheard = all.any(|node| {
+            let answered = node == self.me || self.has_answered(node, kept, since_ms);
+            !answered && self.is_present(node, scene)
+        });
+        let unknown = |record: &RankRecord| {
+            let end = record.end.as_ref();
+            let never = |end: &crate::job::RankEnd| {
+                matches!(end.ending, Ending::NeverStarted | Ending::FailedToStart { .. })
+            };
+            if end.is_some_and(|end| never(end) || end.keep.is_some()) {
+                return false;
+            }
+            self.newest_save(kept, record.assignment.rank, scene).is_none()
+        };
+        unheard && body.ranks.iter().any(unknown)
     }
 
     /// Those who have not.

@@ -69,8 +69,9 @@ impl Peer {
     /// has it. Others are asked instead, and this node again after [`crate::copies::CANNOT_MS`],
     /// or [`Peer::can_copy`].
     pub fn cannot_copy(&mut self, job: JobId, reason: String, now: Now) {
-        self.copies.cannot(job, reason, now);
-        self.tell_of_copies(job, false);
+        if self.copies.cannot(job, reason, now) {
+            self.tell_of_copies(job, false);
+        }
         self.finish(now);
     }
 
@@ -87,7 +88,8 @@ impl Peer {
     /// newest of each rank.
     pub fn saved(&mut self, id: WorkId, seq: u64, tree: BlobId, now: Now) {
         let keepers = self.bidder.keepers_of_work(id).or_else(|| self.bidder.keepers_of_end(id));
-        self.copies.saved(id, (seq, tree), keepers.unwrap_or_default(), now);
+        let keepers = keepers.unwrap_or_default();
+        self.copies.saved(id, (seq, tree), keepers, &self.bidder, now);
         self.finish(now);
     }
 
@@ -137,7 +139,8 @@ impl Peer {
                 }
             }
             Message::SaveHeld { job, attempt, rank, seq } => {
-                self.copies.acknowledged(from, WorkId { job, attempt, rank }, seq);
+                let scene = Scene { board: &self.board, roster: &self.roster, now };
+                self.copies.acknowledged(from, WorkId { job, attempt, rank }, seq, scene);
             }
             Message::AskCopies { job, attempt, without } => {
                 if let Some(kept) = self.registers.get(job)
@@ -175,6 +178,14 @@ impl Peer {
     /// be told of copies.
     pub(super) fn tend_copies(&mut self, now: Now) {
         let scene = Scene { board: &self.board, roster: &self.roster, now };
+        let (registers, soft) = (&self.registers, &self.soft);
+        let is_over = |id: WorkId| match registers.get(id.job).map(|kept| &kept.value.body) {
+            Some(body) => body.state() == State::Done || body.attempt > id.attempt,
+            None => soft.head_of(id.job).is_some_and(|head| head.state == State::Done),
+        };
+        let bidder = &self.bidder;
+        let is_over = |id: WorkId| bidder.keepers_of_end(id).is_none() && is_over(id);
+        self.copies.review_saves(|id| bidder.keepers_of_work(id), is_over, scene);
         let all = self.registers.iter().map(|(job, _)| *job);
         for job in self.copies.due(scene, all) {
             if self.copies.consider(job, self.registers.get(job), scene) {
@@ -238,13 +249,16 @@ mod tests {
     use super::*;
     use crate::{
         BlobId, StoreId,
-        copies::{CANNOT_MS, COPIES_CHECK_MS, EndOrder, HERE_MS},
-        job::{Ending, Outcome, RankAssignment, RankEnd, RankRecord},
+        copies::{
+            CANNOT_MS, COPIES_CHECK_MS, EndOrder, HERE_MS, SAVES_AWAY_MS, SAVES_WAIT_MS, Standing,
+        },
+        job::{Ending, Outcome, RankAssignment, RankEnd, RankRecord, Saved, StopCause},
+        message::CopyState,
         peer::{SHY_MS, Transmit, user::tests as user},
         record::{Ballot, Value},
         request::Grant,
         roster::testing::{Replica, admit_node, claim, node_key},
-        steward::AWAY_MS,
+        steward::{AWAY_MS, Sight},
     };
 
     const TREE: BlobId = BlobId([0xe0; 32]);
@@ -374,6 +388,8 @@ mod tests {
         let said = sent(&mut second);
         let to: Vec<PeerId> = said.iter().map(|(to, _)| *to).collect();
         assert_eq!(to, [node(1), node(3)], "the other keepers are told");
+        second.cannot_copy(job, "no room".to_owned(), at(4_005));
+        assert_eq!(sent(&mut second), [], "and once is enough");
         third.handle_message(node(2), said[1].1.clone(), at(4_010));
         assert_eq!(ends(&third, job).map(|ends| ends.len()), Some(1));
         third.handle_timeout(at(4_010 + CANNOT_MS + COPIES_CHECK_MS));
@@ -432,6 +448,146 @@ mod tests {
             let [(to, Message::Copies { ranks: told, .. })] = &said[..] else { panic!("{said:?}") };
             assert_eq!((*to, told.len()), (from, ranks), "a tree's id is as good as the tree");
         }
+    }
+
+    fn standing(peer: &Peer, job: JobId, since: Now, now: Now) -> Standing {
+        let kept = peer.registers.get(job).unwrap();
+        let scene = Scene { board: &peer.board, roster: &peer.roster, now };
+        peer.copies.standing(kept, &kept.value.body.ranks[0], since.boot_ms, scene)
+    }
+
+    /// What `from` says it has of rank 0.
+    fn say(peer: &mut Peer, from: PeerId, job: JobId, complete: bool, now: Now) {
+        let (attempt, rank) = (Attempt(1), Rank(0));
+        let state = CopyState { rank, complete, save: None, under_way: false, cannot: None };
+        let seq = peer.registers.get(job).unwrap().value.seq;
+        peer.handle_message(from, Message::Copies { job, attempt, seq, ranks: vec![state] }, now);
+    }
+
+    /// The first keeper of a job whose rank ran on a node that lost its disk since.
+    fn steward_of_what_a_lost_disk_had() -> (Peer, JobId) {
+        let mut cleaning = value(&replica(), State::Cleaning, Some(end()));
+        cleaning.body.ranks[0].store = Some(StoreId([40; 16]));
+        let job = cleaning.job;
+        let mut first = keeper(1, &cleaning);
+        let ballot = Ballot::ZERO.next_of(StoreId([4; 16]));
+        let mut fourth = user::restarted(&replica(), 4, &cleaning, ballot);
+        fourth.handle_timeout(at(3_999));
+        let adverts = std::iter::from_fn(|| fourth.poll_transmit());
+        let mut adverts = adverts.filter_map(|transmit| match transmit {
+            Transmit::Gossip(item) if item.verified_advert().is_some() => Some(item),
+            _ => None,
+        });
+        assert!(first.handle_gossip(adverts.next().unwrap(), at(4_000)));
+        (first, job)
+    }
+
+    #[test]
+    fn a_keeper_that_connects_again_is_asked_before_anything_is_lost() {
+        let (mut first, job) = steward_of_what_a_lost_disk_had();
+        say(&mut first, node(2), job, false, at(4_100));
+        say(&mut first, node(3), job, true, at(4_100));
+        let since = at(4_000);
+        assert!(!matches!(standing(&first, job, since, at(4_200)), Standing::Lost));
+        first.peer_disconnected(node(3), at(5_000));
+        first.peer_connected(node(3), at(5_100));
+        let stands = standing(&first, job, since, at(5_200));
+        assert_eq!(stands, Standing::Gone { since_ms: at(5_100).boot_ms });
+        say(&mut first, node(3), job, false, at(5_300));
+        assert_eq!(standing(&first, job, since, at(5_400)), Standing::Lost, "it says so itself");
+    }
+
+    #[test]
+    fn what_a_keeper_may_have_that_is_away_for_long_is_gone_not_lost() {
+        let (mut first, job) = steward_of_what_a_lost_disk_had();
+        first.peer_disconnected(node(3), at(4_000));
+        let later = 4_000 + 2 * AWAY_MS;
+        say(&mut first, node(2), job, false, at(later));
+        let stands = standing(&first, job, at(later), at(later + 100));
+        assert_eq!(stands, Standing::Gone { since_ms: at(4_000).boot_ms });
+    }
+
+    fn finish(peer: &Peer, job: JobId, since: Now, give_up: bool, now: Now) -> (Body, String) {
+        let kept = peer.registers.get(job).unwrap();
+        let scene = Scene { board: &peer.board, roster: &peer.roster, now };
+        let sight = Sight { kept, copies: &peer.copies, scene };
+        crate::steward::finished(&sight, since.boot_ms, give_up)
+    }
+
+    #[test]
+    fn a_stop_ends_the_wait_for_a_copy_that_does_not_get_on() {
+        let cleaning = value(&replica(), State::Cleaning, Some(end()));
+        let job = cleaning.job;
+        let first = keeper(1, &cleaning);
+        let now = at(4_000);
+        let under_way = Standing::UnderWay { have: 1, should: 2 };
+        assert_eq!(standing(&first, job, now, now), under_way);
+        assert_eq!(finish(&first, job, now, false, now).0.state(), State::Cleaning);
+        let body = finish(&first, job, now, true, now).0;
+        assert_eq!(body.state(), State::Done);
+        let why = &body.history.last().unwrap().reason;
+        assert!(why.contains("on 1 node, not on 2: it was stopped before"), "{why}");
+    }
+
+    #[test]
+    fn the_next_attempt_waits_for_keepers_that_may_soon_be_back_where_nothing_is_known() {
+        let bare = RankEnd::bare(Ending::Stopped, user::START.wall_ms);
+        let mut stopping = value(&replica(), State::Stopping, Some(bare));
+        stopping.body.stop = Some(StopCause::StartFailed("no port".to_owned()));
+        let job = stopping.job;
+        let mut first = keeper(1, &stopping);
+        first.peer_disconnected(node(3), at(4_000));
+        let since = at(5_000);
+        for other in [2, 4] {
+            say(&mut first, node(other), job, false, at(5_100));
+        }
+        let (body, why) = finish(&first, job, since, false, at(5_200));
+        assert_eq!(body.state(), State::Stopping, "the third may have a copy of keep/");
+        assert!(why.contains("no longer than 3 min"), "{why}");
+        let (body, _) = finish(&first, job, since, false, at(5_000 + SAVES_AWAY_MS));
+        assert_eq!((body.state(), body.saved.len()), (State::Waiting, 0), "and it is not awaited");
+
+        first.peer_connected(node(3), at(6_000));
+        let (body, _) = finish(&first, job, since, false, at(6_000 + SAVES_WAIT_MS));
+        assert_eq!(body.state(), State::Stopping, "it is back, and has not said anything yet");
+        let (attempt, rank, save) = (Attempt(1), Rank(0), Some((7, TREE)));
+        let state = CopyState { rank, complete: false, save, under_way: false, cannot: None };
+        let seq = stopping.seq;
+        let copies = Message::Copies { job, attempt, seq, ranks: vec![state] };
+        first.handle_message(node(3), copies, at(6_100));
+        let (body, _) = finish(&first, job, since, false, at(6_200));
+        let saved = Saved { rank, attempt, node: node(3), tree: TREE };
+        assert_eq!((body.state(), &body.saved[..]), (State::Waiting, &[saved][..]));
+    }
+
+    #[test]
+    fn a_copy_of_keep_whose_holder_is_gone_is_announced_again() {
+        let running = value(&replica(), State::Running, None);
+        let id = WorkId { job: running.job, attempt: Attempt(1), rank: Rank(0) };
+        let mut fourth = keeper(4, &running);
+        let keepers = [1, 2, 3].map(node).to_vec();
+        let scene = |peer: &Peer, now| (peer.board.clone(), peer.roster.clone(), now);
+        fourth.copies.saved(id, (1, TREE), keepers.clone(), &fourth.bidder, at(4_000));
+        let (board, roster, now) = scene(&fourth, at(4_100));
+        let seen = Scene { board: &board, roster: &roster, now };
+        fourth.copies.acknowledged(node(1), id, 1, seen);
+        fourth.handle_timeout(at(4_100));
+        let review = |peer: &mut Peer, keepers: Option<Vec<PeerId>>, over, ms| {
+            peer.copies.look_at_saves = true;
+            let (board, roster, now) = scene(peer, at(ms));
+            let seen = Scene { board: &board, roster: &roster, now };
+            peer.copies.review_saves(|_| keepers.clone(), |_| over, seen);
+            peer.copies.is_save_due(id)
+        };
+        assert!(!review(&mut fourth, Some(keepers.clone()), false, 4_200), "one more has it");
+        fourth.peer_disconnected(node(1), at(5_000));
+        assert!(!review(&mut fourth, Some(keepers.clone()), false, 5_000 + HERE_MS / 2));
+        assert!(review(&mut fourth, Some(keepers), false, 5_001 + HERE_MS), "it is gone");
+        assert!(fourth.copies.has_save_for(id.job, node(2)));
+        review(&mut fourth, None, false, 6_000 + HERE_MS);
+        assert!(fourth.copies.has_save_for(id.job, node(2)), "a steward may ask for it");
+        assert!(!review(&mut fourth, None, true, 6_000 + HERE_MS));
+        assert!(!fourth.copies.has_save_for(id.job, node(2)), "the job is over");
     }
 
     #[test]

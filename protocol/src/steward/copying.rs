@@ -4,7 +4,7 @@
 use super::{Context, Drive, RESEND_MS, Stewards, cut, outcome};
 use crate::{
     JobId,
-    copies::{Copies, NOT_COPIED, SAVES_WAIT_MS, Scene, Standing},
+    copies::{Copies, NOT_COPIED, SAVES_AWAY_MS, SAVES_WAIT_MS, Scene, Standing},
     job::{Ending, Outcome, RankEnd, RankState, State, StopCause},
     message::{Message, WaitView},
     record::{Body, Kept},
@@ -30,15 +30,25 @@ enum Results {
 }
 
 impl Sight<'_> {
-    /// Whether everybody who can be reached said what they hold of `keep/`; or long enough was
-    /// waited for that. The ends are in the record before anybody is asked.
+    /// Whether everybody who can be reached said what they hold of `keep/`, and where nothing is
+    /// known of a rank, who may soon be back as well; or long enough was waited for that. The ends
+    /// are in the record before anybody is asked.
     fn saves_are_known(&self, drive: &Drive) -> bool {
         let recorded = self.kept.value.body.all_at_least(RankState::Ended);
         let Some(since_ms) = drive.copies_since_ms.filter(|_| recorded) else {
             return drive.spec.spec.keep_every_ms == 0;
         };
-        self.copies.all_answered(self.kept, since_ms, self.scene)
-            || since_ms.saturating_add(SAVES_WAIT_MS) <= self.scene.now.boot_ms
+        let waited_ms = self.scene.now.boot_ms.saturating_sub(since_ms);
+        let answered = self.copies.all_answered(self.kept, since_ms, self.scene);
+        (answered || waited_ms >= SAVES_WAIT_MS) && !self.waits_for_saves(since_ms)
+    }
+
+    /// Whether the next attempt waits for what somebody may have who is away.
+    fn waits_for_saves(&self, since_ms: u64) -> bool {
+        let over_ms = since_ms.saturating_add(SAVES_AWAY_MS);
+        self.kept.spec.spec.keep_every_ms > 0
+            && self.scene.now.boot_ms < over_ms
+            && self.copies.may_have_saves(self.kept, &self.kept.value.body, since_ms, self.scene)
     }
 
     /// How the results of all ranks stand; what is given up is noted in their ends.
@@ -52,12 +62,14 @@ impl Sight<'_> {
                 continue;
             }
             match self.copies.standing(self.kept, record, since_ms, self.scene) {
-                Standing::Enough { have, should } if have < should => {
+                Standing::UnderWay { .. } if !drive.give_up_copies => return Results::Awaited,
+                Standing::Enough { have, should } | Standing::UnderWay { have, should }
+                    if have < should =>
+                {
                     let known = few.get_or_insert((0_usize, have, should));
                     *known = (known.0 + 1, known.1.min(have), should);
                 }
-                Standing::Enough { .. } => {}
-                Standing::UnderWay => return Results::Awaited,
+                Standing::Enough { .. } | Standing::UnderWay { .. } => {}
                 Standing::Gone { since_ms } => {
                     let until_ms = since_ms.max(drive.since_ms).saturating_add(lost_after_ms);
                     if until_ms > now.boot_ms && !drive.give_up_copies {
@@ -96,6 +108,7 @@ impl Sight<'_> {
             let nodes = if have == 1 { "node" } else { "nodes" };
             let why = match self.copies.refusal(self.kept.spec.job) {
                 Some((node, reason)) => format!("{node} cannot hold it: {reason}"),
+                None if drive.give_up_copies => "it was stopped before it was copied".to_owned(),
                 None => "the other keepers are away".to_owned(),
             };
             format!("what {whose} left is on {have} {nodes}, not on {should}: {why}")
@@ -105,7 +118,7 @@ impl Sight<'_> {
     }
 
     /// Why a job is not over yet all of whose processes are.
-    pub(super) fn describe(&self, since_ms: u64, view: &mut WaitView) {
+    pub(super) fn describe(&self, drive: &Drive, since_ms: u64, view: &mut WaitView) {
         let body = &self.kept.value.body;
         let (mut waits, mut gone) = (0, 0);
         for record in &body.ranks {
@@ -114,7 +127,7 @@ impl Sight<'_> {
             }
             match self.copies.standing(self.kept, record, since_ms, self.scene) {
                 Standing::Enough { .. } => {}
-                Standing::UnderWay => waits += 1,
+                Standing::UnderWay { .. } => waits += 1,
                 Standing::Gone { .. } | Standing::Lost => gone += 1,
             }
         }
@@ -130,6 +143,13 @@ impl Sight<'_> {
                 self.kept.spec.spec.lost_after_ms / 60_000
             ),
         };
+        if begins_again(body, drive) && self.waits_for_saves(since_ms) {
+            view.summary = format!(
+                "the next attempt waits for nodes that are away and may have the newest copy of \
+                 keep/: no longer than {} min",
+                SAVES_AWAY_MS / 60_000
+            );
+        }
         let keepers = self.kept.keepers.iter().map(|(keeper, _)| *keeper);
         let mut nodes: Vec<_> = keepers.chain(body.nodes()).collect();
         nodes.sort_unstable();
@@ -155,6 +175,13 @@ pub(super) fn is_to_be_retried(body: &Body, drive: &Drive) -> bool {
     failed && is_surely_over(body) && body.retried < drive.spec.spec.retries
 }
 
+/// The same, or once more since the gang did not start whole.
+fn begins_again(body: &Body, drive: &Drive) -> bool {
+    let failed = matches!(body.stop, Some(StopCause::StartFailed(_)));
+    let starts = failed && drive.observed.stop_asked.is_none() && is_surely_over(body);
+    (starts && body.failed_starts + 1 < super::FAILED_STARTS_MAX) || is_to_be_retried(body, drive)
+}
+
 /// DONE once every rank ended and what it left is copied; or WAITING again, where the gang never
 /// was whole or the job may be retried.
 pub(super) fn finish_if_over(mut body: Body, drive: &Drive, sight: &Sight<'_>) -> Body {
@@ -169,6 +196,9 @@ pub(super) fn finish_if_over(mut body: Body, drive: &Drive, sight: &Sight<'_>) -
     {
         failed_starts += 1;
         if failed_starts < super::FAILED_STARTS_MAX && drive.observed.stop_asked.is_none() {
+            if !sight.saves_are_known(drive) {
+                return body;
+            }
             body.failed_starts = failed_starts;
             body.saved = sight.copies.saved_for_next(sight.kept, &body, sight.scene);
             body.ranks.clear();
@@ -215,6 +245,22 @@ pub(super) fn finish_if_over(mut body: Body, drive: &Drive, sight: &Sight<'_>) -
     body
 }
 
+/// What becomes of a job all of whose processes are over since then; whether somebody asked not to
+/// wait.
+#[cfg(test)]
+pub(crate) fn finished(sight: &Sight<'_>, since_ms: u64, give_up_copies: bool) -> (Body, String) {
+    let spec = std::sync::Arc::clone(&sight.kept.spec);
+    let drive = Drive {
+        copies_since_ms: Some(since_ms),
+        give_up_copies,
+        ..Drive::new(spec, sight.scene.now)
+    };
+    let (job, state, summary) = (sight.kept.spec.job, sight.kept.value.body.state(), String::new());
+    let mut view = WaitView { job, state, summary, need: 0, held: 0, nodes: Vec::new() };
+    sight.describe(&drive, since_ms, &mut view);
+    (finish_if_over(sight.kept.value.body.clone(), &drive, sight), view.summary)
+}
+
 impl Stewards {
     /// Ask who may hold copies what they hold; after how many milliseconds to ask again.
     pub(super) fn ask_for_copies(&self, job: JobId, cx: &mut Context<'_>) -> u64 {
@@ -223,7 +269,7 @@ impl Stewards {
         let Some(kept) = cx.registers.get(job) else { return RESEND_MS };
         let scene = Scene { board: cx.board, roster: cx.roster, now: cx.now };
         let waited_ms = cx.now.boot_ms.saturating_sub(since_ms);
-        let retried = is_to_be_retried(&kept.value.body, drive);
+        let retried = begins_again(&kept.value.body, drive);
         let to = if retried && drive.spec.spec.keep_every_ms > 0 {
             cx.copies.to_ask(kept, since_ms, scene)
         } else if waited_ms >= RESEND_MS || drive.since_ms.saturating_add(RESEND_MS) > since_ms {

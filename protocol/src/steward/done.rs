@@ -22,17 +22,30 @@ const CHANGES_MAX: usize = 32;
 /// The number of operations on records of jobs that are over, which no steward waits for.
 pub(crate) const DONE_OP: u64 = u64::MAX;
 
+/// The next [`CHANGES_MAX`] jobs of which `wanted` says so, after the last that was taken, by id
+/// and round: those that cannot be mended do not keep the rest from their turn.
+fn in_turn<'a, V: 'a, I: Iterator<Item = (&'a JobId, &'a V)>>(
+    all: impl Fn() -> I,
+    after: Option<JobId>,
+    wanted: impl Fn(&V) -> bool,
+) -> Vec<JobId> {
+    let later = all().filter(|(job, _)| Some(**job) > after);
+    let first = all().filter(|(job, _)| Some(**job) <= after);
+    let wanted = later.chain(first).filter(|(_, value)| wanted(value));
+    wanted.map(|(job, _)| *job).take(CHANGES_MAX).collect()
+}
+
 impl Stewards {
     /// Give records of jobs that are over other keepers where some are gone for good, or for
     /// long. Whether there was trouble at all.
     pub(crate) fn check_done(&mut self, cx: &mut Context<'_>) {
-        let mut changes = Vec::new();
-        for (job, kept) in cx.registers.iter() {
+        let in_trouble = |kept: &Kept| {
             let over = kept.value.body.state() == State::Done && kept.value.body.removed.is_none();
-            if over && changes.len() < CHANGES_MAX && self.is_in_trouble(kept, cx) {
-                changes.push(*job);
-            }
-        }
+            over && !cx.registers.is_busy(kept.spec.job) && self.is_in_trouble(kept, cx)
+        };
+        let all = || cx.registers.iter();
+        let changes = in_turn(all, self.done_after, |kept| in_trouble(kept));
+        self.done_after = changes.last().copied();
         let mut asked = BTreeSet::new();
         for job in changes {
             self.change_keepers_of_done(job, &mut asked, cx);
@@ -106,5 +119,33 @@ impl Stewards {
         } else if next.iter().filter(there).count() >= quorum_of(next.len()) {
             cx.registers.seal(job, seq, DONE_OP, next, cx.now);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn jobs_that_cannot_be_mended_do_not_keep_the_rest_from_their_turn() {
+        let most = u8::try_from(CHANGES_MAX).unwrap();
+        let all: BTreeMap<JobId, u8> = (0..most + 5).map(|n| (JobId([n; 32]), n)).collect();
+        let next = |after| in_turn(|| all.iter(), after, |n| *n != 1);
+        let first = next(None);
+        assert_eq!((first.len(), first.last()), (CHANGES_MAX, Some(&JobId([most; 32]))));
+        let second = next(first.last().copied());
+        assert_eq!(second.len(), CHANGES_MAX);
+        assert_eq!(
+            second[..5],
+            [1, 2, 3, 4]
+                .map(|n| JobId([most + n; 32]))
+                .into_iter()
+                .chain([JobId([0; 32])])
+                .collect::<Vec<_>>()
+        );
+        let few = in_turn(|| all.iter(), Some(JobId([9; 32])), |n| *n == 9);
+        assert_eq!(few, [JobId([9; 32])], "the only one is taken each time");
     }
 }
