@@ -151,7 +151,7 @@ async fn fetch_from<W: Future<Output = bool> + Send>(
             let missing = lacking(&store, &asked)?;
             if let Blobs::Known(_) = *asked {
                 // Rather before it travels than after.
-                store.fits(missing.iter().map(Wanted::bytes).sum())?;
+                store.could_ever_fit(missing.iter().map(Wanted::bytes).sum())?;
             }
             anyhow::Ok(missing)
         })

@@ -276,7 +276,7 @@ async fn take_blobs(
     let wanted = tokio::task::spawn_blocking(move || {
         let wanted = lacking(&store, &blobs)?;
         // Rather before it travels than after.
-        store.fits(wanted.iter().map(Wanted::bytes).sum())?;
+        store.could_ever_fit(wanted.iter().map(Wanted::bytes).sum())?;
         anyhow::Ok(wanted)
     })
     .await??;

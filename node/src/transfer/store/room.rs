@@ -265,6 +265,32 @@ impl BlobStore {
         self.lacks(bytes).map_or(Ok(()), refused)
     }
 
+    /// Whether so many bytes could fit if there were nothing else: before any of them travels.
+    /// Nothing is deleted for what is only announced, and holes take no room: whether the rest
+    /// fits shows as it is written.
+    ///
+    /// # Errors
+    /// [`NoRoom`], as an error of a full disk.
+    pub fn could_ever_fit(&self, bytes: u64) -> io::Result<()> {
+        let limits = self.inner.room.limits().clone().filter(|_| !self.is_lenient);
+        let Some(Limits { whose, quota }) = limits else { return Ok(()) };
+        let refused = |bound| {
+            let (whose, store) = (whose.clone(), self.inner.root.clone());
+            let lack = NoRoom { whose, store, wanted: bytes, bound };
+            Err(io::Error::new(io::ErrorKind::StorageFull, lack))
+        };
+        if let Some(quota) = quota.filter(|quota| *quota < bytes) {
+            return refused(Bound::Quota { quota, used: self.used().total() });
+        }
+        match self.disk() {
+            Ok(disk) if disk.total.saturating_sub(disk.left) < bytes => {
+                refused(Bound::Disk { free: disk.free, left: disk.left })
+            }
+            // What cannot be asked has room: who writes there finds out.
+            Ok(_) | Err(_) => Ok(()),
+        }
+    }
+
     /// Whether so many bytes would fit in all, once the trash and `freed` bytes more are gone.
     #[must_use]
     pub fn could_fit(&self, wanted: u64, freed: u64) -> bool {

@@ -730,6 +730,13 @@ mod limits {
         // More than any disk.
         let refused = it.store.fits(1 << 60).unwrap_err().to_string();
         assert!(refused.contains("free, of which p2pit leaves"), "{refused}");
+        let refused = it.store.could_ever_fit(1 << 60).unwrap_err().to_string();
+        assert!(refused.contains("free, of which p2pit leaves"), "{refused}");
+        assert!(it.store.could_ever_fit(1).is_ok());
+        it.store.set_limits(Limits { whose: "node n1".to_owned(), quota: Some(5) });
+        assert!(it.store.could_ever_fit(5).is_ok());
+        let refused = it.store.could_ever_fit(6).unwrap_err().to_string();
+        assert!(refused.contains("p2pit may use 5 bytes there"), "{refused}");
     }
 
     #[test]
