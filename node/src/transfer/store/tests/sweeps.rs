@@ -680,7 +680,7 @@ mod limits {
         assert!(in_trash >= 600 << 10);
         let kind = it.store.fits(2 << 20).unwrap_err().kind();
         assert_eq!((kind, it.store.used().trash), (io::ErrorKind::StorageFull, in_trash));
-        assert!(!it.store.could_fit(2 << 20, 0) && it.store.could_fit(2 << 20, 1 << 20));
+        assert!(!it.store.could_fit(2 << 20, 0) && it.store.could_fit(900 << 10, 0));
         it.store.fits(900 << 10).unwrap();
         assert_eq!(it.store.used().trash, 0);
         assert!(!it.store.has(&id));
