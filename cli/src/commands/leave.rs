@@ -156,6 +156,14 @@ async fn wait_for_copies(session: &Session, out: &Output, force: bool) -> anyhow
                 "others are copying what only this node has of jobs {jobs}; `p2pit leave --now` \
                  does not wait for that, and loses it"
             ));
+            let silent = only_here.iter().flat_map(|only| only.silent.iter().cloned());
+            let silent: Vec<String> = silent.collect::<BTreeSet<_>>().into_iter().collect();
+            if !silent.is_empty() {
+                out.note(&format!(
+                    "{} may know that others have it, but cannot be asked now: this waits for them",
+                    list_texts(&silent)
+                ));
+            }
             known = Some(jobs);
         }
         tokio::time::sleep(COPIED_POLL).await;

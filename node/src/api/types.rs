@@ -410,10 +410,13 @@ pub struct Parting {
 }
 
 /// A job of which a node alone has what some of its processes left.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OnlyHere {
     pub job: JobId,
     pub processes: usize,
+    /// Keepers of it that do not answer, and may know that others have it.
+    #[serde(default)]
+    pub silent: Vec<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

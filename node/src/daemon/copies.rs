@@ -62,6 +62,8 @@ const TRANSFERS_OF_DONE_MAX: usize = 3;
 const STUCK_AFTER: Duration = Duration::from_secs(60);
 /// Something came of what took so long to fail: a source that gives nothing is left before.
 const GOES_ON_AFTER: Duration = Duration::from_secs(5 * 60);
+/// Before others forget that this node cannot hold something: see [`CANNOT_MS`].
+const PART_AGAIN: Duration = Duration::from_millis(CANNOT_MS / 10 * 9);
 /// How often it is looked whether somebody is back who has what could not be had.
 const LOOK_FOR_SOURCES: Duration = Duration::from_secs(5);
 /// Taken of a log at a time.
@@ -89,6 +91,9 @@ pub(crate) struct Copies {
     followed: Semaphore,
     /// Jobs of which this node said that it cannot have something, and waits for who has it.
     refused: Mutex<BTreeMap<JobId, Refused>>,
+    /// Jobs that this node said it holds nothing more of, since it leaves its pool: of how many
+    /// processes only it had something then, and when.
+    parting: Mutex<BTreeMap<JobId, (usize, Instant)>>,
     /// Inputs that were made safe from a loss of power since this daemon started.
     kept: Mutex<BTreeSet<BlobId>>,
 }
@@ -150,6 +155,7 @@ impl Copies {
             transfers_of_done: Semaphore::new(TRANSFERS_OF_DONE_MAX),
             followed: Semaphore::new(FOLLOWED_MAX),
             refused: Mutex::default(),
+            parting: Mutex::default(),
             kept: Mutex::default(),
         }
     }
@@ -166,6 +172,12 @@ impl Copies {
     /// Of the inputs that were, only those that `is_kept` names are safe from a sweep.
     pub(super) fn forget_kept(&self, is_kept: impl Fn(BlobId) -> bool) {
         lock(&self.kept).retain(|tree| is_kept(*tree));
+    }
+
+    /// Of these jobs, with how many processes each: those of which the others are to be told
+    /// that this node leaves. Each once, and again when it changed or is about to be forgotten.
+    pub(super) fn to_part_from(&self, found: &[(JobId, usize)]) -> Vec<JobId> {
+        part_from(&mut lock(&self.parting), found, Instant::now())
     }
 
     pub(crate) fn shelf(&self) -> &Shelf {
@@ -486,6 +498,22 @@ async fn refuse(
     let reason = format!("{} cannot have it: {reason}", shared.label(shared.id()));
     // The daemon is ending if nobody listens.
     let _ = shared.act(move |peer, now| peer.cannot_copy(job, reason, now)).await;
+}
+
+/// See [`Copies::to_part_from`].
+fn part_from(
+    told: &mut BTreeMap<JobId, (usize, Instant)>,
+    found: &[(JobId, usize)],
+    now: Instant,
+) -> Vec<JobId> {
+    told.retain(|job, _| found.iter().any(|(known, _)| known == job));
+    let is_news = |(job, processes): &&(JobId, usize)| {
+        let known = told.get(job).filter(|(_, at)| now.duration_since(*at) < PART_AGAIN);
+        known.is_none_or(|(known, _)| known != processes)
+    };
+    let news: Vec<_> = found.iter().filter(is_news).copied().collect();
+    told.extend(news.iter().map(|(job, processes)| (*job, (*processes, now))));
+    news.into_iter().map(|(job, _)| job).collect()
 }
 
 /// Says that jobs can be copied here again once somebody is back who may have them.
@@ -1041,6 +1069,20 @@ mod tests {
         job.complete.clear();
         assert!(!fails(&mut job, 1, What::Log, 373, 374));
         assert!(fails(&mut job, 1, What::Log, 433, 434), "both are stuck");
+    }
+
+    #[test]
+    fn that_a_node_leaves_is_said_once_of_each_job() {
+        let now = Instant::now();
+        let (one, two) = (JobId([1; 32]), JobId([2; 32]));
+        let mut told = BTreeMap::new();
+        assert_eq!(part_from(&mut told, &[(one, 2)], now), [one]);
+        assert_eq!(part_from(&mut told, &[(one, 2), (two, 1)], now), [two]);
+        assert_eq!(part_from(&mut told, &[(one, 1), (two, 1)], now), [one], "it changed");
+        assert_eq!(part_from(&mut told, &[(two, 1)], now), []);
+        assert_eq!(part_from(&mut told, &[(one, 1), (two, 1)], now), [one], "it is back");
+        let later = now + Duration::from_millis(CANNOT_MS);
+        assert_eq!(part_from(&mut told, &[(two, 1)], later), [two], "it is forgotten");
     }
 
     #[test]

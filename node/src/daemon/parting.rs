@@ -61,8 +61,8 @@ pub(crate) async fn answer(shared: &Arc<Shared>, jobs: Vec<JobId>) -> anyhow::Re
     .await?)
 }
 
-/// The jobs of which this node has something that no other node that can be reached has all of.
-/// Those that it keeps it has others copy.
+/// The jobs of which this node has something that no other node that can be reached has all of,
+/// or that others may have of whom one does not answer. Those that it keeps it has others copy.
 pub(crate) async fn only_here(shared: &Arc<Shared>) -> anyhow::Result<Vec<OnlyHere>> {
     let jobs = jobs_here(shared).await?;
     let asked: Vec<JobId> = jobs.iter().copied().collect();
@@ -82,30 +82,84 @@ pub(crate) async fn only_here(shared: &Arc<Shared>) -> anyhow::Result<Vec<OnlyHe
         } else {
             shared.ask::<Vec<Left>>(keeper, &Request::Left(jobs.clone())).await.ok()
         };
-        (keeper, jobs.into_iter().zip(answered.unwrap_or_default()).collect::<Vec<_>>())
+        (keeper, jobs, answered.unwrap_or_default())
     });
-    let mut said = BTreeMap::<JobId, BTreeMap<PeerId, Left>>::new();
-    for (keeper, answers) in futures::future::join_all(answers).await {
-        for (job, left) in answers {
-            said.entry(job).or_default().insert(keeper, left);
+    let mut said = BTreeMap::<JobId, Said>::new();
+    for (keeper, jobs, answers) in futures::future::join_all(answers).await {
+        let mut answers = answers.into_iter();
+        for job in jobs {
+            let said = said.entry(job).or_default();
+            match answers.next() {
+                Some(left) => drop(said.left.insert(keeper, left)),
+                None => said.silent.push(shared.label(keeper)),
+            }
         }
     }
+    let dir = shared.home.jobs();
     let (me, shelf) = (shared.id(), shared.copies.shelf().clone());
     let online = shared.act(|peer, _| peer.board().connected().collect::<BTreeSet<_>>()).await?;
     let found = tokio::task::spawn_blocking(move || {
         let has = |id: WorkId| shelf.held(id).end.is_some();
-        let of = |(job, said)| {
-            let ranks = ranks_only_here(me, &said, &online, |attempt, rank| {
-                has(WorkId { job, attempt, rank })
-            });
-            (!ranks.is_empty()).then_some(OnlyHere { job, processes: ranks.len() })
+        let of = |(job, Said { left, mut silent }): (JobId, Said)| {
+            let has = |attempt, rank| has(WorkId { job, attempt, rank });
+            let mut ranks = ranks_only_here(me, &left, &online, has);
+            if !silent.is_empty() {
+                // What ran here, and what was copied: there may be more to it than is known.
+                let ran = work::rank_dirs(&dir.join(job.to_string())).unwrap_or_default();
+                let ran = ran.into_iter().map(|(attempt, rank, _)| (attempt, rank));
+                let copied = shelf.ranks(job).unwrap_or_default().into_iter();
+                let here = ran.chain(copied.filter(|(attempt, rank)| has(*attempt, *rank)));
+                let unsure = ranks_unsure(me, &left, &online, here.collect());
+                if unsure.is_empty() {
+                    silent.clear();
+                }
+                ranks.extend(unsure);
+            }
+            let ranks: BTreeSet<Rank> = ranks.into_iter().collect();
+            (!ranks.is_empty()).then_some(OnlyHere { job, processes: ranks.len(), silent })
         };
         said.into_iter().filter_map(of).collect::<Vec<_>>()
     })
     .await?;
-    let parting: Vec<JobId> = found.iter().map(|only| only.job).collect();
-    shared.act(move |peer, now| have_copied(peer, &parting, now)).await?;
+    let only: Vec<_> = found.iter().map(|only| (only.job, only.processes)).collect();
+    let parting = shared.copies.to_part_from(&only);
+    if !parting.is_empty() {
+        shared.act(move |peer, now| have_copied(peer, &parting, now)).await?;
+    }
     Ok(found)
+}
+
+/// What the keepers of a job say, and who of them says nothing.
+#[derive(Debug, Default)]
+struct Said {
+    left: BTreeMap<PeerId, Left>,
+    silent: Vec<String>,
+}
+
+/// Of a job of which not every keeper answers: what is `here`, and nobody else is known to have.
+/// Who is silent may know of a later attempt than those who answer.
+fn ranks_unsure(
+    me: PeerId,
+    said: &BTreeMap<PeerId, Left>,
+    online: &BTreeSet<PeerId>,
+    here: BTreeSet<(Attempt, Rank)>,
+) -> Vec<Rank> {
+    let now = said.values().map(|left| left.attempt).max().unwrap_or_default();
+    let is_elsewhere = |attempt: Attempt, rank: Rank| {
+        let mut of_it = said.iter().filter(|(_, left)| left.attempt == attempt);
+        // That it left nothing is known as well.
+        of_it.any(|(keeper, left)| {
+            (*keeper != me && left.complete.contains(&rank))
+                || left.ranks.iter().all(|(known, _)| *known != rank)
+                || left
+                    .ranks
+                    .iter()
+                    .any(|(known, node)| *known == rank && *node != me && online.contains(node))
+        })
+    };
+    let of_now = here.into_iter().filter(|(attempt, _)| *attempt >= now);
+    let unsure = of_now.filter(|(attempt, rank)| !is_elsewhere(*attempt, *rank));
+    unsure.map(|(_, rank)| rank).collect()
 }
 
 /// Others do not wait for a node that goes.
@@ -139,9 +193,12 @@ fn keepers_of(peer: &Peer, jobs: &[JobId]) -> Vec<(JobId, BTreeSet<PeerId>)> {
             known.extend(&head.keepers);
         }
     }
+    let members = &peer.roster().state().nodes;
     for (job, known) in &mut keepers {
         let kept = peer.record(*job).into_iter().flat_map(|kept| &kept.keepers);
         known.extend(kept.map(|(keeper, _)| *keeper));
+        // Who has left the pool is not waited for.
+        known.retain(|keeper| members.contains_key(keeper));
     }
     keepers.into_iter().collect()
 }
@@ -194,6 +251,23 @@ mod tests {
             ranks: ran.iter().map(|(rank, at)| (Rank(*rank), node(*at))).collect(),
             complete: complete.iter().copied().map(Rank).collect(),
         }
+    }
+
+    #[test]
+    fn what_a_silent_keeper_would_know_of_is_only_here() {
+        let here = [(Attempt(1), Rank(0)), (Attempt(2), Rank(0)), (Attempt(2), Rank(1))];
+        let unsure = |said: BTreeMap<PeerId, Left>| {
+            ranks_unsure(node(1), &said, &[node(3)].into(), here.into())
+        };
+        assert_eq!(unsure(BTreeMap::new()), [Rank(0), Rank(0), Rank(1)], "nobody answers");
+        let ran = [(0, 1), (1, 1)];
+        assert_eq!(unsure([(node(2), said(2, &ran, &[0]))].into()), [Rank(1)]);
+        assert_eq!(unsure([(node(1), said(2, &ran, &[0, 1]))].into()), [Rank(0), Rank(1)]);
+        assert_eq!(unsure([(node(2), said(1, &ran, &[0]))].into()), [Rank(0), Rank(1)]);
+        let at_third = said(2, &[(0, 3), (1, 1)], &[]);
+        assert_eq!(unsure([(node(2), at_third)].into()), [Rank(1)], "node 3 ran it, and is there");
+        assert_eq!(unsure([(node(2), said(2, &[], &[]))].into()), [], "it left nothing");
+        assert_eq!(unsure([(node(2), said(3, &ran, &[]))].into()), [], "it was tried again");
     }
 
     #[test]
