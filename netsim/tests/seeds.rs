@@ -200,6 +200,13 @@ fn seed_stress_502853_who_keeps_a_job_by_now_is_asked_too() {
     expect_fine(&Options::stress(502_853));
 }
 
+/// A keeper was off from the birth of a job until it was over; the others counted on it for a copy
+/// of what the job left, and it knew nothing of the job.
+#[test]
+fn seed_stress_7_a_keeper_that_missed_the_whole_job_asks_for_its_record() {
+    expect_fine(&Options::stress(7));
+}
+
 fn expect_fine(options: &Options) {
     let report = run(options.clone(), false).unwrap();
     assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);

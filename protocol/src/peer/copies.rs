@@ -197,6 +197,7 @@ impl Peer {
             && !self.store_refused
         {
             self.with_stewards(now, Stewards::check_done);
+            self.ask_for_lacking();
         }
         for job in self.copies.repeated() {
             self.tell_of_copies(job, false);
@@ -588,6 +589,57 @@ mod tests {
         assert!(fourth.copies.has_save_for(id.job, node(2)), "a steward may ask for it");
         assert!(!review(&mut fourth, None, true, 6_000 + HERE_MS));
         assert!(!fourth.copies.has_save_for(id.job, node(2)), "the job is over");
+    }
+
+    #[test]
+    fn a_keeper_that_was_off_until_the_job_was_over_asks_for_its_record() {
+        let done = value(&replica(), State::Done, Some(end()));
+        let job = done.job;
+        let mut first = keeper(1, &done);
+        let mut third = user::started(&replica(), 3, None);
+        for other in [1, 2, 4] {
+            third.peer_connected(node(other), at(0));
+        }
+        third.handle_timeout(at(SHY_MS));
+        first.announce_head(job, at(SHY_MS));
+        let head = first.soft.head(job);
+        assert!(third.handle_gossip(head.unwrap(), at(SHY_MS)));
+        let all = |peer: &mut Peer| -> Vec<(PeerId, Message)> {
+            while peer.poll_write().is_some() || peer.poll_event().is_some() {}
+            let all = std::iter::from_fn(|| peer.poll_transmit());
+            let direct = all.filter_map(|transmit| match transmit {
+                Transmit::Direct { to, message } => Some((to, message)),
+                _ => None,
+            });
+            direct.collect()
+        };
+        all(&mut third);
+        let lacks = (node(1), Message::NotInit { job, epoch: 0 });
+        let mut told = 0;
+        for n in 1..=6 {
+            third.handle_timeout(at(SHY_MS + n * COPIES_CHECK_MS));
+            told += all(&mut third).into_iter().filter(|sent| *sent == lacks).count();
+        }
+        assert_eq!(told, 3, "not for ever");
+        all(&mut first);
+        // Six days later the job is still brought to it.
+        let late = at(6 * 24 * 3_600_000);
+        first.handle_message(node(3), lacks.1, late);
+        let init = all(&mut first)
+            .into_iter()
+            .find(|(to, message)| *to == node(3) && matches!(message, Message::Init { .. }));
+        third.handle_message(node(1), init.unwrap().1, late);
+        assert!(third.registers.get(job).is_some());
+        let reads = all(&mut third);
+        let (first, second) = (node(1), node(2));
+        let prepares: Vec<_> = reads
+            .iter()
+            .map(|(to, message)| (to, matches!(message, Message::Prepare { .. })))
+            .collect();
+        assert!(
+            prepares.contains(&(&first, true)) && prepares.contains(&(&second, true)),
+            "{reads:?}"
+        );
     }
 
     #[test]

@@ -27,6 +27,10 @@ pub const ADVERT_MEAN_MS: u64 = 30_000;
 pub const ADVERT_REFRESH_MS: u64 = 10 * 60_000;
 /// How often soft state is reconciled with a random peer.
 pub const RECONCILE_MS: u64 = 30_000;
+/// How often a keeper says of each head that it lacks the record: the first time may be lost.
+const LACKING_TOLD: u32 = 3;
+/// Of how many it says so at a time, every [`crate::copies::COPIES_CHECK_MS`].
+const LACKING_MAX: u32 = 32;
 /// Most job heads kept.
 pub const HEADS_MAX: usize = 65_536;
 /// How long a head is kept after its job was submitted.
@@ -65,6 +69,9 @@ pub(super) struct SoftState {
     pub(super) turns: Turns,
     adverts: BTreeMap<PeerId, ItemId>,
     heads: BTreeMap<JobId, (Head, ItemId)>,
+    /// Jobs whose heads name this node as keeper though it has no record of them, and how often it
+    /// said so.
+    lacking: BTreeMap<JobId, u32>,
 }
 
 impl SoftState {
@@ -89,6 +96,7 @@ impl SoftState {
             turns: Turns::default(),
             adverts: BTreeMap::new(),
             heads: BTreeMap::new(),
+            lacking: BTreeMap::new(),
         }
     }
 
@@ -251,6 +259,12 @@ impl Peer {
         if fresh {
             let job = head.job;
             self.bidder.hint(job, &head.keepers);
+            let lacks = head.keepers.contains(&self.me) && self.registers.spec(job).is_none();
+            if lacks && !self.client {
+                self.soft.lacking.insert(job, 0);
+            } else {
+                self.soft.lacking.remove(&job);
+            }
             self.soft.insert_head(head, item);
             let speaks = self.shy_until_ms.is_none() && !self.store_refused;
             if speaks && self.is_behind_its_head(job) {
@@ -259,6 +273,32 @@ impl Peer {
             }
         }
         fresh
+    }
+
+    /// Ask for records that this node is to keep and never got: it may have been off from the birth
+    /// of a job until it was over, and then nobody drives the job who would notice.
+    pub(super) fn ask_for_lacking(&mut self) {
+        let (me, soft, board) = (self.me, &mut self.soft, &self.board);
+        let (registers, heads) = (&self.registers, &soft.heads);
+        soft.lacking.retain(|job, told| {
+            let unknown = registers.spec(*job).is_none() && heads.contains_key(job);
+            unknown && *told < LACKING_TOLD
+        });
+        let mut asked = 0;
+        for (job, told) in &mut soft.lacking {
+            let Some((head, _)) = heads.get(job) else { continue };
+            let there = |node: &PeerId| *node != me && board.is_connected(*node);
+            let others = head.keepers.iter().copied();
+            let Some(to) = core::iter::once(head.keeper).chain(others).find(there) else {
+                continue;
+            };
+            *told += 1;
+            asked += 1;
+            self.out.send(me, to, Message::NotInit { job: *job, epoch: head.epoch });
+            if asked >= LACKING_MAX {
+                break;
+            }
+        }
     }
 
     /// Tell the pool of a job kept here: at its birth, when its keepers change, and at its end.

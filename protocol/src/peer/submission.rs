@@ -156,6 +156,10 @@ impl Peer {
                 return;
             }
         };
+        if self.is_behind_its_head(job) {
+            // It was off until the job was over: nobody brings it more than the birth.
+            self.registers.read(job, now);
+        }
         let trees = self.bidder.local_trees();
         let has_inputs = spec.inputs().all(|tree| trees.contains(&tree));
         let first = spec.spec.keepers[0] == (self.me, self.store);

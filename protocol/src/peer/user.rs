@@ -303,6 +303,15 @@ pub(super) mod tests {
         value: &Value,
         accepted: Ballot,
     ) -> Peer {
+        started(replica, n, Some((value, accepted)))
+    }
+
+    /// The same, or without any record.
+    pub(in crate::peer) fn started(
+        replica: &Replica,
+        n: u8,
+        record: Option<(&Value, Ballot)>,
+    ) -> Peer {
         let config = Config {
             key: node_key(n),
             store: keeper(n).1,
@@ -318,15 +327,17 @@ pub(super) mod tests {
             let id = crate::roster::Statement::id(signed);
             peer.restore(&Slot::Statement(id).to_bytes(), &wire::encode(signed), START).unwrap();
         }
-        let spec = spec(replica);
-        let kept = Journalled {
-            spec: spec.signed.clone(),
-            links: Vec::new(),
-            promised: accepted,
-            accepted,
-            value_bytes: wire::encode(value),
-        };
-        peer.restore(&Slot::Record(spec.job).to_bytes(), &wire::encode(&kept), START).unwrap();
+        if let Some((value, accepted)) = record {
+            let spec = spec(replica);
+            let kept = Journalled {
+                spec: spec.signed.clone(),
+                links: Vec::new(),
+                promised: accepted,
+                accepted,
+                value_bytes: wire::encode(value),
+            };
+            peer.restore(&Slot::Record(spec.job).to_bytes(), &wire::encode(&kept), START).unwrap();
+        }
         peer.restored().unwrap();
         peer.resume(&[], START);
         peer
