@@ -516,21 +516,6 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_ends_the_wait_for_a_copy_that_does_not_get_on() {
-        let cleaning = value(&replica(), State::Cleaning, Some(end()));
-        let job = cleaning.job;
-        let first = keeper(1, &cleaning);
-        let now = at(4_000);
-        let under_way = Standing::UnderWay { have: 1, should: 2 };
-        assert_eq!(standing(&first, job, now, now), under_way);
-        assert_eq!(finish(&first, job, now, false, now).0.state(), State::Cleaning);
-        let body = finish(&first, job, now, true, now).0;
-        assert_eq!(body.state(), State::Done);
-        let why = &body.history.last().unwrap().reason;
-        assert!(why.contains("on 1 node, not on 2: it was stopped before"), "{why}");
-    }
-
-    #[test]
     fn the_next_attempt_waits_for_keepers_that_may_soon_be_back_where_nothing_is_known() {
         let bare = RankEnd::bare(Ending::Stopped, user::START.wall_ms);
         let mut stopping = value(&replica(), State::Stopping, Some(bare));

@@ -62,14 +62,13 @@ impl Sight<'_> {
                 continue;
             }
             match self.copies.standing(self.kept, record, since_ms, self.scene) {
-                Standing::UnderWay { .. } if !drive.give_up_copies => return Results::Awaited,
-                Standing::Enough { have, should } | Standing::UnderWay { have, should }
-                    if have < should =>
-                {
+                // Whoever copies it says so, or that it cannot: then it is another's.
+                Standing::UnderWay { .. } => return Results::Awaited,
+                Standing::Enough { have, should } if have < should => {
                     let known = few.get_or_insert((0_usize, have, should));
                     *known = (known.0 + 1, known.1.min(have), should);
                 }
-                Standing::Enough { .. } | Standing::UnderWay { .. } => {}
+                Standing::Enough { .. } => {}
                 Standing::Gone { since_ms } => {
                     let until_ms = since_ms.max(drive.since_ms).saturating_add(lost_after_ms);
                     if until_ms > now.boot_ms && !drive.give_up_copies {
@@ -108,7 +107,6 @@ impl Sight<'_> {
             let nodes = if have == 1 { "node" } else { "nodes" };
             let why = match self.copies.refusal(self.kept.spec.job) {
                 Some((node, reason)) => format!("{node} cannot hold it: {reason}"),
-                None if drive.give_up_copies => "it was stopped before it was copied".to_owned(),
                 None => "the other keepers are away".to_owned(),
             };
             format!("what {whose} left is on {have} {nodes}, not on {should}: {why}")
