@@ -91,8 +91,7 @@ pub(crate) async fn read_usage(session: &Session, gathered: &mut Gathered) -> an
     }
     let nodes: Vec<PeerId> = nodes.into_iter().collect();
     // A courtesy: nobody waits for it longer than for the jobs themselves.
-    let answers =
-        session.ask_within(gathered.pool, &nodes, &Command::Node, Some(PATIENCE)).await?;
+    let answers = session.ask_within(gathered.pool, &nodes, &Command::Node, Some(PATIENCE)).await?;
     let readings = answers.iter().flat_map(|answer| &answer.readings);
     for job in jobs.iter_mut().filter(running) {
         job.usage = Usage::of(job, readings.clone());
