@@ -38,6 +38,7 @@ macro_rules! stories {
 
 stories! {
     clock_five_percent_off,
+    done_keeper_replaced,
     fast_clock,
     half_the_pool_leaves,
     half_the_pool_leaves_politely,
@@ -48,7 +49,14 @@ stories! {
     partition_10m_restart,
     partition_149s,
     power_cut,
+    removed,
     restored_disk,
+    results_holder_leaves,
+    results_no_room,
+    results_node_dies,
+    results_node_never_returns,
+    results_steward_dies,
+    retry_gets_newest_save,
     steward_dies_in_the_auction,
     steward_dies_replacing_a_keeper,
     submission_retried,
