@@ -207,6 +207,20 @@ fn seed_stress_7_a_keeper_that_missed_the_whole_job_asks_for_its_record() {
     expect_fine(&Options::stress(7));
 }
 
+/// A keeper had said that it could not hold a copy before another had the record, which counted on
+/// it for ten minutes.
+#[test]
+fn seed_stress_64591413_a_refusal_is_told_to_who_comes_later() {
+    expect_fine(&Options::stress(64_591_413));
+}
+
+/// A keeper learnt that the epoch was over, of which it was a keeper too, and waited for somebody
+/// to bring it the value; the job was over, and nobody did.
+#[test]
+fn seed_stress_64593160_a_keeper_of_the_next_epoch_asks_for_its_value() {
+    expect_fine(&Options::stress(64_593_160));
+}
+
 fn expect_fine(options: &Options) {
     let report = run(options.clone(), false).unwrap();
     assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);

@@ -897,11 +897,26 @@ impl Registers {
     }
 
     /// The epoch is over, as `links`, which lead to `keepers`, prove.
-    pub fn handle_moved(&mut self, job: JobId, links: Vec<Link>, keepers: Vec<Keeper>, now: Now) {
+    pub fn handle_moved(
+        &mut self,
+        from: PeerId,
+        job: JobId,
+        links: Vec<Link>,
+        keepers: Vec<Keeper>,
+        now: Now,
+    ) {
         let Some(register) = self.records.get_mut(&job) else { return };
         let epoch = u32::try_from(links.len()).unwrap_or(u32::MAX);
-        if epoch <= register.acceptor.epoch() || keepers.contains(&(self.me, self.store)) {
-            // As a member it waits for the value itself.
+        if epoch <= register.acceptor.epoch() {
+            return;
+        }
+        if keepers.contains(&(self.me, self.store)) {
+            // As a member it needs the value itself, and nobody brings it where the job is over.
+            let who = |keeper: PeerId| keepers.iter().any(|(known, _)| *known == keeper);
+            let to = if who(from) { vec![from] } else { keepers.iter().map(|it| it.0).collect() };
+            for keeper in to.into_iter().filter(|keeper| *keeper != self.me) {
+                self.sends.push_back((keeper, Message::NotInit { job, epoch }));
+            }
             return;
         }
         let spec = Arc::clone(register.acceptor.spec());

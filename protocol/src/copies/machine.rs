@@ -292,6 +292,18 @@ impl Copies {
             told.at_ms = None;
             told.ranks.clear();
         }
+        // Its daemon may have been started anew, and knows of no refusal then.
+        for cannot in self.cannot.values_mut() {
+            cannot.told = 0;
+        }
+    }
+
+    /// A keeper reads the record, for which it may be new: it is to hear, like the others, where
+    /// something of the job cannot be copied here.
+    pub(crate) fn is_read(&mut self, job: JobId) {
+        if let Some(cannot) = self.cannot.get_mut(&job) {
+            cannot.told = 0;
+        }
     }
 
     pub(crate) fn disconnected(&mut self, peer: PeerId, now: Now) {

@@ -125,6 +125,7 @@ impl Peer {
         }
         match message {
             Message::Prepare { job, epoch, ballot } => {
+                self.copies.is_read(job);
                 self.registers.handle_prepare(from, job, epoch, ballot);
             }
             Message::Promise(promise) => self.registers.handle_promise(from, *promise, now),
@@ -140,7 +141,7 @@ impl Peer {
                 self.submission_moved(job, &links);
                 let Some(spec) = self.registers.spec(job).map(Arc::clone) else { return };
                 match self.check_links(&links, &spec) {
-                    Ok(keepers) => self.registers.handle_moved(job, links, keepers, now),
+                    Ok(keepers) => self.registers.handle_moved(from, job, links, keepers, now),
                     Err(reason) => debug!(%job, %from, reason, "a redirection proves nothing"),
                 }
             }
