@@ -221,6 +221,31 @@ fn seed_stress_64593160_a_keeper_of_the_next_epoch_asks_for_its_value() {
     expect_fine(&Options::stress(64_593_160));
 }
 
+/// Of two keepers each had accepted the end of a job, at ballots of their own, and both were
+/// started anew: nobody watches over what seems to be over, and it was never chosen.
+#[test]
+fn seeds_stress_64594392_and_64596442_an_end_is_made_sure_of() {
+    for seed in [64_594_392, 64_596_442] {
+        expect_fine(&Options::stress(seed));
+    }
+}
+
+/// A keeper that had just got the record was not counted on for a copy: it had lacked it for ten
+/// seconds.
+#[test]
+fn seed_stress_64596090_who_has_the_record_by_now_counts() {
+    expect_fine(&Options::stress(64_596_090));
+}
+
+/// A keeper whose clock was late had refused a job for good that the two others kept; once one of
+/// these lost its copy, the other counted on the first.
+#[test]
+fn seeds_stress_64596932_and_64597222_who_refused_keeps_what_a_majority_keeps() {
+    for seed in [64_596_932, 64_597_222, 64_597_698] {
+        expect_fine(&Options::stress(seed));
+    }
+}
+
 fn expect_fine(options: &Options) {
     let report = run(options.clone(), false).unwrap();
     assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);

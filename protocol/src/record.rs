@@ -880,7 +880,10 @@ impl Registers {
         }
         let message = if epoch == 0 {
             let spec = Arc::clone(register.acceptor.spec());
-            let receipts = vec![self.birth_receipt(&spec)];
+            let mut receipts = vec![self.birth_receipt(&spec)];
+            // That a majority keeps it overrules what the other may have refused.
+            let kept = register.kept.as_ref().filter(|kept| kept.value.epoch == 0);
+            receipts.extend(kept.into_iter().flat_map(|kept| kept.certificate.receipts.clone()));
             Message::Init { spec: spec.signed.clone(), receipts, refused: None }
         } else {
             let Some(install) = self.install_of(job) else { return };

@@ -298,6 +298,17 @@ impl Copies {
         }
     }
 
+    /// A keeper shows that it has the record by now.
+    pub(crate) fn has_record(&mut self, keeper: PeerId, job: JobId) {
+        let told = self.told.get_mut(&job).and_then(|told| told.get_mut(&keeper));
+        if let Some(told) = told
+            && told.lacks_ms.take().is_some()
+        {
+            told.cannot = None;
+            self.dirty.insert(job);
+        }
+    }
+
     /// A keeper reads the record, for which it may be new: it is to hear, like the others, where
     /// something of the job cannot be copied here.
     pub(crate) fn is_read(&mut self, job: JobId) {

@@ -197,4 +197,13 @@ pub struct Head {
     pub submitted_at_ms: u64,
     /// Its state. Only birth, a change of keepers and [`State::Done`] are announced.
     pub state: State,
+    /// Whether the sender knows that this value was chosen, and has not only accepted it.
+    pub chosen: bool,
+}
+
+impl Head {
+    /// What tells which of two heads of a job says more.
+    pub(crate) const fn version(&self) -> (u32, u64, bool) {
+        (self.epoch, self.seq, self.chosen)
+    }
 }

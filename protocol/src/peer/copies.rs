@@ -181,7 +181,9 @@ impl Peer {
         let (registers, soft) = (&self.registers, &self.soft);
         let is_over = |id: WorkId| match registers.get(id.job).map(|kept| &kept.value.body) {
             Some(body) => body.state() == State::Done || body.attempt > id.attempt,
-            None => soft.head_of(id.job).is_some_and(|head| head.state == State::Done),
+            None => {
+                soft.head_of(id.job).is_some_and(|head| head.chosen && head.state == State::Done)
+            }
         };
         let bidder = &self.bidder;
         let is_over = |id: WorkId| bidder.keepers_of_end(id).is_none() && is_over(id);
@@ -197,6 +199,7 @@ impl Peer {
             && !self.store_refused
         {
             self.with_stewards(now, Stewards::check_done);
+            self.make_sure_of_ends(now);
             self.ask_for_lacking();
         }
         for job in self.copies.repeated() {

@@ -11,7 +11,7 @@ use crate::{
     identity::SignedBytes,
     job::{State, VerifiedSpec},
     message::{Adopt, Install, Message},
-    record::{Certificate, Keeper, Link, Value, check_force_recover, follow},
+    record::{Certificate, Keeper, Kept, Link, Value, check_force_recover, follow, quorum_of},
     sabotage::Rule,
     steward::Stewards,
 };
@@ -24,6 +24,8 @@ const RATE_WINDOW_MS: u64 = 60_000;
 /// One part in so many is how far they may differ over that time: far more than the 0.05 % of
 /// sound machines and the corrections of NTP, and less than the 5 % that is not to go unnoticed.
 const RATE_TOLERANCE: u64 = 25;
+/// Most records of jobs that seem to be over that are made sure of at a time.
+const ENDS_MAX: usize = 32;
 
 impl Peer {
     /// A clock that was set, or a machine that stood still, makes what was measured by it
@@ -119,6 +121,32 @@ impl Peer {
             && (kept.value.epoch, kept.value.seq) < (head.epoch, head.seq)
     }
 
+    /// Make sure of values that end jobs and that nobody says were chosen: whoever proposed them
+    /// may be gone, and nobody watches over a job that seems to be over. The first of the keepers
+    /// that are there does it.
+    pub(super) fn make_sure_of_ends(&mut self, now: Now) {
+        let there = |node: PeerId| node == self.me || self.board.is_connected(node);
+        let is_due = |job: JobId, kept: &Kept| {
+            let said = self.soft.head_of(job).is_some_and(|head| {
+                head.state == State::Done
+                    && head.version() >= (kept.value.epoch, kept.value.seq, true)
+            });
+            let mut around = kept.keepers.iter().map(|(keeper, _)| *keeper).filter(|it| there(*it));
+            let first = around.next() == Some(self.me);
+            kept.value.body.state() == State::Done
+                && !kept.chosen
+                && !said
+                && first
+                && 1 + around.count() >= quorum_of(kept.keepers.len())
+                && !self.registers.is_busy(job)
+        };
+        let due = self.registers.iter().filter(|(job, kept)| is_due(**job, kept));
+        let due: Vec<JobId> = due.map(|(job, _)| *job).take(ENDS_MAX).collect();
+        for job in due {
+            self.registers.read(job, now);
+        }
+    }
+
     pub(super) fn handle_record(&mut self, from: PeerId, message: Message, now: Now) {
         if (self.shy_until_ms.is_some() || self.store_refused) && from != self.me {
             return;
@@ -128,9 +156,13 @@ impl Peer {
                 self.copies.is_read(job);
                 self.registers.handle_prepare(from, job, epoch, ballot);
             }
-            Message::Promise(promise) => self.registers.handle_promise(from, *promise, now),
+            Message::Promise(promise) => {
+                self.copies.has_record(from, promise.job);
+                self.registers.handle_promise(from, *promise, now);
+            }
             Message::Accept(accept) => self.registers.handle_accept(from, &accept, now),
             Message::Accepted { job, epoch, ballot, receipt } => {
+                self.copies.has_record(from, job);
                 self.registers.handle_accepted(from, job, epoch, ballot, receipt, now);
             }
             Message::Nack { job, epoch, ballot, promised } => {
@@ -151,6 +183,7 @@ impl Peer {
                 }
             }
             Message::Installed { job, epoch } => {
+                self.copies.has_record(from, job);
                 self.registers.handle_installed(from, job, epoch, now);
             }
             Message::WouldKeep { store } if store == self.store && !self.client => {

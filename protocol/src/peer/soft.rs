@@ -251,9 +251,10 @@ impl Peer {
         let future = head.submitted_at_ms > now.wall_ms.saturating_add(CLOCK_TOLERANCE_MS);
         let id = item.id();
         // The later; of two alike, the one that all choose alike.
-        let later = self.soft.heads.get(&head.job).is_none_or(|(known, known_id)| {
-            (head.epoch, head.seq, *known_id) > (known.epoch, known.seq, id)
-        });
+        let later =
+            self.soft.heads.get(&head.job).is_none_or(|(known, known_id)| {
+                (head.version(), *known_id) > (known.version(), id)
+            });
         let named = head.keepers.contains(&head.keeper) && head.keepers.len() <= KEEPERS_MAX;
         let fresh = member && !old && !future && later && named;
         if fresh {
@@ -316,13 +317,10 @@ impl Peer {
             owner: kept.spec.spec.owner,
             submitted_at_ms: kept.spec.spec.submitted_at_ms,
             state: kept.value.body.state(),
+            chosen: kept.chosen,
         };
-        if self
-            .soft
-            .heads
-            .get(&job)
-            .is_some_and(|(known, _)| (known.epoch, known.seq) >= (head.epoch, head.seq))
-        {
+        let known = self.soft.head_of(job);
+        if known.is_some_and(|known| known.version() >= head.version()) {
             return;
         }
         let item = Soft::head(SignedBytes::sign(&self.key, Domain::Head, wire::encode(&head)));
@@ -338,10 +336,11 @@ impl Peer {
             let Some(kept) = self.registers.get(job) else { continue };
             let ours = kept.chosen && kept.value.body.steward == self.me;
             let over = kept.value.body.state() == State::Done;
-            let known = self.soft.heads.get(&job).map(|(head, _)| (head.epoch, head.seq));
-            let epoch = known.map(|(epoch, _)| epoch);
+            let known = self.soft.head_of(job).map(Head::version);
+            let epoch = known.map(|(epoch, ..)| epoch);
             // Of a job that is over nobody is the steward: who knows more than the others says so.
-            let more = kept.chosen && over && known < Some((kept.value.epoch, kept.value.seq));
+            let more =
+                kept.chosen && over && known < Some((kept.value.epoch, kept.value.seq, true));
             if more || (ours && (over || epoch != Some(kept.value.epoch))) {
                 self.announce_head(job, now);
             }

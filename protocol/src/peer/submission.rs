@@ -16,7 +16,7 @@ use super::{Event, Peer, Slot, SubmitError, Timer};
 use crate::{
     JobId, Now, PeerId, StoreId,
     identity::SignedBytes,
-    job::VerifiedSpec,
+    job::{KEEPERS_MAX, VerifiedSpec},
     message::Message,
     record::{Ballot, Link, check_receipt, quorum_of},
     sabotage::Rule,
@@ -36,6 +36,9 @@ pub const SUBMISSIONS_MAX: usize = 4_096;
 pub const REFUSALS_MAX: usize = 4_096;
 /// The longest reason of another keeper's that is remembered, in bytes.
 const REFUSAL_BYTES_MAX: usize = 1_024;
+/// Most receipts that are looked at of those that come with a job: the sender's of its birth, and
+/// those of what was chosen last.
+const RECEIPTS_MAX: usize = 1 + KEEPERS_MAX;
 /// Nodes that have a job's inputs when it counts as submitted; all keepers, if fewer.
 pub(super) const INPUT_COPIES: usize = 2;
 
@@ -234,19 +237,24 @@ impl Peer {
             // It may have been, before it lost its disk.
             return Err(("this node is not a keeper of the job".to_owned(), true));
         }
-        if let Some(refusal) = self.refused.get(&job) {
+        let others = receipts.iter().take(RECEIPTS_MAX);
+        let others = others.filter_map(|receipt| check_receipt(receipt, &spec.spec.keepers));
+        let others = others.filter(|body| body.job == job && body.epoch == 0);
+        let others: BTreeSet<StoreId> = others.map(|body| body.store).collect();
+        let kept_elsewhere = !others.is_empty();
+        // Then nobody was told that the job is refused, whatever this node said.
+        let exists = others.len() >= quorum_of(spec.spec.keepers.len());
+        if let Some(refusal) = self.refused.get(&job)
+            && !exists
+        {
             return Err((refusal.reason.clone(), false));
         }
-        if let Some(mut reason) = refused {
+        if let Some(mut reason) = refused.filter(|_| !exists) {
             while reason.len() > REFUSAL_BYTES_MAX {
                 reason.pop();
             }
             return Err(self.refuse(&spec, reason, now));
         }
-        let kept_elsewhere = receipts.iter().take(spec.spec.keepers.len()).any(|receipt| {
-            check_receipt(receipt, &spec.spec.keepers)
-                .is_some_and(|body| body.job == job && body.epoch == 0)
-        });
         let first = spec.spec.keepers[0] == (self.me, self.store);
         if kept_elsewhere {
             // It exists: what is in its way here can only be for now.
@@ -270,7 +278,12 @@ impl Peer {
         }
         let spec = Arc::new(spec);
         match self.registers.init(Arc::clone(&spec), now) {
-            Ok(receipt) => Ok((spec, receipt)),
+            Ok(receipt) => {
+                if self.refused.remove(&job).is_some() {
+                    self.out.remove(&Slot::Refused(job));
+                }
+                Ok((spec, receipt))
+            }
             Err(full) => Err((full.to_string(), true)),
         }
     }
@@ -327,6 +340,7 @@ impl Peer {
         if !spec.spec.keepers.iter().any(|(keeper, _)| *keeper == from) {
             return;
         }
+        self.copies.has_record(from, job);
         self.registers.keeper_ready(job, now);
         if !self.births.contains_key(&job) && !self.submissions.contains_key(&job) {
             return;
@@ -370,6 +384,11 @@ impl Peer {
     ) {
         if retry {
             return;
+        }
+        let is_born = !self.births.contains_key(&job);
+        if is_born && self.registers.get(job).is_some_and(|kept| !kept.chosen) {
+            // Where a majority keeps it, the next time that can be shown.
+            self.registers.read(job, now);
         }
         // So many that the others are no quorum.
         let too_many = |spec: &VerifiedSpec, refusals: &BTreeSet<PeerId>| {
@@ -419,5 +438,65 @@ impl Peer {
         self.submissions.remove(&job);
         self.timers.cancel(&Timer::Submit(job));
         self.out.events.push_back(Event::Submitted { job, result });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        peer::{SHY_MS, Transmit, user::tests as user},
+        record::{Value, sign_receipt},
+        roster::testing::{Replica, WALL_MS, admit_node, claim, node_key},
+    };
+
+    /// What the third keeper answers.
+    fn answer(
+        third: &mut Peer,
+        spec: &VerifiedSpec,
+        receipts: &[SignedBytes],
+        now: Now,
+    ) -> Message {
+        let init =
+            Message::Init { spec: spec.signed.clone(), receipts: receipts.to_vec(), refused: None };
+        third.handle_message(spec.spec.keepers[0].0, init, now);
+        while third.poll_write().is_some() {}
+        let sent = std::iter::from_fn(|| third.poll_transmit());
+        let mut answers = sent.filter_map(|transmit| match transmit {
+            Transmit::Direct { message, .. } => Some(message),
+            Transmit::Gossip(_) => None,
+        });
+        answers
+            .find(|it| matches!(it, Message::Inited { .. } | Message::InitRefused { .. }))
+            .unwrap()
+    }
+
+    #[test]
+    fn what_was_refused_is_kept_only_where_a_majority_shows_that_it_exists() {
+        let mut replica = Replica::founder();
+        for n in [2, 3] {
+            let claim = claim(replica.roster.pool(), 1, n, n);
+            replica.as_node(admit_node(claim, &format!("node{n}"))).unwrap();
+        }
+        let spec = user::spec(&replica);
+        let mut third = user::started(&replica, 3, None);
+        // Its clock is late.
+        let now = Now { boot_ms: 1_000 + SHY_MS, wall_ms: WALL_MS - 2 * SUBMIT_TOLERANCE_MS };
+        third.handle_timeout(now);
+        let refused = |answer: Message| matches!(answer, Message::InitRefused { retry: false, .. });
+        assert!(refused(answer(&mut third, &spec, &[], now)));
+        let birth = Value::birth(&spec);
+        let by = |n: u8| {
+            let store = spec.spec.keepers[usize::from(n) - 1].1;
+            sign_receipt(&node_key(n), store, Ballot::ZERO, &birth, birth.hash())
+        };
+        assert!(
+            refused(answer(&mut third, &spec, &[by(1)], now)),
+            "its owner may think it refused"
+        );
+        assert!(refused(answer(&mut third, &spec, &[by(1), by(1)], now)));
+        let kept = answer(&mut third, &spec, &[by(1), by(2)], now);
+        assert!(matches!(kept, Message::Inited { .. }), "{kept:?}");
+        assert!(third.registers.get(spec.job).is_some() && third.refused.is_empty());
     }
 }

@@ -248,6 +248,7 @@ pub(super) mod tests {
     use super::*;
     use crate::{
         BlobId, BootId, PeerId, StoreId,
+        copies::COPIES_CHECK_MS,
         identity::Domain,
         job::{Command as JobCommand, Grace, JobSpec, Outcome, Policy, Source, VerifiedSpec},
         message::Message,
@@ -416,6 +417,21 @@ pub(super) mod tests {
         let events = std::iter::from_fn(|| peers[0].poll_event());
         let told = events.filter(|event| *event == Event::RecordChanged { job }).count();
         assert!(told > 0, "who watches it is told");
+    }
+
+    /// Nobody watches over a job that seems to be over, and whoever proposed its end may be gone.
+    #[test]
+    fn an_end_that_nobody_says_was_chosen_is_made_sure_of_by_the_first_keeper() {
+        let (mut peers, job) = pool();
+        peers[0].handle_timeout(LATER);
+        let in_ms = |ms| Now { boot_ms: LATER.boot_ms + ms, wall_ms: LATER.wall_ms + ms };
+        peers[0].handle_timeout(in_ms(COPIES_CHECK_MS));
+        assert_eq!(prepares(&mut peers[0]), [], "a majority cannot be reached");
+        peers[0].peer_connected(keeper(2).0, in_ms(COPIES_CHECK_MS));
+        sent(&mut peers[0]);
+        peers[0].handle_timeout(in_ms(2 * COPIES_CHECK_MS));
+        let asked = prepares(&mut peers[0]);
+        assert!(!asked.is_empty() && peers[0].registers.is_busy(job), "{asked:?}");
     }
 
     #[test]

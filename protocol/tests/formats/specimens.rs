@@ -817,6 +817,7 @@ fn head(state: State) -> Head {
         owner: user(1),
         submitted_at_ms: WALL_MS,
         state,
+        chosen: state == State::Done,
     }
 }
 
