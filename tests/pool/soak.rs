@@ -14,9 +14,9 @@
 //! - **Somebody drives on.** Now and then a daemon stays dead while the other keepers of a job
 //!   that it drove are spared: another acts within 45 s.
 //! - **Nothing grows**, neither a daemon that lives for long nor what the next one begins with.
-//!   For a while after the last kill jobs are submitted as before, until each daemon is 40 s old.
-//!   Each process that came to that age is compared with itself: memory and descriptors at the age
-//!   of 10 to 20 s and in its last 10 s. Processes of the last third of the kills are compared with
+//!   For a while after the last kill jobs are submitted as before, until each daemon is 50 s old.
+//!   Each process that came to that age is compared with itself: memory and descriptors in the
+//!   middle of its life and at its end. Processes of the last third of the kills are compared with
 //!   those of the first, since most do not live that long.
 //!
 //! `P2PIT_SOAK_SEED` decides who is killed when and which jobs there are; it is printed. By hand:
@@ -682,15 +682,19 @@ impl<'a> Soak<'a> {
             }
             read += chosen.len();
             node.crash();
+            let killed = Instant::now();
             of_each(&chosen, |(tag, reader)| {
                 let (wanted, id) = &submitted[&tag];
                 let unread = self.unreadable(&self.nodes[reader], wanted, id, self.is_well(wanted));
+                println!("  read {tag} after {:.1} s", killed.elapsed().as_secs_f64());
                 let dead = node.name();
                 lock(&wrong).extend(unread.iter().map(|it| format!("with {dead} dead: {it}")));
             });
             assert!(node.daemon_process().is_none(), "{} is back by itself", node.name());
             node.restart();
+            println!("  restarted after {:.1} s", killed.elapsed().as_secs_f64());
             self.world.wait_until_assembled();
+            println!("  back after {:.1} s", killed.elapsed().as_secs_f64());
         }
         println!(
             "{read} jobs were read while the daemon of a node that ran them was dead, in {:.1} s",
@@ -745,7 +749,9 @@ impl<'a> Soak<'a> {
     /// What of a job's log and artifacts is not there as it was written.
     fn unreadable(&self, node: &Node, wanted: &Wanted, id: &str, all_well: bool) -> Vec<String> {
         let mut wrong = Vec::new();
+        let t0 = Instant::now();
         let log = node.p2pit(&["log", id]);
+        println!("    log {} {:.1} s", wanted.tag, t0.elapsed().as_secs_f64());
         let tag = wanted.tag;
         let expected: Vec<String> =
             (1..=wanted.lines).map(|n| format!("line {n} of {tag}")).collect();
@@ -788,17 +794,19 @@ impl<'a> Soak<'a> {
             for sample in &of {
                 processes.entry(sample.pid).or_default().push(sample.reading);
             }
-            let old: Vec<Growth> =
-                processes.values().filter_map(|readings| Growth::of(readings)).collect();
-            for it in &old {
+            let old: Vec<(Growth, &[Reading])> = processes
+                .values()
+                .filter_map(|readings| Some((Growth::of(readings)?, &readings[..])))
+                .collect();
+            for (it, readings) in &old {
                 let ((rss, rss_then), (fds, fds_then)) = (it.rss_kib, it.fds);
-                let mib = |kib: u64| kib as f64 / 1024.0;
                 println!(
-                    "{name}, a process that lived {} s: {:.1} MiB, then {:.1}; {fds} descriptors, \
-                     then {fds_then}",
+                    "{name}, a process that lived {} s: {:+.1} MiB, {:+} descriptors in the second \
+                     half; MiB of each ten seconds: {}",
                     it.lived.as_secs(),
-                    mib(rss),
-                    mib(rss_then)
+                    (rss_then as f64 - rss as f64) / 1024.0,
+                    fds_then as i64 - fds as i64,
+                    growth::course(readings)
                 );
                 wrong.extend(it.complaint().map(|grew| format!("a process of {name} {grew}")));
             }
