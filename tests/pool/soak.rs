@@ -14,10 +14,10 @@
 //! - **Somebody drives on.** Now and then a daemon stays dead while the other keepers of a job
 //!   that it drove are spared: another acts within 45 s.
 //! - **Nothing grows**, neither a daemon that lives for long nor what the next one begins with.
-//!   For a while after the last kill jobs are submitted as before, until each daemon is 50 s old.
-//!   Each process that came to that age is compared with itself: memory and descriptors in the
-//!   middle of its life and at its end. Processes of the last third of the kills are compared with
-//!   those of the first, since most do not live that long.
+//!   For a while after the last kill jobs are submitted as before, until each daemon is 40 s old.
+//!   Each process that came to that age is judged by itself: one that grows in every part of its
+//!   life leaks. Processes of the last third of the kills are compared with those of the first,
+//!   since most do not live that long.
 //!
 //! `P2PIT_SOAK_SEED` decides who is killed when and which jobs there are; it is printed. By hand:
 //!
@@ -653,8 +653,9 @@ impl<'a> Soak<'a> {
         }
     }
 
-    /// Kills one daemon after the other, and reads what jobs left there at another node; what
-    /// could not be read.
+    /// Kills one daemon after the other, and reads what jobs left there at the node whose daemon
+    /// was killed before; what could not be read. That one is started only then: with a connection
+    /// to the dead one from before, each command would wait until that is given up.
     fn read_without_runners(
         &self,
         submitted: &BTreeMap<usize, (Wanted, String)>,
@@ -662,7 +663,19 @@ impl<'a> Soak<'a> {
     ) -> Vec<String> {
         let wrong = Mutex::new(Vec::new());
         let (began, mut read) = (Instant::now(), 0);
-        for (victim, node) in self.nodes.iter().enumerate() {
+        let mut reader = &self.nodes[NODES - 1];
+        reader.crash();
+        for node in self.nodes {
+            node.daemon_process().iter().for_each(Process::kill);
+            reader.restart();
+            wait_until(&format!("{} sees the others", reader.name()), SOON, || {
+                let seen = reader.nodes();
+                let mut others = self.nodes.iter().filter(|it| it.name() != node.name());
+                let here = ["self", "online"];
+                others
+                    .all(|it| here.iter().any(|here| seen[it.name()]["reach"] == *here))
+                    .then_some(())
+            });
             let is_there = |tag: &usize| {
                 shown[tag].as_ref().is_ok_and(|job| {
                     job["state"] == "DONE"
@@ -674,28 +687,23 @@ impl<'a> Soak<'a> {
             let mut chosen = Vec::new();
             while chosen.len() < READ_PER_NODE && !there.is_empty() {
                 let drawn = lock(&self.random).below(there.len() as u64) as usize;
-                chosen.push((there.swap_remove(drawn), (victim + 1 + chosen.len()) % NODES));
+                chosen.push(there.swap_remove(drawn));
             }
             if chosen.is_empty() {
                 lock(&wrong).push(format!("no job left anything on {}: not tried", node.name()));
-                continue;
             }
             read += chosen.len();
-            node.crash();
-            let killed = Instant::now();
-            of_each(&chosen, |(tag, reader)| {
+            of_each(&chosen, |tag| {
                 let (wanted, id) = &submitted[&tag];
-                let unread = self.unreadable(&self.nodes[reader], wanted, id, self.is_well(wanted));
-                println!("  read {tag} after {:.1} s", killed.elapsed().as_secs_f64());
+                let unread = self.unreadable(reader, wanted, id, self.is_well(wanted));
                 let dead = node.name();
                 lock(&wrong).extend(unread.iter().map(|it| format!("with {dead} dead: {it}")));
             });
             assert!(node.daemon_process().is_none(), "{} is back by itself", node.name());
-            node.restart();
-            println!("  restarted after {:.1} s", killed.elapsed().as_secs_f64());
-            self.world.wait_until_assembled();
-            println!("  back after {:.1} s", killed.elapsed().as_secs_f64());
+            reader = node;
         }
+        reader.restart();
+        self.world.wait_until_assembled();
         println!(
             "{read} jobs were read while the daemon of a node that ran them was dead, in {:.1} s",
             began.elapsed().as_secs_f64()
@@ -749,9 +757,7 @@ impl<'a> Soak<'a> {
     /// What of a job's log and artifacts is not there as it was written.
     fn unreadable(&self, node: &Node, wanted: &Wanted, id: &str, all_well: bool) -> Vec<String> {
         let mut wrong = Vec::new();
-        let t0 = Instant::now();
         let log = node.p2pit(&["log", id]);
-        println!("    log {} {:.1} s", wanted.tag, t0.elapsed().as_secs_f64());
         let tag = wanted.tag;
         let expected: Vec<String> =
             (1..=wanted.lines).map(|n| format!("line {n} of {tag}")).collect();
@@ -787,6 +793,7 @@ impl<'a> Soak<'a> {
     /// Memory and descriptors by node, and where they grew.
     fn growth(&self, samples: &[Sample]) -> Vec<String> {
         let mut wrong = Vec::new();
+        let more = |parts: &[u64]| parts[parts.len() - 1] as i64 - parts[0] as i64;
         for node in 0..=NODES {
             let name = self.nodes.get(node).unwrap_or(&self.watcher).name();
             let of: Vec<&Sample> = samples.iter().filter(|it| it.node == node).collect();
@@ -799,13 +806,12 @@ impl<'a> Soak<'a> {
                 .filter_map(|readings| Some((Growth::of(readings)?, &readings[..])))
                 .collect();
             for (it, readings) in &old {
-                let ((rss, rss_then), (fds, fds_then)) = (it.rss_kib, it.fds);
                 println!(
-                    "{name}, a process that lived {} s: {:+.1} MiB, {:+} descriptors in the second \
-                     half; MiB of each ten seconds: {}",
+                    "{name}, a process that lived {} s: {:+.1} MiB, {:+} descriptors; MiB of each \
+                     ten seconds: {}",
                     it.lived.as_secs(),
-                    (rss_then as f64 - rss as f64) / 1024.0,
-                    fds_then as i64 - fds as i64,
+                    more(&it.rss_kib) as f64 / 1024.0,
+                    more(&it.fds),
                     growth::course(readings)
                 );
                 wrong.extend(it.complaint().map(|grew| format!("a process of {name} {grew}")));
