@@ -19,7 +19,7 @@ const PARTS: u32 = 4;
 /// What it may have more in each part than in the part before: of memory so much for each second.
 /// A daemon grows in leaps, of up to 20 MiB where it did something for the first time, and is flat
 /// before and after; in four parts of which none is flat it leaks. The most that a busy machine has
-/// shown is 365 KiB/s in the flattest part; of a leak of a MiB/s it was at least 720.
+/// shown is 360 KiB/s in the flattest part; of a leak of a MiB/s it was at least 720.
 const STEP_KIB_PER_S: u64 = 512;
 const STEP_FDS: u64 = 2;
 /// What it may have more in the last part than in the first, however it came to it.
