@@ -7,11 +7,17 @@
 //!   processes had. These say themselves what they do, into a FIFO of the test, past p2pit.
 //! - **Nothing runs twice at once.** Each process takes an exclusive lock on a file of the test
 //!   that only its job and rank have; one that finds it taken reports that and fails.
-//! - **Nothing is unreadable.** Each log and each artifact is fetched at the end and compared.
+//! - **Nothing is unreadable.** At the end `show` names two nodes or more that have what each
+//!   process left. Each node's daemon is killed in turn, and what jobs left there is read at another
+//!   one: the node that ran them is not asked. Then each log and each artifact is fetched with all
+//!   nodes there, and compared.
 //! - **Somebody drives on.** Now and then a daemon stays dead while the other keepers of a job
 //!   that it drove are spared: another acts within 45 s.
-//! - **Nothing grows.** Memory and file descriptors of the daemons in the last third of the time
-//!   are those of the first third, but for a tolerance.
+//! - **Nothing grows**, neither a daemon that lives for long nor what the next one begins with.
+//!   For a while after the last kill jobs are submitted as before, until each daemon is 40 s old.
+//!   Each process that came to that age is judged by itself: one that grows in every part of its
+//!   life leaks. Processes of the last third of the kills are compared with those of the first,
+//!   since most do not live that long.
 //!
 //! `P2PIT_SOAK_SEED` decides who is killed when and which jobs there are; it is printed. By hand:
 //!
@@ -22,6 +28,9 @@
 //! With `P2PIT_SOAK_ALL_FAULTS=1` daemons are also stopped and cut off for a while, two times in three.
 
 #![expect(clippy::print_stdout, reason = "a soak is worth its figures")]
+
+mod growth;
+mod held;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -37,6 +46,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use self::growth::{Growth, JUDGED_FROM, Reading, median};
 use p2pit_tests::{Node, Process, SOON, World, lines_of, mentioning, wait_until};
 use rustix::{
     fs::{CWD, FileType, Mode, mknodat},
@@ -47,8 +57,12 @@ use serde_json::Value;
 const NODES: usize = 5;
 /// Between two kills.
 const KILL_EVERY: Duration = Duration::from_secs(5);
-/// Of three seconds.
-const JOBS_PER_THREE_SECONDS: u64 = 2;
+/// Between two jobs.
+const JOB_EVERY: Duration = Duration::from_millis(1500);
+/// For so much of the time that kills take jobs are submitted when nobody is killed any more, and
+/// for so long at the least.
+const CALM_PART: u32 = 5;
+const CALM_AT_LEAST: Duration = Duration::from_secs(20);
 /// Commands that submit at the same time.
 const SUBMITTERS: usize = 4;
 /// Another keeper acts by then.
@@ -60,6 +74,10 @@ const SETTLED: Duration = Duration::from_secs(240);
 const SAMPLE_EVERY: Duration = Duration::from_secs(2);
 /// A daemon that has just started has less than it will.
 const GROWN_UP: Duration = Duration::from_secs(5);
+/// Jobs of each node that are read while it is dead.
+const READ_PER_NODE: usize = 3;
+/// A tag that no job has which was drawn.
+const WITNESSES: usize = 1_000_000;
 
 /// What each process of a job does. A lock needs no right to write.
 const SCRIPT: &str = r#"
@@ -95,16 +113,16 @@ fn nothing_is_lost_twice_or_unreadable_while_daemons_are_killed() {
         // Whatever fails: the listener must end, or the scope would wait for it.
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             soak.kill_all_the_time(scope);
+            soak.submit_until(soak.calm());
             for it in submitting {
                 it.join().expect("the submitters submit");
             }
+            soak.settle();
         }));
+        soak.submit_until(Duration::ZERO);
         soak.is_over.store(true, Ordering::Relaxed);
-        let settled = outcome.and_then(|()| {
-            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| soak.settle()))
-        });
         soak.stop_listening();
-        settled.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     });
     soak.judge();
 }
@@ -170,8 +188,10 @@ enum Life {
 struct Sample {
     at: Duration,
     node: usize,
-    rss_kib: u64,
-    fds: usize,
+    /// Of the process.
+    pid: u32,
+    /// Of the process, since it was seen first.
+    reading: Reading,
 }
 
 /// What came of the jobs.
@@ -193,8 +213,9 @@ struct Soak<'a> {
     seed: u64,
     /// Of the kills.
     random: Mutex<Random>,
-    wanted: usize,
     next: AtomicUsize,
+    /// Since the beginning; `None` while daemons are killed.
+    submits_until: Mutex<Option<Duration>>,
     /// By tag: the job and its id.
     submitted: Mutex<BTreeMap<usize, (Wanted, String)>>,
     /// By tag: what a command said that did not say it is submitted.
@@ -226,7 +247,6 @@ impl<'a> Soak<'a> {
         // Jobs are other users, and see the directory read-only; a FIFO is written all the same.
         fs::set_permissions(&report, fs::Permissions::from_mode(0o666))
             .expect("the pool's directory can be used");
-        let wanted = lasts.as_secs() * JOBS_PER_THREE_SECONDS / 3;
         Self {
             world,
             nodes: &world.nodes()[..NODES],
@@ -236,8 +256,8 @@ impl<'a> Soak<'a> {
             began: Instant::now(),
             seed,
             random: Mutex::new(Random(seed)),
-            wanted: usize::try_from(wanted).expect("it is a small number"),
             next: AtomicUsize::new(0),
+            submits_until: Mutex::new(None),
             submitted: Mutex::default(),
             unsubmitted: Mutex::default(),
             heard: Mutex::default(),
@@ -294,15 +314,24 @@ impl<'a> Soak<'a> {
 
     // ---- submitting --------------------------------------------------------------------
 
+    /// How long jobs are submitted without kills.
+    fn calm(&self) -> Duration {
+        (self.lasts / CALM_PART).max(CALM_AT_LEAST)
+    }
+
+    /// From now on jobs are submitted for so long.
+    fn submit_until(&self, more: Duration) {
+        *lock(&self.submits_until) = Some(self.began.elapsed() + more);
+    }
+
     fn submit_all(&self) {
-        let every = self.lasts / u32::try_from(self.wanted).expect("it is a small number");
         loop {
             let tag = self.next.fetch_add(1, Ordering::Relaxed);
-            if tag >= self.wanted {
+            let due = JOB_EVERY * u32::try_from(tag).expect("it is a small number");
+            thread::sleep((self.began + due).saturating_duration_since(Instant::now()));
+            if lock(&self.submits_until).is_some_and(|until| due >= until) {
                 return;
             }
-            let due = self.began + every * u32::try_from(tag).expect("it is a small number");
-            thread::sleep(due.saturating_duration_since(Instant::now()));
             // Of its own: the jobs do not depend on who came first.
             let mut random = Random(self.seed.rotate_left(32) ^ tag as u64);
             let wanted = Wanted::drawn(tag, &mut random);
@@ -380,7 +409,7 @@ impl<'a> Soak<'a> {
         let victim =
             usize::try_from(lock(&self.random).below(NODES as u64)).expect("it is a small number");
         let node = &self.nodes[victim];
-        let tag = self.wanted + 1000 + self.kills.load(Ordering::Relaxed);
+        let tag = WITNESSES + self.kills.load(Ordering::Relaxed);
         let nap_ms = u64::try_from(LOOKED_FOR.as_millis()).expect("it is a small number");
         let witness = Wanted { tag, ranks: 1, code: 0, retries: 0, lines: 3, left: 3, nap_ms };
         let witness = self.submit(node, witness).expect("nobody was killed");
@@ -506,18 +535,20 @@ impl<'a> Soak<'a> {
     // ---- measuring ---------------------------------------------------------------------
 
     fn sample(&self) {
+        let mut first_seen = BTreeMap::new();
         while !self.is_over.load(Ordering::Relaxed) {
-            let lives = lock(&self.lives).clone();
-            let at = self.began.elapsed();
-            let grown = |life: &Life| matches!(life, Life::Up(since) if since.elapsed() > GROWN_UP);
-            let mut asked: Vec<(usize, &Node)> = self.nodes.iter().enumerate().collect();
-            asked.retain(|(n, _)| grown(&lives[*n]));
-            asked.push((NODES, &self.watcher));
-            for (node, daemon) in asked {
-                let Some(daemon) = daemon.daemon_process() else { continue };
-                if let Some((rss_kib, fds)) = daemon.rss_kib().zip(daemon.descriptors()) {
-                    lock(&self.samples).push(Sample { at, node, rss_kib, fds });
-                }
+            for node in 0..=NODES {
+                let daemon = self.nodes.get(node).unwrap_or(&self.watcher).daemon_process();
+                let Some(daemon) = daemon else { continue };
+                let (at, pid) = (self.began.elapsed(), daemon.pid());
+                let age = at - *first_seen.entry((node, pid)).or_insert(at);
+                // It may just be gone.
+                let Some((rss_kib, fds)) = daemon.rss_kib().zip(daemon.descriptors()) else {
+                    continue;
+                };
+                let fds = fds as u64;
+                let reading = Reading { age, rss_kib, fds };
+                lock(&self.samples).push(Sample { at, node, pid, reading });
             }
             thread::sleep(SAMPLE_EVERY);
         }
@@ -534,9 +565,15 @@ impl<'a> Soak<'a> {
             open.retain(|job| job["state"] != "DONE");
             if open.is_empty() {
                 println!(
-                    "all jobs were over {:.1} s after the last kill",
+                    "all jobs were over {:.1} s after the last was submitted",
                     since.elapsed().as_secs_f64()
                 );
+                // A sample comes after that age.
+                let grown_old = JUDGED_FROM + 2 * SAMPLE_EVERY;
+                wait_until("every daemon is as old as it is judged", SETTLED, || {
+                    let old = |life: &Life| matches!(life, Life::Up(since) if since.elapsed() > grown_old);
+                    lock(&self.lives).iter().all(old).then_some(())
+                });
                 let supervises = |it: &Process| it.command_line().contains(&"supervise".into());
                 wait_until("nothing of the jobs is left", SOON, || {
                     (!mentioning(self.world.path()).iter().any(supervises)).then_some(())
@@ -555,18 +592,19 @@ impl<'a> Soak<'a> {
     fn judge(&self) {
         let submitted = lock(&self.submitted).clone();
         let unsubmitted = lock(&self.unsubmitted).clone();
-        let queue = Mutex::new(submitted.values());
-        let verdict = Mutex::new(Verdict::default());
-        thread::scope(|scope| {
-            for _ in 0..SUBMITTERS {
-                scope.spawn(|| {
-                    loop {
-                        // Let go of before it is judged.
-                        let next = lock(&queue).next();
-                        let Some((wanted, id)) = next else { return };
-                        self.judge_one(wanted, id, &verdict);
-                    }
-                });
+        let (shown, until) = (Mutex::new(BTreeMap::new()), Instant::now() + SOON);
+        of_each(&submitted.values().collect::<Vec<_>>(), |(wanted, id)| {
+            let job = self.shown(wanted, id, until);
+            lock(&shown).insert(wanted.tag, job);
+        });
+        let shown = shown.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // Before anybody has read anything: no node has what it has from that.
+        let unreadable = self.read_without_runners(&submitted, &shown);
+        let verdict = Mutex::new(Verdict { wrong: unreadable, ..Verdict::default() });
+        of_each(&submitted.values().collect::<Vec<_>>(), |(wanted, id)| {
+            match &shown[&wanted.tag] {
+                Ok(job) => self.judge_one(wanted, id, job, &verdict),
+                Err(lost) => lock(&verdict).wrong.push(lost.clone()),
             }
         });
         let Verdict { mut wrong, by_outcome, attempts } =
@@ -600,20 +638,97 @@ impl<'a> Soak<'a> {
         assert!(wrong.is_empty(), "{} things are wrong:\n{}", wrong.len(), wrong.join("\n"));
     }
 
-    fn judge_one(&self, wanted: &Wanted, id: &str, verdict: &Mutex<Verdict>) {
+    /// A job as a node shows it, if possible once it names enough nodes that have what it left:
+    /// one that came back last may still copy it.
+    fn shown(&self, wanted: &Wanted, id: &str, until: Instant) -> Result<Value, String> {
+        let node = &self.nodes[wanted.tag % NODES];
+        loop {
+            let ended = node.p2pit(&["show", &format!("job:{id}"), "--json"]);
+            let job = serde_json::from_str::<Value>(&ended.stdout)
+                .map_err(|_| format!("lost: job {}, {id}: {}", wanted.tag, ended.stderr))?;
+            if held::held_by_few(&job).is_empty() || Instant::now() > until {
+                return Ok(job);
+            }
+            thread::sleep(Duration::from_secs(1));
+        }
+    }
+
+    /// Kills one daemon after the other, and reads what jobs left there at the node whose daemon
+    /// was killed before; what could not be read. That one is started only then: with a connection
+    /// to the dead one from before, each command would wait until that is given up.
+    fn read_without_runners(
+        &self,
+        submitted: &BTreeMap<usize, (Wanted, String)>,
+        shown: &BTreeMap<usize, Result<Value, String>>,
+    ) -> Vec<String> {
+        let wrong = Mutex::new(Vec::new());
+        let (began, mut read) = (Instant::now(), 0);
+        let mut reader = &self.nodes[NODES - 1];
+        reader.crash();
+        for node in self.nodes {
+            node.daemon_process().iter().for_each(Process::kill);
+            reader.restart();
+            wait_until(&format!("{} sees the others", reader.name()), SOON, || {
+                let seen = reader.nodes();
+                let mut others = self.nodes.iter().filter(|it| it.name() != node.name());
+                let here = ["self", "online"];
+                others
+                    .all(|it| here.iter().any(|here| seen[it.name()]["reach"] == *here))
+                    .then_some(())
+            });
+            let is_there = |tag: &usize| {
+                shown[tag].as_ref().is_ok_and(|job| {
+                    job["state"] == "DONE"
+                        && held::has_left_at(job, node.name())
+                        && held::held_by_few(job).is_empty()
+                })
+            };
+            let mut there: Vec<usize> = shown.keys().copied().filter(is_there).collect();
+            let mut chosen = Vec::new();
+            while chosen.len() < READ_PER_NODE && !there.is_empty() {
+                let drawn = lock(&self.random).below(there.len() as u64) as usize;
+                chosen.push(there.swap_remove(drawn));
+            }
+            if chosen.is_empty() {
+                lock(&wrong).push(format!("no job left anything on {}: not tried", node.name()));
+            }
+            read += chosen.len();
+            of_each(&chosen, |tag| {
+                let (wanted, id) = &submitted[&tag];
+                let unread = self.unreadable(reader, wanted, id, self.is_well(wanted));
+                let dead = node.name();
+                lock(&wrong).extend(unread.iter().map(|it| format!("with {dead} dead: {it}")));
+            });
+            assert!(node.daemon_process().is_none(), "{} is back by itself", node.name());
+            reader = node;
+        }
+        reader.restart();
+        self.world.wait_until_assembled();
+        println!(
+            "{read} jobs were read while the daemon of a node that ran them was dead, in {:.1} s",
+            began.elapsed().as_secs_f64()
+        );
+        wrong.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn told(&self, tag: usize, rank: u32) -> Told {
+        lock(&self.heard).told.get(&(tag, rank)).cloned().unwrap_or_default()
+    }
+
+    /// Whether all processes of a job did what they were to do.
+    fn is_well(&self, wanted: &Wanted) -> bool {
+        (0..wanted.ranks).all(|rank| self.told(wanted.tag, rank).codes.last() == Some(&0))
+    }
+
+    fn judge_one(&self, wanted: &Wanted, id: &str, job: &Value, verdict: &Mutex<Verdict>) {
         let tag = wanted.tag;
         let node = &self.nodes[tag % NODES];
-        let ended = node.p2pit(&["show", &format!("job:{id}"), "--json"]);
-        let Ok(job) = serde_json::from_str::<Value>(&ended.stdout) else {
-            lock(verdict).wrong.push(format!("lost: job {tag}, {id}: {}", ended.stderr));
-            return;
-        };
         let outcome = job["outcome"].as_str().unwrap_or_default().to_owned();
         let attempt = u32::try_from(job["attempt"].as_u64().unwrap_or_default())
             .expect("it is a small number");
-        let told = |rank| lock(&self.heard).told.get(&(tag, rank)).cloned().unwrap_or_default();
+        let told = |rank| self.told(tag, rank);
         let first = told(0).codes.last().copied();
-        let all_well = (0..wanted.ranks).all(|rank| told(rank).codes.last() == Some(&0));
+        let all_well = self.is_well(wanted);
         let fits = match outcome.as_str() {
             "succeeded" => all_well,
             "failed(3)" => first == Some(3) && attempt > wanted.retries,
@@ -626,6 +741,12 @@ impl<'a> Soak<'a> {
         }
         if (0..wanted.ranks).any(|rank| told(rank).begun > attempt) {
             wrong.push(format!("job {tag} began more often than it was tried: {job:#}"));
+        }
+        let few = held::held_by_few(job);
+        match held::excuse(job) {
+            _ if few.is_empty() => {}
+            Some(reason) => println!("job {tag} is on {few:?} alone: {reason}"),
+            None => wrong.push(format!("job {tag} is on {few:?} alone: {job:#}")),
         }
         let mut verdict = lock(verdict);
         verdict.attempts += attempt;
@@ -672,39 +793,84 @@ impl<'a> Soak<'a> {
     /// Memory and descriptors by node, and where they grew.
     fn growth(&self, samples: &[Sample]) -> Vec<String> {
         let mut wrong = Vec::new();
+        let more = |parts: &[u64]| parts[parts.len() - 1] as i64 - parts[0] as i64;
         for node in 0..=NODES {
             let name = self.nodes.get(node).unwrap_or(&self.watcher).name();
             let of: Vec<&Sample> = samples.iter().filter(|it| it.node == node).collect();
-            let thirds = [0, 1, 2].map(|third| {
-                let (from, to) = (self.lasts * third / 3, self.lasts * (third + 1) / 3);
-                let within = of.iter().filter(|it| it.at >= from && it.at < to);
-                within.copied().collect::<Vec<_>>()
-            });
-            let series: Vec<String> = of
-                .chunks(of.len().div_ceil(12).max(1))
-                .map(|part| {
-                    let rss = median(part.iter().map(|it| it.rss_kib).collect());
-                    let fds = median(part.iter().map(|it| it.fds as u64).collect());
-                    format!("{:.0}/{fds}", rss as f64 / 1024.0)
-                })
+            let mut processes: BTreeMap<u32, Vec<Reading>> = BTreeMap::new();
+            for sample in &of {
+                processes.entry(sample.pid).or_default().push(sample.reading);
+            }
+            let old: Vec<(Growth, &[Reading])> = processes
+                .values()
+                .filter_map(|readings| Some((Growth::of(readings)?, &readings[..])))
+                .collect();
+            for (it, readings) in &old {
+                println!(
+                    "{name}, a process that lived {} s: {:+.1} MiB, {:+} descriptors; MiB of each \
+                     ten seconds: {}",
+                    it.lived.as_secs(),
+                    more(&it.rss_kib) as f64 / 1024.0,
+                    more(&it.fds),
+                    growth::course(readings)
+                );
+                wrong.extend(it.complaint().map(|grew| format!("a process of {name} {grew}")));
+            }
+            if old.is_empty() {
+                wrong.push(format!("no process of {name} was watched for long: not tried"));
+            }
+            let grown: Vec<&Sample> =
+                of.into_iter().filter(|it| it.reading.age > GROWN_UP).collect();
+            let series: Vec<String> = grown
+                .chunks(grown.len().div_ceil(12).max(1))
+                .map(|part| format!("{:.0}/{}", rss_of(part) as f64 / 1024.0, fds_of(part)))
                 .collect();
             println!("{name}, MiB/descriptors: {}", series.join(" "));
-            let [first, _, last] = &thirds;
+            let [first, _, last] = [0, 1, 2].map(|third| {
+                let (from, to) = (self.lasts * third / 3, self.lasts * (third + 1) / 3);
+                let within = grown.iter().filter(|it| it.at >= from && it.at < to);
+                within.copied().collect::<Vec<_>>()
+            });
             if first.is_empty() || last.is_empty() {
                 continue;
             }
-            let rss = |of: &[&Sample]| median(of.iter().map(|it| it.rss_kib).collect());
-            let fds = |of: &[&Sample]| median(of.iter().map(|it| it.fds as u64).collect());
+            let (rss, rss_then) = (rss_of(&first), rss_of(&last));
             // Records of finished jobs stay; a leak would not stop at these.
-            if rss(last) > rss(first) * 3 / 2 + (16 << 10) {
-                wrong.push(format!("{name} grew from {} to {} KiB", rss(first), rss(last)));
+            if rss_then > rss * 3 / 2 + (16 << 10) {
+                wrong.push(format!("{name} grew from {rss} to {rss_then} KiB"));
             }
-            if fds(last) > fds(first) + 16 {
-                wrong.push(format!("{name} had {} descriptors, then {}", fds(first), fds(last)));
+            let (fds, fds_then) = (fds_of(&first), fds_of(&last));
+            if fds_then > fds + 16 {
+                wrong.push(format!("{name} had {fds} descriptors, then {fds_then}"));
             }
         }
         wrong
     }
+}
+
+fn rss_of(samples: &[&Sample]) -> u64 {
+    median(samples.iter().map(|it| it.reading.rss_kib).collect())
+}
+
+fn fds_of(samples: &[&Sample]) -> u64 {
+    median(samples.iter().map(|it| it.reading.fds).collect())
+}
+
+/// Some at a time.
+fn of_each<T: Copy + Send + Sync>(all: &[T], what: impl Fn(T) + Sync) {
+    let queue = Mutex::new(all.iter().copied());
+    thread::scope(|scope| {
+        for _ in 0..SUBMITTERS {
+            scope.spawn(|| {
+                loop {
+                    // Let go of before it is carried out.
+                    let next = lock(&queue).next();
+                    let Some(next) = next else { return };
+                    what(next);
+                }
+            });
+        }
+    });
 }
 
 /// The jobs that a node knows; none where it does not answer.
@@ -733,11 +899,6 @@ const DAY_S: f64 = 86_400.0;
 fn seconds_of_day() -> f64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970");
     now.as_secs_f64() % DAY_S
-}
-
-fn median(mut values: Vec<u64>) -> u64 {
-    values.sort_unstable();
-    values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
 fn lock<T>(it: &Mutex<T>) -> MutexGuard<'_, T> {
