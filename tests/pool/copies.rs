@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 /// What others may miss of a log whose node is lost: it is read about every two seconds, and
 /// the machine may be busy.
 const LOG_BEHIND: Duration = Duration::from_secs(3);
+/// A copy is read where a node says nothing, before the connection to it is given up after 30 s.
+const READ_WITHIN: Duration = Duration::from_secs(20);
 /// A node is given up 202 s after its last lease, and the steward has to be heard.
 const GIVEN_UP: Duration = Duration::from_secs(330);
 /// The holder that left is missed at once, and the copy is small.
@@ -93,7 +95,7 @@ fn the_log_of_a_running_job_is_read_from_a_keeper_when_its_node_hangs() {
     let daemon = worker.daemon();
     daemon.signal(Signal::STOP);
     let stopped_ms = wall_ms();
-    let read = wait_until("a keeper's copy is read", SOON, || {
+    let read = wait_until("a keeper's copy is read", READ_WITHIN, || {
         let read = first.p2pit(&["log", &id]);
         read.stderr.contains("does not answer").then_some(read)
     });

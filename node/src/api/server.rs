@@ -85,6 +85,9 @@ const DRAIN_BYTES_MAX: u64 = 64 << 20;
 /// How long a plan waits for a node that can keep the job.
 const KEEPER_WITHIN: Duration = Duration::from_secs(5);
 
+/// How long the list of a job's files is waited for: a node reads the manifests of all of them.
+const FILES_WITHIN: Duration = Duration::from_secs(15);
+
 type Answered<T> = Result<Json<T>, Failure>;
 
 /// The API on its socket.
@@ -800,8 +803,7 @@ async fn log(State(shared): State<Arc<Shared>>, Json(log): Json<Log>) -> Result<
         return Ok(octets(stream));
     }
     let request = Request::Log { signed: log.signed, parts: log.parts, follow: log.follow };
-    let (_, receive) = shared.open(log.node, &request).await?;
-    Ok(octets(rest_of(open_gate(&shared, log.node, receive).await?)))
+    Ok(octets(rest_of(open_within(ASK_TIMEOUT, &shared, log.node, &request).await?)))
 }
 
 async fn logs(State(shared): State<Arc<Shared>>, Json(logs): Json<Logs>) -> Answered<Vec<Held>> {
@@ -809,8 +811,8 @@ async fn logs(State(shared): State<Arc<Shared>>, Json(logs): Json<Logs>) -> Answ
         let held = logs::held(&shared, logs.signed).await.map_err(Failure::request)?;
         return Ok(Json(held));
     }
-    let (_, receive) = shared.open(logs.node, &Request::Logs(logs.signed)).await?;
-    let mut receive = open_gate(&shared, logs.node, receive).await?;
+    let request = Request::Logs(logs.signed);
+    let mut receive = open_within(ASK_TIMEOUT, &shared, logs.node, &request).await?;
     let bytes = receive
         .read_to_end(LOGS_BYTES_MAX)
         .await
@@ -829,8 +831,8 @@ async fn files(State(shared): State<Arc<Shared>>, Json(files): Json<Files>) -> A
         let files = serve::job_files(&shared, signed, copies).await;
         return Ok(Json(files.map_err(Failure::request)?));
     }
-    let (_, receive) = shared.open(node, &Request::Files { signed, copies }).await?;
-    let mut receive = open_gate(&shared, node, receive).await?;
+    let request = Request::Files { signed, copies };
+    let mut receive = open_within(FILES_WITHIN, &shared, node, &request).await?;
     let bytes = receive
         .read_to_end(FILES_BYTES_MAX)
         .await
@@ -943,6 +945,22 @@ async fn recover(
     };
     recovered.map_err(|reason| Failure::request(anyhow::Error::msg(reason)))?;
     Ok(Json(BTreeMap::new()))
+}
+
+/// Ask a node for what it has of a job. One that died without a word is given up sooner than its
+/// connection is: others have copies.
+async fn open_within(
+    within: Duration,
+    shared: &Arc<Shared>,
+    node: PeerId,
+    request: &Request,
+) -> Result<RecvStream, Failure> {
+    let opened = async {
+        let (_, receive) = shared.open(node, request).await?;
+        open_gate(shared, node, receive).await
+    };
+    let silent = |_| Failure::from(ReachError::Silent(shared.label(node)));
+    tokio::time::timeout(within, opened).await.map_err(silent)?
 }
 
 async fn open_gate(
