@@ -268,8 +268,8 @@ impl Stewards {
         });
         if let Some(drive) = self.drives.get_mut(&job) {
             if ended {
-                // Nothing runs any more: what is left to stop is waiting for a node that is gone,
-                // or that does not get on.
+                // Nothing runs any more: what is left to stop is waiting for what nobody who can be
+                // reached has. What is being copied is waited for: who cannot go on says so.
                 drive.give_up_copies = true;
             }
             drive.observed.stop_asked.get_or_insert(by);

@@ -414,7 +414,7 @@ async fn resume_from<W: Future<Output = bool> + Send>(
         let keepers = newest.iter().map(|(keeper, _)| *keeper);
         let sources = keepers.filter(|keeper| *keeper != node);
         let sources = core::iter::once(node).chain(sources).collect();
-        match shared.bring_tree(&request, sources, tree, &is_wanted).await {
+        match shared.bring_tree(&request, (sources, true), tree, |_| {}, &is_wanted).await {
             Ok(()) => {
                 let from = shared.label(node);
                 resumed.notes.push(format!("begins with {of}, of which {from} has a copy"));
