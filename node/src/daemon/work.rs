@@ -642,6 +642,7 @@ async fn fail(shared: &Arc<Shared>, id: WorkId, reason: String) {
 
 async fn report(shared: &Arc<Shared>, id: WorkId, end: RankEnd) {
     shared.work.live().remove(&id);
+    shared.served.on_the_way.is_over(id);
     // See `prepare` about a daemon that is ending: the run directory keeps the result.
     let _ = shared.act(move |peer, now| peer.ended(id, end, now)).await;
     shared.work.touch(id.job);
