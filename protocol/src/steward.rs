@@ -846,7 +846,8 @@ impl Stewards {
             return Some(off(body, format!("node {node} refused: {reason}")));
         }
         if let Some((rank, end)) = observed.ends.first_key_value() {
-            let mut reason = format!("rank {rank}: {}", end.ending);
+            let note = end.note.iter().map(|note| format!(": {note}")).collect::<String>();
+            let mut reason = format!("rank {rank}: {}{note}", end.ending);
             cut(&mut reason, REASON_BYTES_MAX);
             if end.ending == Ending::NeverStarted {
                 return Some(off(body, reason));
@@ -1208,6 +1209,16 @@ pub(crate) fn dry_run(
     now: Now,
 ) -> Vec<(PeerId, u32)> {
     auction::dry_run(me, request, board, now)
+}
+
+/// What becomes of a job that is being prepared, of which rank 0 ends so.
+#[cfg(test)]
+pub(crate) fn after_preparing(kept: &crate::record::Kept, end: RankEnd, now: Now) -> Option<Body> {
+    let stewards = Stewards::new(kept.value.body.steward, BootId([1; 16]), Sabotage::default());
+    let mut drive = Drive::new(Arc::clone(&kept.spec), now);
+    drive.observed.ends.insert(Rank(0), end);
+    let (body, keepers) = (kept.value.body.clone(), kept.keepers.len());
+    stewards.next_of_preparing(&drive, body, keepers, now).map(|(body, _)| body)
 }
 
 /// Move ranks on as their nodes reported.

@@ -50,12 +50,8 @@ struct OfRank {
 }
 
 impl OfRank {
-    /// What the asker was bringing comes first, then the newest.
-    fn trees(&self, asker: Option<PeerId>) -> Vec<BlobId> {
-        let own = asker.and_then(|asker| self.brought.get(&asker));
-        let others = self.brought.values().map(|(tree, _)| *tree);
-        let all = own.map(|(tree, _)| *tree).into_iter();
-        all.chain(self.recent.iter().copied()).chain(others).collect()
+    fn trees(&self) -> impl Iterator<Item = BlobId> + '_ {
+        self.recent.iter().chain(self.brought.values().map(|(tree, _)| tree)).copied()
     }
 
     fn brings(&mut self, holder: PeerId, tree: BlobId, now: Instant) {
@@ -90,8 +86,11 @@ impl OnTheWay {
     ) -> anyhow::Result<bool> {
         let trees: Vec<(WorkId, BlobId)> = {
             let ranks = lock(&self.ranks);
-            let of_job = ranks.iter().filter(|(id, _)| id.job == job);
-            of_job.flat_map(|(id, of)| of.trees(asker).into_iter().map(|it| (*id, it))).collect()
+            let of_job = || ranks.iter().filter(|(id, _)| id.job == job);
+            let own = |of: &OfRank| of.brought.get(&asker?).map(|(tree, _)| *tree);
+            let owns = of_job().filter_map(|(id, of)| Some((*id, own(of)?)));
+            let all = of_job().flat_map(|(id, of)| of.trees().map(|tree| (*id, tree)));
+            owns.chain(all).collect()
         };
         // Without the lock: a list of files is read.
         for (id, tree) in trees {
@@ -113,7 +112,7 @@ impl OnTheWay {
         let mut kept = Vec::new();
         for (id, of) in &mut *ranks {
             of.brought.retain(|_, (_, at)| now.saturating_duration_since(*at) < IDLE);
-            kept.extend(of.trees(None).into_iter().map(|tree| (id.job, tree)));
+            kept.extend(of.trees().map(|tree| (id.job, tree)));
         }
         kept
     }

@@ -653,6 +653,7 @@ async fn give_up(shared: &Arc<Shared>, job: JobId, why: Dropped) -> anyhow::Resu
         // The daemon is ending if nobody listens; the next one reads what there is.
         let _ = shared.act(lost).await;
         shared.served.forget(job);
+        shared.work.forget_waits(job);
     }
     Ok(moved)
 }
