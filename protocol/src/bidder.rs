@@ -278,6 +278,21 @@ impl Bidder {
         }
     }
 
+    /// What is lacking may be had later: see [`crate::Peer::not_prepared_yet`].
+    pub(crate) fn not_prepared_yet(
+        &mut self,
+        id: WorkId,
+        reason: String,
+        now: Now,
+        out: &mut Outbox,
+    ) {
+        let work = self.book.work.get(&id);
+        if work.is_some_and(|work| matches!(work.phase, Phase::Committed { .. })) {
+            let end = RankEnd::bare(Ending::NeverStarted, now.wall_ms);
+            self.end(id, RankEnd { note: Some(reason), ..end }, now, out);
+        }
+    }
+
     /// The process of a rank ended; results are being gathered.
     pub(crate) fn draining(&mut self, id: WorkId, out: &mut Outbox) {
         let Some(work) = self.book.work.get_mut(&id) else { return };

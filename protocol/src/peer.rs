@@ -471,6 +471,13 @@ impl Peer {
         self.finish(now);
     }
 
+    /// A rank cannot be prepared now for want of what another node has that is away. It is given
+    /// back, and another attempt follows: a start that failed it is not.
+    pub fn not_prepared_yet(&mut self, id: WorkId, reason: String, now: Now) {
+        self.bidder.not_prepared_yet(id, reason, now, &mut self.out);
+        self.finish(now);
+    }
+
     /// The process of a rank runs.
     pub fn started(&mut self, id: WorkId, now: Now) {
         self.bidder.started(id, now, &mut self.out);

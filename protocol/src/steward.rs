@@ -268,8 +268,8 @@ impl Stewards {
         });
         if let Some(drive) = self.drives.get_mut(&job) {
             if ended {
-                // Nothing runs any more: what is left to stop is waiting for a node that is gone,
-                // or that does not get on.
+                // Nothing runs any more: what is left to stop is waiting for what nobody who can be
+                // reached has. What is being copied is waited for: who cannot go on says so.
                 drive.give_up_copies = true;
             }
             drive.observed.stop_asked.get_or_insert(by);
@@ -846,7 +846,8 @@ impl Stewards {
             return Some(off(body, format!("node {node} refused: {reason}")));
         }
         if let Some((rank, end)) = observed.ends.first_key_value() {
-            let mut reason = format!("rank {rank}: {}", end.ending);
+            let note = end.note.iter().map(|note| format!(": {note}")).collect::<String>();
+            let mut reason = format!("rank {rank}: {}{note}", end.ending);
             cut(&mut reason, REASON_BYTES_MAX);
             if end.ending == Ending::NeverStarted {
                 return Some(off(body, reason));
@@ -1208,6 +1209,16 @@ pub(crate) fn dry_run(
     now: Now,
 ) -> Vec<(PeerId, u32)> {
     auction::dry_run(me, request, board, now)
+}
+
+/// What becomes of a job that is being prepared, of which rank 0 ends so.
+#[cfg(test)]
+pub(crate) fn after_preparing(kept: &crate::record::Kept, end: RankEnd, now: Now) -> Option<Body> {
+    let stewards = Stewards::new(kept.value.body.steward, BootId([1; 16]), Sabotage::default());
+    let mut drive = Drive::new(Arc::clone(&kept.spec), now);
+    drive.observed.ends.insert(Rank(0), end);
+    let (body, keepers) = (kept.value.body.clone(), kept.keepers.len());
+    stewards.next_of_preparing(&drive, body, keepers, now).map(|(body, _)| body)
 }
 
 /// Move ranks on as their nodes reported.

@@ -12,12 +12,17 @@ mod shelf;
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    sync::{Arc, Mutex},
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use anyhow::Context as _;
 use bytes::BytesMut;
+use futures::FutureExt as _;
 use p2pit_protocol::{
     BlobId, JobId, Peer, PeerId,
     bidder::WorkId,
@@ -51,17 +56,21 @@ use crate::{
 const FOLLOW_AFTER: Duration = Duration::from_secs(1);
 /// What came of a log is on the disk after this, for when this node loses power as well.
 const SYNC_EVERY: Duration = Duration::from_secs(2);
-/// Between two tries, at first and at most.
+/// Between two tries, at first and at most where nobody is asked: who is back is found soon.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
+/// The same at most where others were asked in vain. Should more of it come, it is said: the order
+/// changes then.
+const ASKED_PAUSE: Duration = Duration::from_secs(60);
 /// The same at most of a job that is over while none of those who have it can be reached.
 const DONE_PAUSE: Duration = Duration::from_secs(120);
+/// Everybody who can be reached, who mostly has nothing of a job, is asked for it at the first try
+/// and at every so many after it.
+const EVERYBODY_AT: u32 = 5;
 /// Trees that are brought at a time, and those of them that may be of jobs that are over.
 const TRANSFERS_MAX: usize = 8;
 const TRANSFERS_OF_DONE_MAX: usize = 3;
 /// After so long without what is wanted, this node says that it cannot have it.
 const STUCK_AFTER: Duration = Duration::from_secs(60);
-/// Something came of what took so long to fail: a source that gives nothing is left before.
-const GOES_ON_AFTER: Duration = Duration::from_secs(5 * 60);
 /// Before others forget that this node cannot hold something: see [`CANNOT_MS`].
 const PART_AGAIN: Duration = Duration::from_millis(CANNOT_MS / 10 * 9);
 /// How often it is looked whether somebody is back who has what could not be had.
@@ -126,17 +135,18 @@ impl Job {
         [What::Log, What::Trees].into_iter().any(|what| self.stuck.contains_key(&(part, what)))
     }
 
-    /// Something failed that began at `begun`. Whether this node should say that it cannot have
-    /// it: it tried for long enough, and of the ranks that `ended` what it can have is here.
+    /// A try failed. Whether this node should say that it cannot have it: for long enough nothing
+    /// came, and of the ranks that `ended` what it can have is here.
     fn fails(
         &mut self,
         (part, what): (Part, What),
         mut ended: impl Iterator<Item = Part>,
-        begun: Instant,
+        tried: &Try,
         now: Instant,
     ) -> bool {
-        let since = self.stuck.entry((part, what)).or_insert(now);
-        if now.duration_since(begun) >= GOES_ON_AFTER {
+        // A source that is connected and silent takes minutes to fail.
+        let since = self.stuck.entry((part, what)).or_insert(tried.begun);
+        if tried.bytes() > 0 {
             *since = now;
         }
         if now.duration_since(*since) < STUCK_AFTER {
@@ -233,14 +243,14 @@ impl Copies {
     }
 
     /// See [`Job::fails`].
-    fn fails(&self, id: WorkId, what: What, begun: Instant) -> bool {
+    fn fails(&self, id: WorkId, what: What, tried: &Try) -> bool {
         let part = (id.attempt, id.rank);
         let mut jobs = lock(&self.jobs);
         let Some(job) = jobs.get_mut(&id.job) else { return false };
         let order = job.orders.borrow().clone();
         let ranks = order.iter().flat_map(|order| &order.ranks);
         let ended = ranks.filter(|it| it.end.is_some()).map(|it| (it.attempt, it.rank));
-        job.fails((part, what), ended, begun, Instant::now())
+        job.fails((part, what), ended, tried, Instant::now())
     }
 
     /// It does not fail any more.
@@ -331,7 +341,8 @@ async fn tend(shared: Arc<Shared>, job: JobId, mut orders: Orders) {
                 let (shared, orders) = (Arc::clone(&shared), orders.clone());
                 tasks.spawn(async move {
                     let id = WorkId { job, attempt: part.0, rank: part.1 };
-                    copy_rank(&shared, id, orders).await;
+                    let task = || copy_rank(&shared, id, orders.clone());
+                    until_whole(&shared, job, orders.clone(), task).await;
                     Some(part)
                 });
             }
@@ -339,7 +350,8 @@ async fn tend(shared: Arc<Shared>, job: JobId, mut orders: Orders) {
         if order.as_ref().is_some_and(|order| order.inputs) && at_work.insert(None) {
             let (shared, orders) = (Arc::clone(&shared), orders.clone());
             tasks.spawn(async move {
-                hold_inputs(&shared, job, orders).await;
+                let task = || hold_inputs(&shared, job, orders.clone());
+                until_whole(&shared, job, orders.clone(), task).await;
                 None
             });
         }
@@ -352,12 +364,50 @@ async fn tend(shared: Arc<Shared>, job: JobId, mut orders: Orders) {
             },
             Some(ended) = tasks.join_next() => match ended {
                 Ok(task) => drop(at_work.remove(&task)),
-                Err(reason) => {
-                    warn!(%job, %reason, "a task that copies broke");
-                    return;
-                }
+                // What breaks in them they see to themselves: the daemon is ending.
+                Err(_) => return,
             },
         }
+    }
+}
+
+/// Does `task`; where it breaks, again after a while, for what is ordered is still to be done.
+/// Where it keeps breaking, this node says that it cannot hold the job.
+async fn until_whole<T: Future<Output = ()>>(
+    shared: &Arc<Shared>,
+    job: JobId,
+    orders: Orders,
+    task: impl Fn() -> T,
+) {
+    let broken = |reason: String, lasts| async move {
+        warn!(%job, reason, "a task that copies broke");
+        if lasts {
+            cannot(shared, job, &anyhow::anyhow!("a task that copies breaks: {reason}")).await;
+        }
+    };
+    again_where_broken(orders, task, broken).await;
+}
+
+/// Does `task` until it comes to its end. Each time that it breaks, `broken` is told why, and
+/// whether it has done so for [`STUCK_AFTER`].
+async fn again_where_broken<T: Future<Output = ()>, B: Future<Output = ()>>(
+    mut orders: Orders,
+    task: impl Fn() -> T,
+    broken: impl Fn(String, bool) -> B,
+) {
+    let (mut patience, mut since) = (Patience::new(), None);
+    loop {
+        // What it leaves behind is on the disk, or behind locks that see to that.
+        let Err(panic) = AssertUnwindSafe(task()).catch_unwind().await else { return };
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        let reason = text.unwrap_or("it does not say why").to_owned();
+        drop(panic);
+        let lasts = since.get_or_insert_with(Instant::now).elapsed() >= STUCK_AFTER;
+        // What is ordered once it is said ends the pause.
+        orders.mark_unchanged();
+        broken(reason, lasts).await;
+        patience.wait_up_to(ASKED_PAUSE, &mut orders).await;
     }
 }
 
@@ -376,14 +426,37 @@ fn wanted(orders: &mut Orders, id: WorkId) -> Option<Wanted> {
     Some(Wanted { spec, links, rank })
 }
 
+/// One try to bring something.
+#[derive(Debug)]
+struct Try {
+    begun: Instant,
+    /// Content that came; what was wrong of it did not count, or is not asked for again.
+    bytes: Arc<AtomicU64>,
+    /// Whether everybody is asked where those who should have it do not.
+    everybody: bool,
+}
+
+impl Try {
+    fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+}
+
 /// Waits between two tries, longer each time, and no longer than until the order changes.
 struct Patience {
     pause: Duration,
+    tries: u32,
 }
 
 impl Patience {
     fn new() -> Self {
-        Self { pause: PAUSES.0 }
+        Self { pause: PAUSES.0, tries: 0 }
+    }
+
+    fn a_try(&mut self) -> Try {
+        let everybody = self.tries.is_multiple_of(EVERYBODY_AT);
+        self.tries = self.tries.wrapping_add(1);
+        Try { begun: Instant::now(), bytes: Arc::default(), everybody }
     }
 
     async fn wait(&mut self, orders: &mut Orders) {
@@ -392,8 +465,22 @@ impl Patience {
 
     async fn wait_up_to(&mut self, most: Duration, orders: &mut Orders) {
         // Whoever waits looks at the order again, also at its end.
-        let _ = timeout(self.pause.min(most), orders.changed()).await;
+        let _ = timeout(self.next(most), orders.changed()).await;
+    }
+
+    fn next(&mut self, most: Duration) -> Duration {
+        let pause = self.pause.min(most);
         self.pause = (self.pause * 2).min(most);
+        pause
+    }
+}
+
+/// How long to wait at most after a try that failed so.
+fn pause_after(error: &FetchError) -> Duration {
+    match error {
+        FetchError::Nowhere { from, .. } if from.is_empty() => PAUSES.1,
+        FetchError::Nowhere { .. } | FetchError::Denied(_) => ASKED_PAUSE,
+        FetchError::Here(_) | FetchError::Unwanted => PAUSES.1,
     }
 }
 
@@ -453,13 +540,13 @@ async fn within_reach(shared: &Arc<Shared>, job: JobId, named: &[PeerId]) -> (Ve
     known.await.unwrap_or_default()
 }
 
-/// Something of a rank is not to be had now, since `begun`: waits until it is to be tried again.
+/// Something of a rank was `tried` for and is not to be had now: waits until it is to be tried again.
 /// Others are asked to copy the job instead when this lasts; but nobody for a job that is over
 /// while those who have it are away, which they may be for long and for everybody.
 async fn not_to_be_had(
     shared: &Arc<Shared>,
     id: WorkId,
-    (what, begun): (What, Instant),
+    (what, tried): (What, &Try),
     (reason, sources): (String, &[PeerId]),
     patience: &mut Patience,
     orders: &mut Orders,
@@ -469,11 +556,12 @@ async fn not_to_be_had(
         shared.copies.goes_on(id, what);
         return patience.wait_up_to(DONE_PAUSE, orders).await;
     }
-    if shared.copies.fails(id, what, begun) {
+    if shared.copies.fails(id, what, tried) {
         let away = sources.iter().copied().filter(|it| !near.contains(it));
         refuse(shared, id.job, reason, away).await;
     }
-    patience.wait(orders).await;
+    let most = if near.is_empty() { PAUSES.1 } else { ASKED_PAUSE };
+    patience.wait_up_to(most, orders).await;
 }
 
 /// Says that this node cannot have what is wanted of a job, until somebody who may have it and
@@ -590,7 +678,7 @@ async fn copy_log(
             let _ = timeout(FOLLOW_AFTER - age, orders.changed()).await;
             continue;
         }
-        let (before, tried) = (copy.bytes(), Instant::now());
+        let (before, tried) = (copy.bytes(), patience.a_try());
         let mut is_changed = false;
         let mut why = "no node that may have its log can be reached".to_owned();
         // Who is away is not dialled for each rank of each job again and again.
@@ -625,7 +713,7 @@ async fn copy_log(
         if is_there {
             shared.copies.goes_on(id, What::Log);
         } else if target.is_some() && copy.bytes() == before && !is_changed {
-            let what = (What::Log, tried);
+            let what = (What::Log, &tried);
             let why = (why, &wanted.rank.sources[..]);
             not_to_be_had(shared, id, what, why, &mut patience, &mut orders).await;
         } else if !is_changed {
@@ -773,7 +861,7 @@ async fn copy_trees(
     let mut held = shelf.held(id);
     let mut patience = Patience::new();
     while let Some(wanted) = wanted(&mut orders, id) {
-        let begun = Instant::now();
+        let tried = patience.a_try();
         let done = if let Some(end) = wanted.rank.end {
             let end = end_copy(&wanted.rank, &end);
             if held.end.as_ref() == Some(&end) {
@@ -788,7 +876,7 @@ async fn copy_trees(
                     &end,
                     &mut durable,
                     &mut orders,
-                    held.save.as_ref(),
+                    (held.save.as_ref(), &tried),
                 );
                 made.await.map(|made| {
                     if made {
@@ -801,7 +889,7 @@ async fn copy_trees(
             && held.save.as_ref().is_none_or(|known| known.seq < save.seq)
         {
             let before = held.save.as_ref().map(|save| save.tree);
-            make_save(shared, id, &wanted, save, before, &orders).await.map(|copy| {
+            make_save(shared, id, &wanted, save, (before, &tried), &orders).await.map(|copy| {
                 held.save = Some(copy);
                 Step::Again
             })
@@ -814,6 +902,7 @@ async fn copy_trees(
                 shared.copies.goes_on(id, What::Trees);
             }
             Ok(Step::Idle) => {
+                patience = Patience::new();
                 shared.copies.goes_on(id, What::Trees);
                 if orders.changed().await.is_err() {
                     return;
@@ -826,16 +915,16 @@ async fn copy_trees(
                 cannot(shared, id.job, &reason).await;
                 patience.wait(&mut orders).await;
             }
-            Err(reason @ (FetchError::Nowhere { .. } | FetchError::Denied(_))) => {
-                let reason = reason.to_string();
+            Err(error @ (FetchError::Nowhere { .. } | FetchError::Denied(_))) => {
+                let reason = error.to_string();
                 info!(job = %id.job, rank = %id.rank, reason, "not copied yet");
                 if wanted.rank.end.is_some() {
-                    let what = (What::Trees, begun);
+                    let what = (What::Trees, &tried);
                     let why = (reason, &wanted.rank.sources[..]);
                     not_to_be_had(shared, id, what, why, &mut patience, &mut orders).await;
                 } else {
                     // The process runs: there will be another save.
-                    patience.wait(&mut orders).await;
+                    patience.wait_up_to(pause_after(&error), &mut orders).await;
                 }
             }
         }
@@ -864,7 +953,7 @@ async fn make_end(
     end: &EndCopy,
     durable: &mut watch::Receiver<u64>,
     orders: &mut Orders,
-    save: Option<&SaveCopy>,
+    (save, tried): (Option<&SaveCopy>, &Try),
 ) -> Result<bool, FetchError> {
     let watched = orders.clone();
     let is_wanted = || {
@@ -874,7 +963,8 @@ async fn make_end(
         std::future::ready(rank.any(|it| it.end == wanted.rank.end))
     };
     for tree in end.keep.iter().chain(&end.artifacts) {
-        bring(shared, wanted, *tree, save.map(|save| save.tree), is_wanted).await?;
+        let before = save.map(|save| save.tree);
+        bring(shared, wanted, *tree, (before, tried), is_wanted).await?;
     }
     tokio::select! {
         come = durable.wait_for(|bytes| *bytes >= end.log_bytes) => if come.is_err() {
@@ -889,13 +979,14 @@ async fn make_end(
 }
 
 /// Brings a save, and writes that it is here. One that is on its way is brought to its end
-/// although there is a newer one: else a slow line would never bring any.
+/// although there is a newer one: else a slow line would never bring any. Its node gives it as long
+/// as it is asked for it (`saves::OnTheWay`).
 async fn make_save(
     shared: &Arc<Shared>,
     id: WorkId,
     wanted: &Wanted,
     save: SaveOrder,
-    before: Option<BlobId>,
+    (before, tried): (Option<BlobId>, &Try),
     orders: &Orders,
 ) -> Result<SaveCopy, FetchError> {
     let is_wanted = || {
@@ -904,7 +995,7 @@ async fn make_save(
         let mut rank = rank.filter(|it| (it.attempt, it.rank) == (id.attempt, id.rank));
         std::future::ready(rank.any(|it| it.end.is_none()))
     };
-    bring(shared, wanted, save.tree, before, is_wanted).await?;
+    bring(shared, wanted, save.tree, (before, tried), is_wanted).await?;
     let copy = SaveCopy { node: wanted.rank.node, seq: save.seq, tree: save.tree };
     let (shelf, written) = (shared.copies.shelf.clone(), copy.clone());
     blocking(move || shelf.write_save(id, &written).context("cannot write what a copy is of"))
@@ -917,18 +1008,18 @@ async fn make_save(
     Ok(copy)
 }
 
-/// Has a tree of a job here, safe from a loss of power; what `before`, which is, has as well
-/// need not be made so again.
+/// Has a tree of a job here, safe from a loss of power; what the tree of `how`, which is, has as
+/// well need not be made so again.
 async fn bring<W: Future<Output = bool> + Send>(
     shared: &Arc<Shared>,
     wanted: &Wanted,
     tree: BlobId,
-    before: Option<BlobId>,
+    how: (Option<BlobId>, &Try),
     is_wanted: impl Fn() -> W + Sync,
 ) -> Result<(), FetchError> {
     let request = Request::Copies { spec: wanted.spec.signed.clone(), links: wanted.links.clone() };
     let of = (wanted.spec.job, tree);
-    bring_as(shared, &request, &wanted.rank.sources, of, before, is_wanted).await
+    bring_as(shared, &request, &wanted.rank.sources, of, how, is_wanted).await
 }
 
 async fn bring_as<W: Future<Output = bool> + Send>(
@@ -936,7 +1027,7 @@ async fn bring_as<W: Future<Output = bool> + Send>(
     request: &Request,
     named: &[PeerId],
     (job, tree): (JobId, BlobId),
-    before: Option<BlobId>,
+    (before, tried): (Option<BlobId>, &Try),
     is_wanted: impl Fn() -> W + Sync,
 ) -> Result<(), FetchError> {
     let nobody = || FetchError::Nowhere { blob: tree, from: Vec::new() };
@@ -954,7 +1045,12 @@ async fn bring_as<W: Future<Output = bool> + Send>(
     if near.is_empty() {
         return Err(nobody());
     }
-    let brought = shared.bring_tree(request, near, tree, is_wanted).await;
+    let come = Arc::clone(&tried.bytes);
+    let on_bytes = move |bytes| {
+        come.fetch_add(bytes, Ordering::Relaxed);
+    };
+    let brought =
+        shared.bring_tree(request, (near, tried.everybody), tree, on_bytes, is_wanted).await;
     drop((permit, of_done));
     brought?;
     let store = shared.store.clone();
@@ -1000,7 +1096,8 @@ async fn hold_inputs(shared: &Arc<Shared>, job: JobId, mut orders: Orders) {
             let order = orders.borrow();
             std::future::ready(order.as_ref().is_some_and(|order| order.inputs))
         };
-        match hold_input(shared, &order, tree, is_wanted).await {
+        let tried = patience.a_try();
+        match hold_input(shared, &order, tree, &tried, is_wanted).await {
             Ok(()) => {
                 held.insert(tree);
                 patience = Patience::new();
@@ -1010,9 +1107,12 @@ async fn hold_inputs(shared: &Arc<Shared>, job: JobId, mut orders: Orders) {
                 if let FetchError::Here(reason) = &reason {
                     cannot(shared, job, reason).await;
                 }
+                let most = pause_after(&reason);
                 let reason = format!("{:#}", anyhow::Error::from(reason));
                 info!(%job, %tree, reason, "an input is not here yet");
-                patience.wait(&mut orders).await;
+                // It is not said that this node cannot have it: that would be of the job, and
+                // keep it from the logs and results as well.
+                patience.wait_up_to(most, &mut orders).await;
             }
         }
     }
@@ -1022,6 +1122,7 @@ async fn hold_input<W: Future<Output = bool> + Send>(
     shared: &Arc<Shared>,
     order: &CopyOrder,
     tree: BlobId,
+    tried: &Try,
     is_wanted: impl Fn() -> W + Sync,
 ) -> Result<(), FetchError> {
     let (store, is_input) = (shared.store.clone(), order.spec.inputs().any(|input| input == tree));
@@ -1031,7 +1132,7 @@ async fn hold_input<W: Future<Output = bool> + Send>(
         let saved = order.saved.iter().filter(|saved| saved.tree == tree).map(|saved| saved.node);
         let sources: Vec<PeerId> = saved.chain(keepers.iter().map(|(keeper, _)| *keeper)).collect();
         let request = Request::Copies { spec: spec.signed.clone(), links: order.links.clone() };
-        bring_as(shared, &request, &sources, (spec.job, tree), None, is_wanted).await?;
+        bring_as(shared, &request, &sources, (spec.job, tree), (None, tried), is_wanted).await?;
         info!(job = short(spec.job), %tree, "copied an input");
     }
     if is_input && !lock(&shared.copies.kept).contains(&tree) {
@@ -1055,20 +1156,66 @@ mod tests {
         let (orders, _) = watch::channel(None);
         let mut job = Job { orders, complete: BTreeSet::new(), stuck: BTreeMap::new() };
         let (start, part) = (Instant::now(), |rank| (Attempt(1), Rank(rank)));
-        let fails = |job: &mut Job, rank, what, begun_s, s| {
+        let fails = |job: &mut Job, rank, what, (begun_s, bytes), s| {
             let at = |s| start + Duration::from_secs(s);
             let ended = [part(0), part(1)].into_iter();
-            job.fails((part(rank), what), ended, at(begun_s), at(s))
+            let tried = Try { begun: at(begun_s), ..Patience::new().a_try() };
+            tried.bytes.store(bytes, Ordering::Relaxed);
+            job.fails((part(rank), what), ended, &tried, at(s))
         };
-        assert!(!fails(&mut job, 0, What::Trees, 0, 1));
-        assert!(!fails(&mut job, 0, What::Trees, 50, 70), "rank 1 is still copied");
+        assert!(!fails(&mut job, 0, What::Trees, (0, 0), 1));
+        assert!(!fails(&mut job, 0, What::Trees, (50, 0), 70), "rank 1 is still copied");
         job.complete.insert(part(1));
-        assert!(!fails(&mut job, 0, What::Log, 70, 71), "its log is not stuck for so long");
-        assert!(fails(&mut job, 0, What::Trees, 70, 72));
-        assert!(!fails(&mut job, 0, What::Trees, 72, 373), "so long a try brought something");
+        assert!(!fails(&mut job, 0, What::Log, (70, 0), 71), "its log is not stuck for so long");
+        assert!(fails(&mut job, 0, What::Trees, (70, 0), 72));
+        assert!(!fails(&mut job, 0, What::Trees, (72, 1), 90), "it goes on, if slowly");
+        assert!(!fails(&mut job, 0, What::Trees, (90, 0), 149));
+        assert!(fails(&mut job, 0, What::Trees, (149, 0), 150));
+        // Connected and silent: it takes long to fail, and nothing came.
+        assert!(fails(&mut job, 0, What::Trees, (150, 0), 630));
+        job.stuck.clear();
+        assert!(fails(&mut job, 0, What::Trees, (630, 0), 1_110), "also the first time");
         job.complete.clear();
-        assert!(!fails(&mut job, 1, What::Log, 373, 374));
-        assert!(fails(&mut job, 1, What::Log, 433, 434), "both are stuck");
+        assert!(!fails(&mut job, 1, What::Log, (1_110, 0), 1_111));
+        assert!(fails(&mut job, 1, What::Log, (1_169, 0), 1_170), "both are stuck");
+    }
+
+    #[test]
+    fn who_was_asked_in_vain_is_left_alone_for_longer_and_longer() {
+        let blob = BlobId([1; 32]);
+        let nobody = FetchError::Nowhere { blob, from: Vec::new() };
+        let lacks = FetchError::Nowhere { blob, from: vec![("a".into(), "lacks it".into())] };
+        assert_eq!(pause_after(&nobody), PAUSES.1, "that asks nobody");
+        assert_eq!(pause_after(&lacks), ASKED_PAUSE);
+        assert_eq!(pause_after(&FetchError::Denied("not yours".into())), ASKED_PAUSE);
+        let mut patience = Patience::new();
+        let asks = (0..11).map(|_| patience.a_try().everybody).collect::<Vec<_>>();
+        let all: Vec<usize> = (0..11).filter(|at| asks[*at]).collect();
+        assert_eq!(all, [0, 5, 10]);
+        let pauses = (0..9).map(|_| patience.next(ASKED_PAUSE).as_secs()).collect::<Vec<_>>();
+        assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 32, 60, 60]);
+        assert_eq!(patience.next(PAUSES.1), PAUSES.1, "nobody is there any more");
+    }
+
+    #[tokio::test]
+    async fn what_breaks_is_done_again() {
+        let (sender, orders) = watch::channel(None);
+        let times = std::sync::atomic::AtomicU32::new(0);
+        let said = Mutex::new(Vec::new());
+        let task = || async {
+            let time = times.fetch_add(1, Ordering::Relaxed);
+            assert!(time > 2, "fault {time}");
+        };
+        let broken = |reason: String, lasts: bool| {
+            lock(&said).push((reason, lasts));
+            // So that nobody waits.
+            sender.send_replace(None);
+            std::future::ready(())
+        };
+        again_where_broken(orders, task, broken).await;
+        assert_eq!(times.into_inner(), 4);
+        let expected = ["fault 0", "fault 1", "fault 2"].map(|fault| (fault.to_owned(), false));
+        assert_eq!(said.into_inner().unwrap(), expected);
     }
 
     #[test]

@@ -4,16 +4,17 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
     sync::{Arc, Mutex},
+    time::Instant,
 };
 
 use anyhow::Context as _;
 use p2pit_protocol::{
-    BlobId, JobId, UserId,
+    BlobId, JobId, PeerId, UserId,
     bidder::WorkId,
     job::{Attempt, Rank, VerifiedSpec},
 };
 
-use super::{Shared, lock, work};
+use super::{Shared, lock, saves::OnTheWay, work};
 use crate::{
     api::types::{Copied, JobFiles, Manifest, RankFiles},
     transfer::{store::BlobStore, tree::Tree},
@@ -36,6 +37,8 @@ pub(crate) struct Served {
     live: Mutex<BTreeMap<JobId, BTreeSet<BlobId>>>,
     /// Trees that were found to be somebody's.
     owned: Mutex<BTreeSet<(UserId, BlobId)>>,
+    /// Copies of `keep/` of ranks that run here.
+    pub(super) on_the_way: OnTheWay,
 }
 
 impl Served {
@@ -132,9 +135,21 @@ pub(crate) async fn copied_trees(shared: &Arc<Shared>, job: JobId) -> anyhow::Re
     .await?
 }
 
-/// Whether a blob belongs to what the ranks of `job` left, or have now, on this node.
-pub(crate) fn is_of_job(shared: &Shared, job: JobId, blob: &BlobId) -> anyhow::Result<bool> {
-    if shared.served.is_live(job, blob) {
+/// Whether a blob belongs to what the ranks of `job` left, or have now, on this node. Of a keeper
+/// of the job that asks for it, for what it copies, it is remembered what that is.
+pub(crate) fn is_of_job(
+    shared: &Shared,
+    job: JobId,
+    keeper: Option<PeerId>,
+    blob: &BlobId,
+) -> anyhow::Result<bool> {
+    // What has gone is given by others.
+    let has = |root: BlobId| {
+        Ok(shared.store.has(&root) && shared.served.blobs_of(&shared.store, root)?.contains(blob))
+    };
+    if shared.served.on_the_way.give(job, keeper, Instant::now(), has)?
+        || shared.served.is_live(job, blob)
+    {
         return Ok(true);
     }
     let mut roots = BTreeSet::new();
@@ -149,8 +164,7 @@ pub(crate) fn is_of_job(shared: &Shared, job: JobId, blob: &BlobId) -> anyhow::R
         roots.extend(shelf.held(WorkId { job, attempt, rank }).trees());
     }
     for root in roots {
-        // What has gone is given by others.
-        if shared.store.has(&root) && shared.served.blobs_of(&shared.store, root)?.contains(blob) {
+        if has(root)? {
             return Ok(true);
         }
     }

@@ -588,23 +588,26 @@ impl Shared {
         sources.extend(certificate.value().map(|value| value.body.nodes()).unwrap_or_default());
         let request =
             Request::Inputs { spec: spec.signed.clone(), certificate: certificate.clone() };
-        self.bring_tree(&request, sources, root, is_wanted).await?;
+        self.bring_tree(&request, (sources, true), root, |_| {}, is_wanted).await?;
         // The daemon is ending if nobody listens.
         let _ = self.act(move |peer, _| peer.tree_stored(root)).await;
         Ok(())
     }
 
-    /// Have every blob of a tree here, as this request lets us: from the `named` nodes, and
-    /// where none of them has it from any other that can be reached.
+    /// Have every blob of a tree here, as this request lets us: from the `named` nodes, and,
+    /// where so, where none of them has it from any other that can be reached. `on_bytes` hears of
+    /// content as it arrives.
     pub(super) async fn bring_tree<W: Future<Output = bool> + Send>(
         self: &Arc<Self>,
         request: &Request,
-        named: Vec<PeerId>,
+        (named, everybody): (Vec<PeerId>, bool),
         root: BlobId,
+        on_bytes: impl Fn(u64) + Clone + Send + 'static,
         is_wanted: impl Fn() -> W + Sync,
     ) -> Result<(), FetchError> {
         let named = self.others(named);
         let connected = self.act(|peer, _| peer.board().connected().collect::<Vec<_>>()).await;
+        let connected = connected.ok().filter(|_| everybody);
         let others: Vec<PeerId> = self
             .others(connected.unwrap_or_default())
             .into_iter()
@@ -617,9 +620,9 @@ impl Shared {
             blobs,
         };
         let bring = async |blobs: Blobs| {
-            match fetch(self, from(&named, blobs.clone()), |_| {}, &is_wanted).await {
+            match fetch(self, from(&named, blobs.clone()), on_bytes.clone(), &is_wanted).await {
                 Err(FetchError::Nowhere { from: why, blob }) if !others.is_empty() => {
-                    match fetch(self, from(&others, blobs), |_| {}, &is_wanted).await {
+                    match fetch(self, from(&others, blobs), on_bytes.clone(), &is_wanted).await {
                         // Those that should have it are those whose reasons count.
                         Err(FetchError::Nowhere { .. }) => {
                             Err(FetchError::Nowhere { from: why, blob })

@@ -591,7 +591,7 @@ pub(crate) async fn allow_blobs(
     tokio::task::spawn_blocking(move || {
         let mut allowed = BTreeSet::new();
         for id in ids {
-            if files::is_of_job(&shared, job, &id)? {
+            if files::is_of_job(&shared, job, None, &id)? {
                 allowed.insert(id);
             }
         }
@@ -651,7 +651,8 @@ async fn allow_inputs(
             }
         }
         for saved in &body.saved {
-            if recorded.contains(&saved.tree) || files::is_of_job(&shared, job, &saved.tree)? {
+            if recorded.contains(&saved.tree) || files::is_of_job(&shared, job, None, &saved.tree)?
+            {
                 allow_tree(&shared, saved.tree, &ids, &mut allowed)?;
             }
         }
@@ -756,7 +757,7 @@ async fn allow_copies(
             allow_tree(&shared, root, &ids, &mut allowed)?;
         }
         for id in &ids {
-            if !allowed.contains(id) && files::is_of_job(&shared, job, id)? {
+            if !allowed.contains(id) && files::is_of_job(&shared, job, Some(from), id)? {
                 allowed.insert(*id);
             }
         }

@@ -400,11 +400,13 @@ async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Res
     let mut reach = Reach::begin(&shared.store);
     let keep_done_ms = millis(shared.settings.keep_done);
     let pushed = fresh_pushed(shared);
+    let on_the_way = shared.served.on_the_way.kept(Instant::now(), |id| shared.work.has(id));
     let holding = Arc::clone(shared);
     let mut all = shared
         .act(move |peer, now| {
             let mut all = roots::of_peer(peer, keep_done_ms, now.wall_ms);
             all.extend(pushed.into_iter().map(|tree| Root { tree, kind: roots::Kind::Pushed }));
+            all.extend(roots::on_the_way(on_the_way));
             if !keeps_finished_inputs {
                 all.retain(|root| !matches!(root.kind, roots::Kind::InputOfFinished(_)));
             }
@@ -651,6 +653,7 @@ async fn give_up(shared: &Arc<Shared>, job: JobId, why: Dropped) -> anyhow::Resu
         // The daemon is ending if nobody listens; the next one reads what there is.
         let _ = shared.act(lost).await;
         shared.served.forget(job);
+        shared.work.forget_waits(job);
     }
     Ok(moved)
 }

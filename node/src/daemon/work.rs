@@ -5,12 +5,12 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use p2pit_protocol::{
-    JobId, PeerId,
+    BlobId, JobId, PeerId,
     bidder::WorkId,
     identity::SignedBytes,
     inventory::GpuUuid,
@@ -21,7 +21,7 @@ use p2pit_protocol::{
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::{Shared, clock, fetch::FetchError, saves::Saver, serve::Request};
+use super::{Shared, clock, fetch::FetchError, lock, saves::Saver, serve::Request};
 use crate::{
     executor::{
         self, Adopted, Control, Deadline, ProcessEvent, ProcessId, ProcessSpec, Running, StartError,
@@ -45,6 +45,53 @@ pub(crate) struct Work {
     live: Mutex<BTreeMap<WorkId, Live>>,
     /// Bumped whenever a job's log grew or a rank of it ended here.
     activity: Mutex<BTreeMap<JobId, watch::Sender<u64>>>,
+    waits: Mutex<Waits>,
+}
+
+/// Of the ranks that are to run here, since when what they are to go on from cannot be had. A
+/// daemon that starts again knows of none.
+#[derive(Debug, Default)]
+struct Waits(BTreeMap<(JobId, Rank), Wait>);
+
+#[derive(Debug)]
+struct Wait {
+    /// Any of which would do.
+    trees: BTreeSet<BlobId>,
+    /// On the boot clock.
+    first_ms: u64,
+    last_ms: u64,
+    lost_after_ms: u64,
+}
+
+/// Ranks of which it is known since when they wait.
+const WAITS_MAX: usize = 1_024;
+
+impl Waits {
+    /// A try failed. Whether it has been waited for so long that it counts as lost.
+    fn is_lost(
+        &mut self,
+        rank: (JobId, Rank),
+        trees: &BTreeSet<BlobId>,
+        now_ms: u64,
+        lost_after_ms: u64,
+    ) -> bool {
+        // Of what was not tried for so long, the job is over or runs elsewhere.
+        self.0.retain(|_, wait| now_ms.saturating_sub(wait.last_ms) <= wait.lost_after_ms);
+        if self.0.len() >= WAITS_MAX && !self.0.contains_key(&rank) {
+            // To begin it anew costs the least of the one that waits the shortest.
+            let newest = self.0.iter().max_by_key(|(_, wait)| wait.first_ms);
+            if let Some(newest) = newest.map(|(rank, _)| *rank) {
+                self.0.remove(&newest);
+            }
+        }
+        let trees = trees.clone();
+        let new = |trees| Wait { trees, first_ms: now_ms, last_ms: now_ms, lost_after_ms };
+        // Of others nobody has waited for.
+        let known = self.0.remove(&rank).filter(|known| known.trees == trees);
+        let wait = self.0.entry(rank).or_insert(known.unwrap_or_else(|| new(trees)));
+        wait.last_ms = now_ms;
+        now_ms.saturating_sub(wait.first_ms) >= lost_after_ms
+    }
 }
 
 #[derive(Debug, Default)]
@@ -85,13 +132,17 @@ impl Work {
                 Some(spec) => prepare(&shared, id, &spec, &assignment, certificate).await,
                 None => Err(anyhow::anyhow!("the job's spec is not in the book")),
             };
+            let is_early = prepared.as_ref().is_err_and(|e| e.is::<NotYet>());
             let result = prepared.map_err(|e| format!("{e:#}"));
             if let Err(reason) = &result {
                 warn!(job = %id.job, rank = %id.rank, reason, "cannot be prepared");
             }
             let failed = result.is_err();
             let wanted = shared.act(move |peer, now| {
-                peer.prepared(id, result, now);
+                match result {
+                    Err(reason) if is_early => peer.not_prepared_yet(id, reason, now),
+                    result => peer.prepared(id, result, now),
+                }
                 peer.has_rank(id)
             });
             // The daemon is ending if nobody listens; a restarted one prepares again. A rank
@@ -321,6 +372,11 @@ impl Work {
         }
     }
 
+    /// Nothing of a job is to begin here any more.
+    pub(super) fn forget_waits(&self, job: JobId) {
+        lock(&self.waits).0.retain(|(known, _), _| *known != job);
+    }
+
     fn told_to_end(&self, id: WorkId) {
         if let Some(saver) = self.live().get(&id).and_then(|live| live.saver.as_ref()) {
             saver.told_to_end();
@@ -389,9 +445,23 @@ fn lacks_content(reason: &anyhow::Error) -> bool {
     reason.downcast_ref::<PrepareError>().is_some_and(PrepareError::lacks_content)
 }
 
+/// A rank cannot be prepared for want of what a node has that is away.
+#[derive(Debug, thiserror::Error)]
+#[error("what this process is to go on from: {0}")]
+struct NotYet(String);
+
+/// How long one attempt waits for what it is to go on from. It has the GPUs of all its processes
+/// meanwhile; another attempt follows, of which other jobs may come in between.
+const RESUME_WITHIN: Duration = Duration::from_secs(5 * 60);
+/// Between two tries to bring it.
+const RESUME_PAUSE: Duration = Duration::from_secs(30);
+/// How often it is looked meanwhile whether the attempt was given up.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
 /// What an earlier attempt of this rank kept, brought here: the best of what the record names
-/// that can be had. Where there is nothing but what somebody who cannot be reached may have, that
-/// is a failure: another attempt, or another node, may have it, and work is not to be lost.
+/// that can be had. Where there is nothing but what somebody who cannot be reached may have, it is
+/// waited for, also by the attempts that follow, since work is not to be lost: until a process
+/// whose node is silent for so long counts as lost.
 async fn resume_from<W: Future<Output = bool> + Send>(
     shared: &Arc<Shared>,
     id: WorkId,
@@ -405,16 +475,61 @@ async fn resume_from<W: Future<Output = bool> + Send>(
     if saved.is_empty() {
         return Ok(None);
     }
+    let trees = saved.iter().map(|saved| saved.tree).collect();
+    let (rank, begun) = ((id.job, id.rank), Instant::now());
+    loop {
+        let mut resumed =
+            match bring_best(shared, id, spec, certificate, &saved, &is_wanted).await? {
+                Brought::Settled(resumed) => {
+                    lock(&shared.work.waits).0.remove(&rank);
+                    return Ok(Some(resumed));
+                }
+                Brought::MayBeAway(resumed) => resumed,
+            };
+        let (now_ms, lost_after_ms) = (clock::now().boot_ms, spec.spec.lost_after_ms);
+        if lock(&shared.work.waits).is_lost(rank, &trees, now_ms, lost_after_ms) {
+            // It stays remembered: should the gang not start, the next attempt does not wait.
+            for note in &mut resumed.notes {
+                note.push_str("; waited for until --lost-after");
+            }
+            return Ok(Some(resumed));
+        }
+        let retry_at = Instant::now() + RESUME_PAUSE;
+        while Instant::now() < retry_at {
+            if begun.elapsed() >= RESUME_WITHIN || !is_wanted().await {
+                return Err(NotYet(resumed.notes.join("; ")).into());
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+}
+
+/// What came of a try to bring what a rank is to go on from.
+enum Brought {
+    /// The best of it is here, or there is none any more.
+    Settled(Resumed),
+    /// There is nothing, and somebody may have some who cannot be reached.
+    MayBeAway(Resumed),
+}
+
+async fn bring_best<W: Future<Output = bool> + Send>(
+    shared: &Arc<Shared>,
+    id: WorkId,
+    spec: &VerifiedSpec,
+    certificate: &Certificate,
+    saved: &[Saved],
+    is_wanted: impl Fn() -> W + Sync,
+) -> anyhow::Result<Brought> {
     let newest = certificate.links.last().map_or(&spec.spec.keepers, |link| &link.next);
     let request = Request::Inputs { spec: spec.signed.clone(), certificate: certificate.clone() };
     let mut resumed = Resumed::default();
     let mut is_lost = true;
-    for Saved { attempt, node, tree, .. } in saved {
+    for Saved { attempt, node, tree, .. } in saved.iter().copied() {
         let of = format!("keep/ of attempt {attempt}");
         let keepers = newest.iter().map(|(keeper, _)| *keeper);
         let sources = keepers.filter(|keeper| *keeper != node);
         let sources = core::iter::once(node).chain(sources).collect();
-        match shared.bring_tree(&request, sources, tree, &is_wanted).await {
+        match shared.bring_tree(&request, (sources, true), tree, |_| {}, &is_wanted).await {
             Ok(()) => {
                 let from = shared.label(node);
                 resumed.notes.push(format!("begins with {of}, of which {from} has a copy"));
@@ -430,10 +545,8 @@ async fn resume_from<W: Future<Output = bool> + Send>(
             Err(reason) => return Err(reason).with_context(|| format!("cannot fetch {of}")),
         }
     }
-    if resumed.keep.is_none() && !is_lost {
-        bail!("what this process is to go on from: {}", resumed.notes.join("; "));
-    }
-    Ok(Some(resumed))
+    let is_settled = resumed.keep.is_some() || is_lost;
+    Ok(if is_settled { Brought::Settled(resumed) } else { Brought::MayBeAway(resumed) })
 }
 
 async fn lay_out(
@@ -642,6 +755,7 @@ async fn fail(shared: &Arc<Shared>, id: WorkId, reason: String) {
 
 async fn report(shared: &Arc<Shared>, id: WorkId, end: RankEnd) {
     shared.work.live().remove(&id);
+    shared.served.on_the_way.is_over(id);
     // See `prepare` about a daemon that is ending: the run directory keeps the result.
     let _ = shared.act(move |peer, now| peer.ended(id, end, now)).await;
     shared.work.touch(id.job);
@@ -706,6 +820,45 @@ fn join_notes<const N: usize>(notes: [Option<String>; N]) -> Option<String> {
 mod tests {
     use super::*;
     use crate::executor::ExitStatus;
+
+    #[test]
+    fn what_a_process_is_to_go_on_from_counts_as_lost_once_it_was_waited_for_long_enough() {
+        const LOST_AFTER: u64 = 600_000;
+        let [first, other, both] = [&[1][..], &[2], &[1, 2]]
+            .map(|trees| trees.iter().map(|n| BlobId([*n; 32])).collect::<BTreeSet<_>>());
+        let rank = |job, rank| (JobId([job; 32]), Rank(rank));
+        let mut waits = Waits::default();
+        let mut fails = |rank, trees, at_ms| waits.is_lost(rank, trees, at_ms, LOST_AFTER);
+        assert!(!fails(rank(1, 0), &first, 5_000_000));
+        assert!(!fails(rank(1, 1), &first, 5_300_000), "each rank for itself");
+        assert!(!fails(rank(2, 0), &first, 5_300_000), "and each job");
+        assert!(!fails(rank(1, 0), &first, 5_599_999));
+        assert!(fails(rank(1, 0), &first, 5_600_000));
+        assert!(fails(rank(1, 0), &first, 5_600_001), "also of the attempt that follows");
+        assert!(!fails(rank(1, 1), &first, 5_600_000));
+        for (at_ms, trees) in [(5_900_000, &other), (6_500_000, &both)] {
+            assert!(!fails(rank(1, 1), trees, at_ms), "nobody waited for these");
+            assert!(!fails(rank(1, 1), trees, at_ms + LOST_AFTER - 1));
+            assert!(fails(rank(1, 1), trees, at_ms + LOST_AFTER));
+        }
+        assert!(!fails(rank(1, 0), &first, 7_200_000), "it was not tried for long");
+        assert_eq!(waits.0.len(), 2);
+    }
+
+    #[test]
+    fn who_waits_is_forgotten_in_the_end_and_the_longest_the_last() {
+        let trees = BTreeSet::from([BlobId([1; 32])]);
+        let rank = |n| (JobId([1; 32]), Rank(n));
+        let mut waits = Waits::default();
+        let many = u32::try_from(3 * WAITS_MAX).unwrap();
+        for n in 0..many {
+            assert!(!waits.is_lost(rank(n), &trees, u64::from(n), 600_000));
+            assert!(waits.0.len() <= WAITS_MAX);
+        }
+        assert!(waits.is_lost(rank(0), &trees, 600_000, 600_000));
+        assert!(!waits.is_lost(rank(0), &trees, 9_000_000, 600_000));
+        assert_eq!(waits.0.len(), 1);
+    }
 
     #[test]
     fn a_lease_that_ran_out_is_told_apart_from_a_time_limit() {

@@ -403,6 +403,31 @@ mod tests {
     }
 
     #[test]
+    fn an_attempt_that_waits_in_vain_for_what_it_goes_on_from_is_no_failed_start() {
+        let mut preparing = value(&replica(), State::Preparing, None);
+        let failed = Ending::FailedToStart { reason: "no such file".to_owned() };
+        let waits = RankEnd {
+            note: Some("what this process is to go on from".to_owned()),
+            ..RankEnd::bare(Ending::NeverStarted, user::START.wall_ms)
+        };
+        for times in 1..10 {
+            let first = keeper(1, &preparing);
+            let kept = first.record(preparing.job).unwrap();
+            let end = waits.clone();
+            let body = crate::steward::after_preparing(kept, end, at(SHY_MS)).unwrap();
+            let last = body.history.last().unwrap();
+            assert_eq!((last.state, body.failed_starts), (State::Waiting, 0), "{times}");
+            assert_eq!(last.reason, "rank 0: never started: what this process is to go on from");
+            preparing.body.attempt.0 += 1;
+        }
+        let first = keeper(1, &preparing);
+        let kept = first.record(preparing.job).unwrap();
+        let end = RankEnd::bare(failed, user::START.wall_ms);
+        let body = crate::steward::after_preparing(kept, end, at(SHY_MS)).unwrap();
+        assert_eq!(body.failed_starts, 1);
+    }
+
+    #[test]
     fn what_was_given_up_or_has_expired_is_not_copied() {
         let mut done = value(&replica(), State::Done, Some(end()));
         let job = done.job;

@@ -9,6 +9,7 @@
 //! | what ranks left, and what a retry begins with | the records kept here |
 //! | what this node is to hold | `copies_wanted` of the records kept here |
 //! | what ranks left here | `*.json` in `jobs/JOB/ATTEMPT-RANK/` |
+//! | copies of `keep/` of ranks that run here, which others are bringing | memory |
 //! | copies of what ranks left elsewhere | `*.json` in `copies/JOB/ATTEMPT-RANK/` |
 //! | trees that were brought for a submission | memory, for a day |
 //!
@@ -119,6 +120,11 @@ pub(super) fn of_peer(peer: &Peer, keep_done_ms: u64, wall_ms: u64) -> Vec<Root>
         }
     }
     roots
+}
+
+/// What others are bringing of ranks that run here, though it is not the newest.
+pub(super) fn on_the_way(trees: Vec<(JobId, BlobId)>) -> impl Iterator<Item = Root> {
+    trees.into_iter().map(|(job, tree)| Root { tree, kind: Kind::Saved(job) })
 }
 
 fn of_record(job: JobId, kept: &Kept, roots: &mut Vec<Root>) {
