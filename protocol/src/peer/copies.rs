@@ -200,7 +200,7 @@ impl Peer {
         {
             self.with_stewards(now, Stewards::check_done);
             self.make_sure_of_ends(now);
-            self.ask_for_lacking();
+            self.ask_for_lacking(now);
         }
         for job in self.copies.repeated() {
             self.tell_of_copies(job, false);
@@ -633,7 +633,7 @@ mod tests {
             third.handle_timeout(at(SHY_MS + n * COPIES_CHECK_MS));
             told += all(&mut third).into_iter().filter(|sent| *sent == lacks).count();
         }
-        assert_eq!(told, 3, "not for ever");
+        assert_eq!(told, 3, "less and less often");
         all(&mut first);
         // Six days later the job is still brought to it.
         let late = at(6 * 24 * 3_600_000);

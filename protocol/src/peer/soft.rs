@@ -8,6 +8,7 @@ use super::{Peer, Timer, Transmit, turns::Turns};
 use crate::{
     BootId, JobId, Now, PeerId,
     bidder::Usage,
+    copies::COPIES_CHECK_MS,
     identity::{Domain, SignedBytes},
     inventory::{Capacity, board::CLOCK_TOLERANCE_MS},
     job::{KEEPERS_MAX, State},
@@ -27,8 +28,9 @@ pub const ADVERT_MEAN_MS: u64 = 30_000;
 pub const ADVERT_REFRESH_MS: u64 = 10 * 60_000;
 /// How often soft state is reconciled with a random peer.
 pub const RECONCILE_MS: u64 = 30_000;
-/// How often a keeper says of each head that it lacks the record: the first time may be lost.
-const LACKING_TOLD: u32 = 3;
+/// The longest pause until a keeper says again of a head that it lacks the record; the first is
+/// [`COPIES_CHECK_MS`], each later one twice as long.
+const LACKING_PAUSE_MS: u64 = 10 * 60_000;
 /// Of how many it says so at a time, every [`crate::copies::COPIES_CHECK_MS`].
 const LACKING_MAX: u32 = 32;
 /// Most job heads kept.
@@ -69,9 +71,15 @@ pub(super) struct SoftState {
     pub(super) turns: Turns,
     adverts: BTreeMap<PeerId, ItemId>,
     heads: BTreeMap<JobId, (Head, ItemId)>,
-    /// Jobs whose heads name this node as keeper though it has no record of them, and how often it
-    /// said so.
-    lacking: BTreeMap<JobId, u32>,
+    /// Jobs whose heads name this node as keeper though it has no record of them.
+    lacking: BTreeMap<JobId, Lacking>,
+}
+
+/// When it is said again that a record is lacking, on the boot clock, and after which pause then.
+#[derive(Debug, Clone, Copy)]
+struct Lacking {
+    due_ms: u64,
+    pause_ms: u64,
 }
 
 impl SoftState {
@@ -262,7 +270,8 @@ impl Peer {
             self.bidder.hint(job, &head.keepers);
             let lacks = head.keepers.contains(&self.me) && self.registers.spec(job).is_none();
             if lacks && !self.client {
-                self.soft.lacking.insert(job, 0);
+                let lacking = Lacking { due_ms: now.boot_ms, pause_ms: COPIES_CHECK_MS };
+                self.soft.lacking.insert(job, lacking);
             } else {
                 self.soft.lacking.remove(&job);
             }
@@ -278,22 +287,20 @@ impl Peer {
 
     /// Ask for records that this node is to keep and never got: it may have been off from the birth
     /// of a job until it was over, and then nobody drives the job who would notice.
-    pub(super) fn ask_for_lacking(&mut self) {
+    pub(super) fn ask_for_lacking(&mut self, now: Now) {
         let (me, soft, board) = (self.me, &mut self.soft, &self.board);
         let (registers, heads) = (&self.registers, &soft.heads);
-        soft.lacking.retain(|job, told| {
-            let unknown = registers.spec(*job).is_none() && heads.contains_key(job);
-            unknown && *told < LACKING_TOLD
-        });
+        soft.lacking.retain(|job, _| registers.spec(*job).is_none() && heads.contains_key(job));
         let mut asked = 0;
-        for (job, told) in &mut soft.lacking {
+        for (job, lacking) in soft.lacking.iter_mut().filter(|(_, it)| it.due_ms <= now.boot_ms) {
             let Some((head, _)) = heads.get(job) else { continue };
             let there = |node: &PeerId| *node != me && board.is_connected(*node);
             let others = head.keepers.iter().copied();
             let Some(to) = core::iter::once(head.keeper).chain(others).find(there) else {
                 continue;
             };
-            *told += 1;
+            lacking.due_ms = now.after(lacking.pause_ms);
+            lacking.pause_ms = lacking.pause_ms.saturating_mul(2).min(LACKING_PAUSE_MS);
             asked += 1;
             self.out.send(me, to, Message::NotInit { job: *job, epoch: head.epoch });
             if asked >= LACKING_MAX {
