@@ -1,7 +1,5 @@
 use std::thread;
 
-use p2pit_protocol::Now;
-
 use super::*;
 
 #[test]
@@ -28,22 +26,6 @@ fn who_needs_room_waits_for_a_sweep_and_is_not_kept_where_the_last_found_none() 
     }
     space.relief_is_over(None);
     asks.join().unwrap();
-}
-
-#[test]
-fn the_times_of_files_are_not_trusted_for_an_hour_after_the_clock_was_set_forward() {
-    let mut steady = Steady { last: Now { boot_ms: 0, wall_ms: 1_000_000 }, not_before: None };
-    // Slow, set back, asleep with the wall clock going on as the boot clock does.
-    for (boot_ms, wall_ms) in
-        [(10_000, 1_010_000), (20_000, 900_000), (8_020_000, 8_900_000), (8_030_000, 8_999_999)]
-    {
-        steady.observe(Now { boot_ms, wall_ms });
-        assert!(steady.is_trusted(), "{boot_ms}");
-    }
-    steady.observe(Now { boot_ms: 8_040_000, wall_ms: 99_000_000 });
-    assert!(!steady.is_trusted());
-    steady.observe(Now { boot_ms: 8_050_000, wall_ms: 99_010_000 });
-    assert!(!steady.is_trusted());
 }
 
 #[test]
@@ -74,6 +56,9 @@ fn directories_go_by_what_the_record_says_and_come_back_by_it() {
         assert_eq!(late, Fate::Go(Dropped::Expired));
     }
     assert_eq!(fate(State::Done, false, true, 15_000), Fate::Go(Dropped::Expired));
+    // How long they are kept is not known as long as the clock is not trusted.
+    let kept = roots::tests::kept(State::Done);
+    assert_eq!(fate_of(&kept, millis(Duration::MAX), u64::MAX - 1), Fate::Stay);
     // An end that came to nothing must not cost what is left.
     assert_eq!(fate(State::Done, false, false, 15_000), Fate::Unsure);
 }
