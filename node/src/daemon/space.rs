@@ -7,6 +7,7 @@
 //! where that was taken back, and tells the pool whether there is room.
 
 mod bin;
+mod mend;
 mod roots;
 mod steady;
 mod usage;
@@ -31,6 +32,7 @@ use tracing::{info, warn};
 
 use self::{
     bin::Bin,
+    mend::Mender,
     roots::{Dropped, Root, short},
     steady::Steady,
 };
@@ -197,6 +199,7 @@ async fn tend(shared: Arc<Shared>) {
     let mut is_told = false;
     let mut next = Instant::now();
     let mut steady = Steady::begin(shared.home.clock(), clock::now());
+    let mut mender = Mender::default();
     let (begun, mut is_counted) = (next, true);
     loop {
         is_told = is_told
@@ -241,6 +244,11 @@ async fn tend(shared: Arc<Shared>) {
             }
         } else if lacks.is_some() {
             shared.space.relief_is_over(lacks);
+        }
+        if let Err(reason) = mender.look(&shared).await
+            && !matches!(reason.downcast_ref(), Some(NoPeer::NoPool))
+        {
+            warn!(reason = format!("{reason:#}"), "content that went bad is not brought again");
         }
         if !is_counted {
             match count(&shared).await {
@@ -419,13 +427,16 @@ async fn sweep(
             }
         }
         let mut warnings: Vec<String> =
-            lists.iter().map(|list| unknown(Some(list.job), &list.reason)).collect();
+            lists.iter().map(|list| unknown(&list.reason, &given_up(list.job))).collect();
         for (tree, reason) in reach.unreadable() {
             let root = all.iter().find(|root| root.tree == *tree);
             let what = root.map_or_else(String::new, |root| root.kind.describe());
             let reason = format!("the list of files of {what}, blob {tree}, is damaged ({reason})");
-            warnings.push(unknown(root.and_then(|root| root.kind.job()), &reason));
+            let next = root.map_or_else(String::new, |root| next_step(root.kind));
+            warnings.push(unknown(&reason, &next));
         }
+        // What others have is brought again.
+        mend::check(&store, reach.unreadable().iter().map(|(tree, _)| *tree));
         if !lists.is_empty() {
             reach.give_up();
         }
@@ -448,12 +459,35 @@ async fn sweep(
 }
 
 /// What the owner is told where it is not known what is needed.
-fn unknown(job: Option<JobId>, reason: &str) -> String {
-    let next = match job {
-        Some(job) => format!("; where the job is over, `p2pit rm {}` gives it up", short(job)),
-        None => String::new(),
-    };
+fn unknown(reason: &str, next: &str) -> String {
     format!("{reason}: what it names is not known, and so no unused file is deleted here{next}")
+}
+
+/// What follows where the list of files of such a tree is damaged.
+fn next_step(kind: roots::Kind) -> String {
+    use roots::Kind;
+    match kind {
+        // Others may be whole: nobody is to give them up for this one.
+        Kind::Result(job)
+        | Kind::Saved(job)
+        | Kind::Wanted(job)
+        | Kind::Left(job)
+        | Kind::Copy(job) => format!(
+            "; it is brought again from a node that has it, as soon as one can be reached; only \
+             if `p2pit show job:{id}` names no other node that has it, `p2pit rm {id}` gives up \
+             what the job left, everywhere",
+            id = short(job)
+        ),
+        Kind::Input(job) | Kind::InputOfFinished(job) => given_up(job),
+        Kind::Pushed => String::new(),
+    }
+}
+
+fn given_up(job: JobId) -> String {
+    format!(
+        "; where the job is over, `p2pit rm {}` gives up what it left, on all nodes",
+        short(job)
+    )
 }
 
 fn fresh_pushed(shared: &Shared) -> Vec<BlobId> {

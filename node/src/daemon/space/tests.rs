@@ -31,10 +31,15 @@ fn who_needs_room_waits_for_a_sweep_and_is_not_kept_where_the_last_found_none() 
 #[test]
 fn what_keeps_sweeps_from_being_made_is_told_with_the_next_step() {
     let job = JobId([1; 32]);
-    let said = unknown(Some(job), "the list is damaged");
+    let said = unknown("the list is damaged", &next_step(roots::Kind::Input(job)));
     let next = format!("`p2pit rm {}`", short(job));
     assert!(said.contains("no unused file is deleted") && said.contains(&next), "{said}");
-    assert!(!unknown(None, "x").contains("p2pit rm"));
+    // What others have whole is not given up for this one.
+    for kind in [roots::Kind::Copy(job), roots::Kind::Left(job), roots::Kind::Result(job)] {
+        let said = unknown("the list is damaged", &next_step(kind));
+        assert!(said.contains("it is brought again") && said.contains("only if"), "{said}");
+    }
+    assert!(!unknown("x", &next_step(roots::Kind::Pushed)).contains("p2pit rm"));
 }
 
 #[test]

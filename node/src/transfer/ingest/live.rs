@@ -34,7 +34,10 @@ use super::{
     Entry, Error, IngestOptions, Ingested, Kind, Reading, Scan, SkipReason, Skipped, Tree,
     TreePath, beneath, unreadable, workers,
 };
-use crate::transfer::{store::BlobStore, verified};
+use crate::transfer::{
+    store::{self, BlobStore},
+    verified,
+};
 
 /// Before each round, in ms. What a round has read is looked at again at once, and only what
 /// changed all the same gets time to settle.
@@ -342,10 +345,14 @@ fn read_live(reading: &mut Reading<'_>, path: &TreePath, known: &Seen) -> Result
     }
     let full = reading.dir.join(path.as_path());
     let io = |source| Error::Io { path: full.clone(), source };
-    let (blob, size) = reading
-        .store
-        .put_open_file(&file, &full)
-        .map_err(|source| Error::Store { path: full.clone(), source })?;
+    let (blob, size) = match reading.store.put_open_file(&file, &full) {
+        Ok(put) => put,
+        // Cut off while it was read.
+        Err(store::Error::Io { source, .. }) if source.kind() == ErrorKind::UnexpectedEof => {
+            return Ok(Read::Changed);
+        }
+        Err(source) => return Err(Error::Store { path: full, source }),
+    };
     let before = Stamp { size, ..Stamp::of(&state) };
     let after = Stamp::of(&fstat(&file).map_err(|errno| io(errno.into()))?);
     let at = Instant::now();
