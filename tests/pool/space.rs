@@ -66,9 +66,10 @@ fn what_finished_jobs_left_goes_after_its_time_and_that_they_were_stays() {
 
 #[test]
 fn a_clock_that_was_set_forward_takes_nothing_that_a_finished_job_left() {
-    const SIXTY_DAYS: (&str, &str) = ("P2PIT_TEST_CLOCK_OFFSET_MS", "5184000000");
+    const TWO_DAYS: (&str, &str) = ("P2PIT_TEST_CLOCK_OFFSET_MS", "172800000");
     let pool = Pool::of(&["sim:1xv100"]);
     let node = pool.node(1);
+    tidy_with(node, &["keep_done: 1day"]);
     let job = node.submit(&["Left", "[v100]", "-d", "echo kept > $JOB_DIR/keep/left"]);
     node.wait_for_outcome(&job, "succeeded");
     let left = node.home().join("jobs").join(&job);
@@ -78,7 +79,7 @@ fn a_clock_that_was_set_forward_takes_nothing_that_a_finished_job_left() {
     });
     node.shut_down();
     let logged = fs::read_to_string(node.home().join("daemon.log")).unwrap().len();
-    node.restart_with(&[SIXTY_DAYS]);
+    node.restart_with(&[TWO_DAYS]);
     wait_until("a round without a sweep is over", SOON, || {
         let log = fs::read_to_string(node.home().join("daemon.log")).unwrap();
         log.get(logged..)?.contains("the clock was set").then_some(())
@@ -87,7 +88,7 @@ fn a_clock_that_was_set_forward_takes_nothing_that_a_finished_job_left() {
     node.shut_down();
     // Nothing shows that the clock is wrong: all seems old, until it is right again.
     fs::remove_file(&clock).unwrap();
-    node.restart_with(&[SIXTY_DAYS]);
+    node.restart_with(&[TWO_DAYS]);
     wait_until("it is too old", SOON, || (!left.exists()).then_some(()));
     node.shut_down();
     node.restart();

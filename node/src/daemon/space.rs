@@ -210,6 +210,9 @@ async fn tend(shared: Arc<Shared>) {
             let _ = tokio::task::spawn_blocking(move || note.write()).await;
         }
         let keep_done = keep_done(&shared, &steady);
+        let keeps = keep_done.is_none();
+        // There may be no pool yet.
+        let _ = shared.act(move |peer, _| peer.keep_old_records(keeps)).await;
         let mut lacks = None;
         if !wanted.is_empty() {
             // Somebody waits: nobody is asked about removed jobs before.
@@ -465,22 +468,17 @@ fn unknown(reason: &str, next: &str) -> String {
 
 /// What follows where the list of files of such a tree is damaged.
 fn next_step(kind: roots::Kind) -> String {
-    use roots::Kind;
-    match kind {
-        // Others may be whole: nobody is to give them up for this one.
-        Kind::Result(job)
-        | Kind::Saved(job)
-        | Kind::Wanted(job)
-        | Kind::Left(job)
-        | Kind::Copy(job) => format!(
-            "; it is brought again from a node that has it, as soon as one can be reached; only \
-             if `p2pit show job:{id}` names no other node that has it, `p2pit rm {id}` gives up \
-             what the job left, everywhere",
-            id = short(job)
-        ),
-        Kind::Input(job) | Kind::InputOfFinished(job) => given_up(job),
-        Kind::Pushed => String::new(),
+    let Some(job) = kind.job() else { return String::new() };
+    if matches!(kind, roots::Kind::Input(_) | roots::Kind::InputOfFinished(_)) {
+        return given_up(job);
     }
+    // Others may be whole: nobody is to give them up for this one.
+    let id = short(job);
+    format!(
+        "; it is brought again from a node that has it, as soon as one can be reached; only if \
+         `p2pit show job:{id}` names no other node that has it, `p2pit rm {id}` gives up what the \
+         job left, everywhere"
+    )
 }
 
 fn given_up(job: JobId) -> String {
@@ -870,6 +868,9 @@ pub(super) async fn removal(
         })
         .await?)
 }
+
+#[cfg(test)]
+pub(super) use self::roots::tests::kept as sample_record;
 
 #[cfg(test)]
 mod tests;
