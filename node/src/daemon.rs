@@ -579,7 +579,10 @@ impl Shared {
             seed,
             sabotage: p2pit_protocol::sabotage::Sabotage::default(),
         };
-        Peer::new(config).context("the pool's genesis cannot be read")
+        let mut peer = Peer::new(config).context("the pool's genesis cannot be read")?;
+        // Until it is known whether the clock can be gone by: see `space`.
+        peer.keep_old_records(true);
+        Ok(peer)
     }
 
     /// Start the network and hand the peer to the core.

@@ -53,6 +53,7 @@ use anyhow::Context as _;
 use thiserror::Error;
 use tokio::sync::{mpsc, watch as latest};
 
+pub(crate) use self::clock::boot_id;
 pub use self::{
     log::append_to_log,
     ownership::prepare_ownership,

@@ -10,6 +10,7 @@
 //! run/         sockets and pids of supervisors
 //! cache/       what costs time alone to lose: hashes of submitted files
 //! api.sock     the daemon's API           daemon.log, ports.json, offer.json
+//! clock.json   what the wall clock was last
 //! ```
 //!
 //! A directory with anything else in it is never taken for a home, and a home of
@@ -221,6 +222,11 @@ impl Home {
 
     pub fn node_key(&self) -> PathBuf {
         self.path.join("node.key")
+    }
+
+    /// What the daemon last knew of the clocks of this machine.
+    pub(crate) fn clock(&self) -> PathBuf {
+        self.path.join("clock.json")
     }
 
     pub fn daemon_log(&self) -> PathBuf {

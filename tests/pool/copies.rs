@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -182,6 +183,47 @@ fn a_training_goes_on_from_its_copied_checkpoint_when_its_node_never_returns() {
     assert!(begun[1] >= copied && begun[1] + 25 >= stepped, "{begun:?} of {stepped}");
     assert!(log.contains("[prepare] begins with keep/ of attempt 1"), "{log}");
     first.p2pit(&["stop", &id]).ended(0);
+}
+
+#[test]
+fn what_went_bad_on_a_holder_or_where_the_job_ran_is_brought_again() {
+    let pool = pool_with_worker();
+    let id = submit_kept_by_others(&pool, 4, &["Leaves", "[v100]", "-d", LEAVES]);
+    let job = pool.node(1).wait_for_outcome(&id, "succeeded");
+    let holders = names(&job["ranks"][0]["holders"]);
+    let holder = holders.iter().find(|name| **name != "n4").expect("n4 ran it");
+    let holder = (1..=3).map(|n| pool.node(n)).find(|node| node.name() == *holder).unwrap();
+    let list = job["ranks"][0]["keep"].as_str().unwrap().to_owned();
+    let whole = |node: &Node| {
+        let is_list = |path: &Path| path.ends_with(&list);
+        let [model, list] =
+            [blob_of(node, |path| fs::read(path).unwrap() == b"model\n"), blob_of(node, is_list)];
+        model.is_some() && list.is_some()
+    };
+    let runner = pool.node(4);
+    for (node, other) in [(holder, runner), (runner, holder)] {
+        assert!(whole(node));
+        let model = blob_of(node, |path| fs::read(path).unwrap() == b"model\n").unwrap();
+        fs::write(&model, "noise\n").unwrap();
+        // Nobody else has it just now.
+        other.shut_down();
+        wait_until("that it is bad is found out", SOON, || {
+            node.p2pit(&["cp", &id, "keep/model", "-"]);
+            (!model.exists()).then_some(())
+        });
+        other.restart();
+        wait_until("it is there again", REPAIRED, || whole(node).then_some(()));
+    }
+}
+
+/// A blob of a node for which `is_it`.
+fn blob_of(node: &Node, is_it: impl Fn(&Path) -> bool) -> Option<PathBuf> {
+    let entries = |dir: &Path| fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let dirs = entries(&node.home().join("blobs"));
+    let dirs = dirs.filter(|dir| dir.file_name().is_some_and(|name| name.len() == 2));
+    dirs.flat_map(|dir| entries(&dir).collect::<Vec<_>>())
+        .filter(|path| path.extension().is_none())
+        .find(|path| is_it(path))
 }
 
 #[test]

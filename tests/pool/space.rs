@@ -65,6 +65,38 @@ fn what_finished_jobs_left_goes_after_its_time_and_that_they_were_stays() {
 }
 
 #[test]
+fn a_clock_that_was_set_forward_takes_nothing_that_a_finished_job_left() {
+    const TWO_DAYS: (&str, &str) = ("P2PIT_TEST_CLOCK_OFFSET_MS", "172800000");
+    let pool = Pool::of(&["sim:1xv100"]);
+    let node = pool.node(1);
+    tidy_with(node, &["keep_done: 1day"]);
+    let job = node.submit(&["Left", "[v100]", "-d", "echo kept > $JOB_DIR/keep/left"]);
+    node.wait_for_outcome(&job, "succeeded");
+    let left = node.home().join("jobs").join(&job);
+    let clock = node.home().join("clock.json");
+    wait_until("what the clock is is known to the next daemon", SOON, || {
+        clock.exists().then_some(())
+    });
+    node.shut_down();
+    let logged = fs::read_to_string(node.home().join("daemon.log")).unwrap().len();
+    node.restart_with(&[TWO_DAYS]);
+    wait_until("a round without a sweep is over", SOON, || {
+        let log = fs::read_to_string(node.home().join("daemon.log")).unwrap();
+        log.get(logged..)?.contains("the clock was set").then_some(())
+    });
+    assert!(left.is_dir(), "it is not known how old it is");
+    node.shut_down();
+    // Nothing shows that the clock is wrong: all seems old, until it is right again.
+    fs::remove_file(&clock).unwrap();
+    node.restart_with(&[TWO_DAYS]);
+    wait_until("it is too old", SOON, || (!left.exists()).then_some(()));
+    node.shut_down();
+    node.restart();
+    wait_until("it is back", SOON, || left.is_dir().then_some(()));
+    assert!(node.p2pit(&["ls", &job, "keep"]).ok().contains("left"));
+}
+
+#[test]
 fn a_quota_holds_finished_jobs_inputs_make_room_and_live_ones_never_do() {
     let pool = Pool::of(&["sim:1xv100"]);
     let dirs: Vec<PathBuf> =

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fs, io, path::Path, time::Duration};
 
 use anyhow::Context as _;
 use p2pit_node::{
-    api::types::{HandedOver, Me, NodeInfo, Parting, path},
+    api::types::{HandedOver, Me, NodeInfo, OnlyHere, Parting, path},
     home::Home,
 };
 use p2pit_protocol::{
@@ -32,7 +32,8 @@ use crate::{
 
 /// Take this node out of its pool, and end its daemon
 ///
-/// What only this node has of jobs, logs and files, is copied to others first.
+/// What only this node has of jobs, logs and files, also what those need that are not over, is
+/// copied to others first.
 ///
 /// The home stays yours: its key, settings and blobs remain, and `p2pit join` can use it
 /// for another pool.
@@ -145,7 +146,7 @@ async fn wait_for_copies(session: &Session, out: &Output, force: bool) -> anyhow
         let jobs: Vec<String> = only_here.iter().map(|only| short_job(only.job)).collect();
         let jobs = list_texts(&jobs);
         if force {
-            out.warn(&format!("what only this node has of jobs is lost: {jobs}"));
+            out.warn(&lost(&only_here));
             return Ok(());
         }
         if !has_heirs {
@@ -168,6 +169,23 @@ async fn wait_for_copies(session: &Session, out: &Output, force: bool) -> anyhow
         }
         tokio::time::sleep(COPIED_POLL).await;
     }
+}
+
+/// What is lost with this node.
+fn lost(only_here: &[OnlyHere]) -> String {
+    let texts = |is_it: fn(&OnlyHere) -> bool| {
+        let those = only_here.iter().filter(|only| is_it(only));
+        let texts: Vec<String> = those.map(|only| short_job(only.job)).collect();
+        (!texts.is_empty()).then(|| list_texts(&texts))
+    };
+    let left = texts(|only| only.processes > 0)
+        .map(|jobs| format!("what only this node has of jobs is lost: {jobs}"));
+    let needed = texts(|only| only.needed > 0).map(|jobs| {
+        format!(
+            "jobs that are not over lose inputs, or what they kept and would go on with: {jobs}"
+        )
+    });
+    left.into_iter().chain(needed).collect::<Vec<_>>().join("; ")
 }
 
 /// Refuses for jobs that this node works for, and for those that nobody tells of.
@@ -273,6 +291,23 @@ mod tests {
         assert!(silent.to_string().contains("kept by n2, n3"), "{silent}");
         let many = vec!["x".to_owned(); LISTED_MAX + 2];
         assert!(refuse_unseen(&many, &[]).unwrap_err().to_string().ends_with("x and 2 more"));
+    }
+
+    #[test]
+    fn what_is_lost_at_once_is_said_of_jobs_that_are_over_and_of_those_that_are_not() {
+        let only = |n, processes, needed| OnlyHere {
+            job: JobId([n; 32]),
+            processes,
+            needed,
+            silent: Vec::new(),
+        };
+        let [one, two] = [1, 2].map(|n| short_job(JobId([n; 32])));
+        let said = lost(&[only(1, 1, 0), only(2, 0, 2)]);
+        let (left, needed) = said.split_once("; ").unwrap();
+        assert!(left.contains(&one) && !left.contains(&two), "{said}");
+        assert!(needed.contains(&two) && !needed.contains(&one), "{said}");
+        assert!(needed.contains("not over"), "{said}");
+        assert!(!lost(&[only(1, 1, 0)]).contains("not over"));
     }
 
     #[test]

@@ -409,11 +409,14 @@ pub struct Parting {
     pub has_heirs: bool,
 }
 
-/// A job of which a node alone has what some of its processes left.
+/// A job of which a node alone has what some of its processes left, or what it needs to go on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OnlyHere {
     pub job: JobId,
     pub processes: usize,
+    /// Of a job that is not over: how many of its inputs, and of what its last attempt kept.
+    #[serde(default)]
+    pub needed: usize,
     /// Keepers of it that do not answer, and may know that others have it.
     #[serde(default)]
     pub silent: Vec<String>,

@@ -907,6 +907,8 @@ async fn copy_trees(
                 if orders.changed().await.is_err() {
                     return;
                 }
+                // What is wanted again went bad here.
+                held = shelf.held(id);
             }
             // The log is not copied any more: both begin anew.
             Err(FetchError::Unwanted) if durable.has_changed().is_err() => return,

@@ -17,7 +17,10 @@ use p2pit_protocol::{
 use super::{Shared, lock, saves::OnTheWay, work};
 use crate::{
     api::types::{Copied, JobFiles, Manifest, RankFiles},
-    transfer::{store::BlobStore, tree::Tree},
+    transfer::{
+        store::{self, BlobStore},
+        tree::Tree,
+    },
     workspace::Workspace,
 };
 
@@ -51,7 +54,15 @@ impl Served {
         if let Some(known) = lock(&self.trees).get(&root) {
             return Ok(Arc::clone(known));
         }
-        let manifest = store.read(&root, MANIFEST_BYTES_MAX)?;
+        let manifest = match store.read(&root, MANIFEST_BYTES_MAX) {
+            // Removed, it is missed, and brought again.
+            Err(store::Error::Corrupt(_)) => {
+                return Err(store
+                    .check(&root)
+                    .map_or_else(anyhow::Error::from, |()| store::Error::Corrupt(root).into()));
+            }
+            manifest => manifest?,
+        };
         let tree = Tree::decode(&manifest).with_context(|| format!("tree {root} is damaged"))?;
         let mut blobs: BTreeSet<BlobId> = tree.blobs().into_keys().collect();
         blobs.insert(root);

@@ -6,13 +6,14 @@ use std::{
 };
 
 use p2pit_protocol::{
-    JobId, Now, Peer, PeerId,
+    BlobId, JobId, Now, Peer, PeerId,
     bidder::WorkId,
-    job::{Attempt, Rank, RankEnd},
+    job::{Attempt, Rank, RankEnd, State},
+    record::Kept,
 };
 use serde::{Deserialize, Serialize};
 
-use super::{NoPeer, Shared, serve::Request, work};
+use super::{NoPeer, Shared, copies, serve::Request, work};
 use crate::api::types::OnlyHere;
 
 /// Jobs asked about in one request.
@@ -27,18 +28,33 @@ pub(crate) struct Left {
     ranks: Vec<(Rank, PeerId)>,
     /// Those of them of which all is here.
     complete: BTreeSet<Rank>,
+    /// Which value of the record says so: its epoch and number.
+    value: (u32, u64),
+    /// Of a job that is not over, what an attempt begins with: its inputs, and what was kept by
+    /// the one before, with the node that has it.
+    needs: Vec<(BlobId, Option<PeerId>)>,
+    /// Those of them of which all is here.
+    has: BTreeSet<BlobId>,
 }
 
 /// What the peer here knows of a job, for another node or for this one.
 fn left(peer: &Peer, job: JobId) -> Left {
-    let Some(kept) = peer.record(job) else { return Left::default() };
-    let body = &kept.value.body;
+    peer.record(job).map(of_record).unwrap_or_default()
+}
+
+fn of_record(kept: &Kept) -> Left {
+    let (body, value) = (&kept.value.body, (kept.value.epoch, kept.value.seq));
     if body.removed.is_some() {
-        return Left { attempt: body.attempt, ..Left::default() };
+        return Left { attempt: body.attempt, value, ..Left::default() };
+    }
+    let mut needs = Vec::new();
+    if body.state() != State::Done {
+        needs.extend(kept.spec.inputs().map(|tree| (tree, None)));
+        needs.extend(body.saved.iter().map(|saved| (saved.tree, Some(saved.node))));
     }
     let ranks = body.ranks.iter().filter(|it| it.end.as_ref().is_some_and(RankEnd::has_results));
     let ranks = ranks.map(|it| (it.assignment.rank, it.assignment.node)).collect();
-    Left { attempt: body.attempt, ranks, complete: BTreeSet::new() }
+    Left { attempt: body.attempt, ranks, value, needs, ..Left::default() }
 }
 
 /// The answer to [`Request::Left`].
@@ -49,22 +65,36 @@ pub(crate) async fn answer(shared: &Arc<Shared>, jobs: Vec<JobId>) -> anyhow::Re
     let known = shared
         .act(move |peer, _| of_peer.into_iter().map(|job| left(peer, job)).collect::<Vec<_>>());
     let (mut known, shelf) = (known.await?, shared.copies.shelf().clone());
+    let store = shared.store.clone();
     Ok(tokio::task::spawn_blocking(move || {
+        // Jobs share their inputs.
+        let mut trees = BTreeMap::new();
         for (job, left) in asked.into_iter().zip(&mut known) {
             let attempt = left.attempt;
             let has = |rank: Rank| shelf.held(WorkId { job, attempt, rank }).end.is_some();
             let here = left.ranks.iter().filter(|(rank, node)| *node == me || has(*rank));
             left.complete = here.map(|(rank, _)| *rank).collect();
+            let needs = left.needs.iter().map(|(tree, _)| *tree);
+            let mut is_here =
+                |tree| *trees.entry(tree).or_insert_with(|| copies::has_tree(&store, tree));
+            left.has = needs.filter(|tree| is_here(*tree)).collect();
         }
         known
     })
     .await?)
 }
 
-/// The jobs of which this node has something that no other node that can be reached has all of,
+/// The jobs of which this node has something, also what they need to go on, that no other node that can be reached has all of,
 /// or that others may have of whom one does not answer. Those that it keeps it has others copy.
 pub(crate) async fn only_here(shared: &Arc<Shared>) -> anyhow::Result<Vec<OnlyHere>> {
-    let jobs = jobs_here(shared).await?;
+    let mut jobs = jobs_here(shared).await?;
+    // Of these there may be inputs here, and nothing else.
+    let is_live = |kept: &Kept| kept.value.body.state() != State::Done;
+    let live = shared.act(move |peer, _| {
+        let live = peer.records().filter(|(_, kept)| is_live(kept));
+        live.map(|(job, _)| *job).collect::<Vec<_>>()
+    });
+    jobs.extend(live.await?);
     let asked: Vec<JobId> = jobs.iter().copied().collect();
     let keepers = shared.act(move |peer, _| keepers_of(peer, &asked)).await?;
     let mut by_keeper = BTreeMap::<PeerId, Vec<JobId>>::new();
@@ -98,9 +128,14 @@ pub(crate) async fn only_here(shared: &Arc<Shared>) -> anyhow::Result<Vec<OnlyHe
     let dir = shared.home.jobs();
     let (me, shelf) = (shared.id(), shared.copies.shelf().clone());
     let online = shared.act(|peer, _| peer.board().connected().collect::<BTreeSet<_>>()).await?;
+    let store = shared.store.clone();
     let found = tokio::task::spawn_blocking(move || {
+        let mut trees = BTreeMap::new();
+        let mut is_here =
+            |tree| *trees.entry(tree).or_insert_with(|| copies::has_tree(&store, tree));
         let has = |id: WorkId| shelf.held(id).end.is_some();
         let of = |(job, Said { left, mut silent }): (JobId, Said)| {
+            let needed = needed_only_here(me, &left, &online, &mut is_here);
             let has = |attempt, rank| has(WorkId { job, attempt, rank });
             let mut ranks = ranks_only_here(me, &left, &online, has);
             if !silent.is_empty() {
@@ -110,18 +145,19 @@ pub(crate) async fn only_here(shared: &Arc<Shared>) -> anyhow::Result<Vec<OnlyHe
                 let copied = shelf.ranks(job).unwrap_or_default().into_iter();
                 let here = ran.chain(copied.filter(|(attempt, rank)| has(*attempt, *rank)));
                 let unsure = ranks_unsure(me, &left, &online, here.collect());
-                if unsure.is_empty() {
+                if unsure.is_empty() && needed == 0 {
                     silent.clear();
                 }
                 ranks.extend(unsure);
             }
             let ranks: BTreeSet<Rank> = ranks.into_iter().collect();
-            (!ranks.is_empty()).then_some(OnlyHere { job, processes: ranks.len(), silent })
+            let processes = ranks.len();
+            (processes + needed > 0).then_some(OnlyHere { job, processes, needed, silent })
         };
         said.into_iter().filter_map(of).collect::<Vec<_>>()
     })
     .await?;
-    let only: Vec<_> = found.iter().map(|only| (only.job, only.processes)).collect();
+    let only: Vec<_> = found.iter().map(|only| (only.job, only.processes + only.needed)).collect();
     let parting = shared.copies.to_part_from(&only);
     if !parting.is_empty() {
         shared.act(move |peer, now| have_copied(peer, &parting, now)).await?;
@@ -223,6 +259,29 @@ fn ranks_only_here(
     ranks.into_iter().filter(is_only_here).map(|(rank, _)| rank).collect()
 }
 
+/// Of what the newest value of a job's record says that it needs: how many trees `me` has, and
+/// no other node that can be reached.
+fn needed_only_here(
+    me: PeerId,
+    said: &BTreeMap<PeerId, Left>,
+    online: &BTreeSet<PeerId>,
+    mut is_here: impl FnMut(BlobId) -> bool,
+) -> usize {
+    let Some(newest) = said.values().map(|left| left.value).max() else { return 0 };
+    let of_newest = said.values().filter(|left| left.value == newest);
+    let needs: BTreeSet<(BlobId, Option<PeerId>)> =
+        of_newest.flat_map(|left| left.needs.iter().copied()).collect();
+    let elsewhere = |tree: &BlobId| {
+        let mut others = said.iter().filter(|(keeper, _)| **keeper != me);
+        let saved = needs.iter().filter(|(saved, _)| saved == tree);
+        let mut nodes = saved.filter_map(|(_, node)| *node);
+        others.any(|(_, left)| left.has.contains(tree))
+            || nodes.any(|node| node != me && online.contains(&node))
+    };
+    let trees: BTreeSet<BlobId> = needs.iter().map(|(tree, _)| *tree).collect();
+    trees.into_iter().filter(|tree| !elsewhere(tree) && is_here(*tree)).count()
+}
+
 impl Shared {
     /// Whether another node could hold what this one has.
     pub(crate) async fn has_heirs(&self) -> Result<bool, NoPeer> {
@@ -250,6 +309,63 @@ mod tests {
             attempt: Attempt(attempt),
             ranks: ran.iter().map(|(rank, at)| (Rank(*rank), node(*at))).collect(),
             complete: complete.iter().copied().map(Rank).collect(),
+            ..Left::default()
+        }
+    }
+
+    #[test]
+    fn what_a_job_needs_that_is_not_over_is_only_here_until_another_has_it() {
+        let (input, saved) = (BlobId([1; 32]), BlobId([2; 32]));
+        let says = |seq, has: &[BlobId]| Left {
+            value: (0, seq),
+            needs: vec![(input, None), (saved, Some(node(1)))],
+            has: has.iter().copied().collect(),
+            ..Left::default()
+        };
+        let online = |nodes: &[u8]| nodes.iter().map(|n| node(*n)).collect();
+        let only = |second: Left, here: &[BlobId]| {
+            // This node runs, or ran, the job, and does not keep it.
+            let said = [(node(2), second), (node(3), says(4, &[]))].into();
+            needed_only_here(node(1), &said, &online(&[2, 3]), |tree| here.contains(&tree))
+        };
+        // The retry is recorded, and the keepers begin to pull.
+        assert_eq!(only(says(4, &[input]), &[input, saved]), 1);
+        assert_eq!(only(says(4, &[]), &[input, saved]), 2);
+        assert_eq!(only(says(4, &[]), &[input]), 1, "what is not here either is not lost by it");
+        assert_eq!(only(says(4, &[input, saved]), &[input, saved]), 0);
+        // What an older value names counts for nothing, but what is there is there.
+        let over = Left { value: (0, 5), ..Left::default() };
+        assert_eq!(only(over, &[input, saved]), 0, "the job is over");
+        assert_eq!(only(says(3, &[saved]), &[input, saved]), 1);
+        // Another node has it, and is there.
+        let at = |other: u8, nodes: &[u8]| {
+            let mut left = says(4, &[input]);
+            left.needs[1].1 = Some(node(other));
+            let said = [(node(2), left)].into();
+            needed_only_here(node(1), &said, &online(nodes), |_| true)
+        };
+        assert_eq!((at(9, &[2, 9]), at(9, &[2]), at(1, &[1, 2])), (0, 1, 1));
+        let nobody = BTreeMap::new();
+        assert_eq!(needed_only_here(node(1), &nobody, &online(&[]), |_| true), 0);
+    }
+
+    #[test]
+    fn what_a_keeper_says_has_the_inputs_and_saves_of_a_job_that_is_not_over() {
+        use crate::daemon::space;
+        for (state, is_live) in
+            [(State::Waiting, true), (State::Running, true), (State::Done, false)]
+        {
+            let kept = space::sample_record(state);
+            let left = of_record(&kept);
+            let body = &kept.value.body;
+            let needs: Vec<(BlobId, Option<PeerId>)> = kept
+                .spec
+                .inputs()
+                .map(|tree| (tree, None))
+                .chain(body.saved.iter().map(|saved| (saved.tree, Some(saved.node))))
+                .collect();
+            assert!(!body.saved.is_empty());
+            assert_eq!(left.needs, if is_live { needs } else { Vec::new() }, "{state:?}");
         }
     }
 

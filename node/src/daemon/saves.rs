@@ -169,6 +169,7 @@ async fn run(shared: Arc<Shared>, id: WorkId, told_to_end: Arc<Notify>) {
     }
     let mut seen = Seen::default();
     let mut is_in_trouble = false;
+    let mut left_out = None;
     let mut ends = Ends { limit_ms: spec.time_limit_ms, is_over: false };
     let mut due_ms = clock::now().boot_ms.saturating_add(spec.keep_every_ms);
     loop {
@@ -194,12 +195,19 @@ async fn run(shared: Arc<Shared>, id: WorkId, told_to_end: Arc<Notify>) {
         let Ok((now_seen, saved)) = taken.await else { return };
         seen = now_seen;
         let trouble = match saved {
-            Ok(Saving::New(save)) => {
+            Ok(Saving::New(save, without)) => {
                 tell(&shared, id, save).await;
+                if let Some(without) = without.as_ref().filter(|it| left_out.as_ref() != Some(*it))
+                {
+                    say(&workspace, format!("not copied of keep/ to other nodes: {without}")).await;
+                    shared.work.touch(id.job);
+                }
+                left_out = without;
                 None
             }
             Ok(Saving::Unchanged) => None,
             Ok(Saving::Changing(path)) => Some(format!("`{path}` changes all the time")),
+            Ok(Saving::Unreadable(what)) => Some(format!("{what} cannot be read")),
             Err(reason) => Some(format!("{:#}", anyhow::Error::from(reason))),
         };
         if let Some(trouble) = &trouble

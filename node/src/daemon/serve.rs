@@ -732,6 +732,17 @@ async fn allow_copies(
     links: Vec<Link>,
     asks: &[Ask],
 ) -> anyhow::Result<Allowed> {
+    if let Some(trees) = left_by(shared, from, spec.clone()).await? {
+        let (shared, ids) = (Arc::clone(shared), asks.iter().map(|ask| ask.id).collect::<Vec<_>>());
+        let allowed = tokio::task::spawn_blocking(move || {
+            let mut allowed = BTreeSet::new();
+            for root in trees {
+                allow_tree(&shared, root, &ids, &mut allowed)?;
+            }
+            anyhow::Ok(Allowed { store: shared.store.clone(), ids: allowed })
+        });
+        return allowed.await?;
+    }
     let spec = check_keeper(shared, from, spec, links).await?;
     let (job, owner) = (spec.job, spec.spec.owner);
     let (is_recorded, recorded) = shared
@@ -764,6 +775,28 @@ async fn allow_copies(
         Ok(Allowed { store: shared.store.clone(), ids: allowed })
     })
     .await?
+}
+
+/// What ranks of a job left on `from`, which does not keep it, as the record here says; `None`
+/// where that is nothing. It may have back what went bad there.
+async fn left_by(
+    shared: &Arc<Shared>,
+    from: PeerId,
+    spec: SignedBytes,
+) -> anyhow::Result<Option<Vec<BlobId>>> {
+    let spec = tokio::task::spawn_blocking(move || VerifiedSpec::verify(spec)).await??;
+    let left = move |peer: &mut Peer, _| {
+        let kept = peer.record(spec.job)?;
+        if kept.keepers.iter().any(|(keeper, _)| *keeper == from) {
+            return None;
+        }
+        let ranks = kept.value.body.ranks.iter().filter(|it| it.assignment.node == from);
+        let ends = ranks.filter_map(|rank| rank.end.as_ref());
+        let trees: Vec<BlobId> =
+            ends.flat_map(|end| end.keep.into_iter().chain(end.artifacts)).collect();
+        (!trees.is_empty()).then_some(trees)
+    };
+    Ok(shared.act(left).await?)
 }
 
 /// What a record says that its ranks left or saved.

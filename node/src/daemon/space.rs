@@ -7,7 +7,9 @@
 //! where that was taken back, and tells the pool whether there is room.
 
 mod bin;
+mod mend;
 mod roots;
+mod steady;
 mod usage;
 
 use std::{
@@ -30,7 +32,9 @@ use tracing::{info, warn};
 
 use self::{
     bin::Bin,
+    mend::Mender,
     roots::{Dropped, Root, short},
+    steady::Steady,
 };
 use super::{NoPeer, Shared, clock, copies, lock, serve::Request, work};
 use crate::{
@@ -59,8 +63,6 @@ const PUSHED_MAX: usize = 100_000;
 /// A node with less room than this, or than this part of what it may take, is full.
 const FULL_BYTES: u64 = 1 << 30;
 const FULL_PART: u64 = 50;
-/// Clocks that part by more than this between two looks were set, or the machine slept.
-const CLOCK_STEP: Duration = Duration::from_secs(120);
 /// Jobs asked about in one look.
 const ASKS_MAX: usize = 16;
 /// How long a keeper may take to say whether a job was removed.
@@ -196,25 +198,36 @@ async fn tend(shared: Arc<Shared>) {
     // No pool yet; said when there is one.
     let mut is_told = false;
     let mut next = Instant::now();
-    let mut steady = Steady::new();
+    let mut steady = Steady::begin(shared.home.clock(), clock::now());
+    let mut mender = Mender::default();
     let (begun, mut is_counted) = (next, true);
     loop {
         is_told = is_told
             || shared.act(move |peer, now| peer.set_keep_done(keep_done_ms, now)).await.is_ok();
         let wanted = std::mem::take(&mut lock(&shared.space.need).wanted);
+        if let Some(note) = steady.note() {
+            // What cannot be written it says itself.
+            let _ = tokio::task::spawn_blocking(move || note.write()).await;
+        }
+        let keep_done = keep_done(&shared, &steady);
+        let keeps = keep_done.is_none();
+        // There may be no pool yet.
+        let _ = shared.act(move |peer, _| peer.keep_old_records(keeps)).await;
         let mut lacks = None;
         if !wanted.is_empty() {
             // Somebody waits: nobody is asked about removed jobs before.
-            lacks = swept(&steady, tidy(&shared, &wanted, begun)).await.unwrap_or_else(|| {
-                // Nothing was swept.
-                wanted.first().copied()
-            });
+            lacks = swept(&steady, tidy(&shared, &wanted, begun, keep_done)).await.unwrap_or_else(
+                || {
+                    // Nothing was swept.
+                    wanted.first().copied()
+                },
+            );
             if lacks.is_none() {
                 shared.space.relief_is_over(None);
             }
             is_counted = false;
         }
-        let has_gone = match settle_removed(&shared).await {
+        let has_gone = match settle_given_up(&shared, keep_done).await {
             Ok(has_gone) => has_gone,
             Err(reason) => {
                 warn!(reason = format!("{reason:#}"), "data of removed jobs stays");
@@ -225,7 +238,7 @@ async fn tend(shared: Arc<Shared>) {
         if Instant::now() >= next || has_gone || has_come {
             next = Instant::now() + every;
             let lacking = if lacks.is_some() { wanted } else { BTreeSet::new() };
-            if let Some(still) = swept(&steady, tidy(&shared, &lacking, begun)).await {
+            if let Some(still) = swept(&steady, tidy(&shared, &lacking, begun, keep_done)).await {
                 lacks = still;
                 is_counted = false;
             }
@@ -234,6 +247,11 @@ async fn tend(shared: Arc<Shared>) {
             }
         } else if lacks.is_some() {
             shared.space.relief_is_over(lacks);
+        }
+        if let Err(reason) = mender.look(&shared).await
+            && !matches!(reason.downcast_ref(), Some(NoPeer::NoPool))
+        {
+            warn!(reason = format!("{reason:#}"), "content that went bad is not brought again");
         }
         if !is_counted {
             match count(&shared).await {
@@ -249,8 +267,15 @@ async fn tend(shared: Arc<Shared>) {
             () = shared.space.wake.notified() => tokio::time::sleep(GATHER).await,
             () = tokio::time::sleep(LOOK_EVERY.min(every)) => {}
         }
-        steady.look();
+        steady.observe(clock::now());
     }
+}
+
+/// For how long what finished jobs left is kept here, where the clock says how old that is.
+fn keep_done(shared: &Shared, steady: &Steady) -> Option<Duration> {
+    let answers = shared.standing.known().answers;
+    let is_right = !steady::is_ahead(answers.values().map(|answer| answer.clock_ms));
+    (steady.is_trusted() && is_right).then_some(shared.settings.keep_done)
 }
 
 /// What came of a round; `None` where it could not be made.
@@ -271,35 +296,6 @@ async fn swept(
             }
             None
         }
-    }
-}
-
-/// The times of files are worth nothing as long as a clock that was set is not past them.
-struct Steady {
-    last: p2pit_protocol::Now,
-    not_before: Option<Instant>,
-}
-
-impl Steady {
-    fn new() -> Self {
-        Self { last: clock::now(), not_before: None }
-    }
-
-    fn look(&mut self) {
-        self.observe(clock::now());
-    }
-
-    fn observe(&mut self, now: p2pit_protocol::Now) {
-        let passed_ms = now.boot_ms.saturating_sub(self.last.boot_ms);
-        let expected_ms = self.last.wall_ms.saturating_add(passed_ms);
-        if now.wall_ms > expected_ms.saturating_add(millis(CLOCK_STEP)) {
-            self.not_before = Some(Instant::now() + RELIED);
-        }
-        self.last = now;
-    }
-
-    fn is_trusted(&self) -> bool {
-        self.not_before.is_none_or(|at| Instant::now() >= at)
     }
 }
 
@@ -343,10 +339,12 @@ async fn tidy(
     shared: &Arc<Shared>,
     wanted: &BTreeSet<u64>,
     begun: Instant,
+    keep_done: Option<Duration>,
 ) -> anyhow::Result<Option<u64>> {
-    expire(shared).await?;
-    let spared = sweep(shared, true).await?;
-    let kept = shared.settings.trash;
+    expire(shared, keep_done).await?;
+    let spared = sweep(shared, true, keep_done).await?;
+    // Of what is in the trash it is not known either how old it is.
+    let kept = keep_done.map_or(Duration::MAX, |_| shared.settings.trash);
     // Who took a removal back may not have been heard yet.
     let removed_too = begun.elapsed() >= undo_is_heard_after();
     let bin = Bin::of(&shared.home);
@@ -363,7 +361,7 @@ async fn tidy(
     let mut freed = 0;
     if let Some(goal) = goal {
         if !could_fit(goal, 0) {
-            sweep(shared, false).await?;
+            sweep(shared, false, keep_done).await?;
         }
         in_bin.retain(|(bytes, _)| {
             let is_needed = !could_fit(goal, freed);
@@ -395,10 +393,14 @@ async fn tidy(
 
 /// Moves what nothing names to the trash; without inputs of finished jobs where so. How many
 /// bytes only they keep.
-async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Result<u64> {
+async fn sweep(
+    shared: &Arc<Shared>,
+    keeps_finished_inputs: bool,
+    keep_done: Option<Duration>,
+) -> anyhow::Result<u64> {
     // Before anything is looked at: see `Reach`.
     let mut reach = Reach::begin(&shared.store);
-    let keep_done_ms = millis(shared.settings.keep_done);
+    let keep_done_ms = millis(keep_done.unwrap_or(Duration::MAX));
     let pushed = fresh_pushed(shared);
     let on_the_way = shared.served.on_the_way.kept(Instant::now(), |id| shared.work.has(id));
     let holding = Arc::clone(shared);
@@ -430,13 +432,16 @@ async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Res
             }
         }
         let mut warnings: Vec<String> =
-            lists.iter().map(|list| unknown(Some(list.job), &list.reason)).collect();
+            lists.iter().map(|list| unknown(&list.reason, &given_up(list.job))).collect();
         for (tree, reason) in reach.unreadable() {
             let root = all.iter().find(|root| root.tree == *tree);
             let what = root.map_or_else(String::new, |root| root.kind.describe());
             let reason = format!("the list of files of {what}, blob {tree}, is damaged ({reason})");
-            warnings.push(unknown(root.and_then(|root| root.kind.job()), &reason));
+            let next = root.map_or_else(String::new, |root| next_step(root.kind));
+            warnings.push(unknown(&reason, &next));
         }
+        // What others have is brought again.
+        mend::check(&store, reach.unreadable().iter().map(|(tree, _)| *tree));
         if !lists.is_empty() {
             reach.give_up();
         }
@@ -459,12 +464,30 @@ async fn sweep(shared: &Arc<Shared>, keeps_finished_inputs: bool) -> anyhow::Res
 }
 
 /// What the owner is told where it is not known what is needed.
-fn unknown(job: Option<JobId>, reason: &str) -> String {
-    let next = match job {
-        Some(job) => format!("; where the job is over, `p2pit rm {}` gives it up", short(job)),
-        None => String::new(),
-    };
+fn unknown(reason: &str, next: &str) -> String {
     format!("{reason}: what it names is not known, and so no unused file is deleted here{next}")
+}
+
+/// What follows where the list of files of such a tree is damaged.
+fn next_step(kind: roots::Kind) -> String {
+    let Some(job) = kind.job() else { return String::new() };
+    if matches!(kind, roots::Kind::Input(_) | roots::Kind::InputOfFinished(_)) {
+        return given_up(job);
+    }
+    // Others may be whole: nobody is to give them up for this one.
+    let id = short(job);
+    format!(
+        "; it is brought again from a node that has it, as soon as one can be reached; only if \
+         `p2pit show job:{id}` names no other node that has it, `p2pit rm {id}` gives up what the \
+         job left, everywhere"
+    )
+}
+
+fn given_up(job: JobId) -> String {
+    format!(
+        "; where the job is over, `p2pit rm {}` gives up what it left, on all nodes",
+        short(job)
+    )
 }
 
 fn fresh_pushed(shared: &Shared) -> Vec<BlobId> {
@@ -545,7 +568,7 @@ pub(crate) fn describe(shared: &Shared) -> types::Space {
 /// What is to become of a job's directories here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
-    /// In their place, also where they were removed before.
+    /// In their place, also where they were removed, or taken for too old, before.
     Stay,
     Go(Dropped),
     /// It is not sure yet: they are left where they are.
@@ -554,25 +577,33 @@ enum Fate {
     Ask,
 }
 
-/// Moves directories of jobs that were removed to the trash, and those of jobs that were not
-/// after all back; whether any went.
-async fn settle_removed(shared: &Arc<Shared>) -> anyhow::Result<bool> {
+/// Moves directories of jobs that were removed, or are older than `keep_done`, to the trash, and
+/// those of jobs that are not after all back; whether any went. Without `keep_done` it is not
+/// known how old any of them is.
+async fn settle_given_up(
+    shared: &Arc<Shared>,
+    keep_done: Option<Duration>,
+) -> anyhow::Result<bool> {
     let bin = Bin::of(&shared.home);
     let listing = bin.clone();
-    let (here, away) = tokio::task::spawn_blocking(move || {
-        std::io::Result::Ok((listing.jobs()?, listing.removed()?))
+    let (here, removed, expired) = tokio::task::spawn_blocking(move || {
+        let expired = if keep_done.is_some() { listing.expired()? } else { BTreeMap::new() };
+        std::io::Result::Ok((listing.jobs()?, listing.removed()?, expired))
     })
     .await?
     .context("directories of jobs cannot be listed")?;
-    if here.is_empty() && away.is_empty() {
+    if here.is_empty() && removed.is_empty() && expired.is_empty() {
         return Ok(false);
     }
     let live = shared.work.jobs();
-    let keep_done_ms = millis(shared.settings.keep_done);
+    let keep_done_ms = millis(keep_done.unwrap_or(Duration::MAX));
     let mut jobs = here.clone();
-    jobs.extend(&away);
+    jobs.extend(&removed);
+    let named: BTreeSet<JobId> = jobs.iter().copied().collect();
+    jobs.extend(expired.keys());
     jobs.sort_unstable();
     jobs.dedup();
+    let early = expired.clone();
     let judged = shared.act(move |peer, now| {
         let judge = |job: JobId| {
             if live.contains(&job) || peer.has_work(job) {
@@ -580,7 +611,10 @@ async fn settle_removed(shared: &Arc<Shared>) -> anyhow::Result<bool> {
             }
             let fate = match peer.record(job) {
                 Some(kept) => fate_of(kept, keep_done_ms, now.wall_ms),
-                None => Fate::Ask,
+                None if named.contains(&job) => Fate::Ask,
+                // What came here in the future is judged again, in its place.
+                None if early.get(&job) == Some(&true) => Fate::Stay,
+                None => Fate::Unsure,
             };
             (job, fate)
         };
@@ -606,7 +640,7 @@ async fn settle_removed(shared: &Arc<Shared>) -> anyhow::Result<bool> {
             Fate::Go(why) if here.binary_search(&job).is_ok() => {
                 gone |= give_up(shared, job, why).await?;
             }
-            Fate::Stay if away.binary_search(&job).is_ok() => {
+            Fate::Stay if removed.binary_search(&job).is_ok() || expired.contains_key(&job) => {
                 take_back(shared, job)
                     .await
                     .with_context(|| format!("job {} cannot be put back", short(job)))?;
@@ -684,7 +718,8 @@ pub(super) async fn take_back(shared: &Arc<Shared>, job: JobId) -> anyhow::Resul
 }
 
 /// Moves what finished jobs left here to the trash once it is too old.
-async fn expire(shared: &Arc<Shared>) -> anyhow::Result<()> {
+async fn expire(shared: &Arc<Shared>, keep_done: Option<Duration>) -> anyhow::Result<()> {
+    let Some(keep_done) = keep_done else { return Ok(()) };
     let bin = Bin::of(&shared.home);
     let (listing, home) = (bin.clone(), shared.home.clone());
     let ages = tokio::task::spawn_blocking(move || {
@@ -693,8 +728,7 @@ async fn expire(shared: &Arc<Shared>) -> anyhow::Result<()> {
     })
     .await??;
     let live = shared.work.jobs();
-    let keep_done = shared.settings.keep_done;
-    // By its record `settle_removed` judges.
+    // By its record `settle_given_up` judges.
     let expired = shared
         .act(move |peer, _| {
             let goes = |job: JobId| {
@@ -837,6 +871,9 @@ pub(super) async fn removal(
         })
         .await?)
 }
+
+#[cfg(test)]
+pub(super) use self::roots::tests::kept as sample_record;
 
 #[cfg(test)]
 mod tests;

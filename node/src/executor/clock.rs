@@ -13,7 +13,7 @@ pub(super) fn wall_ms() -> u64 {
 }
 
 /// Tells one boot of the machine from another.
-pub(super) fn boot_id() -> std::io::Result<String> {
+pub(crate) fn boot_id() -> std::io::Result<String> {
     Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 

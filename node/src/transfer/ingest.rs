@@ -9,6 +9,7 @@
 mod live;
 
 use std::{
+    ffi::CString,
     fmt, io,
     os::fd::AsFd,
     path::{Path, PathBuf},
@@ -148,6 +149,8 @@ struct Scan<'a> {
     files: Vec<TreePath>,
     /// Of each of the files.
     stamps: Vec<Stamp>,
+    /// The directories, each as it was before it was listed.
+    dirs: Vec<(Option<TreePath>, Stamp)>,
     bytes: u64,
     skipped: Vec<Skipped>,
 }
@@ -165,6 +168,7 @@ impl<'a> Scan<'a> {
             entries: Vec::new(),
             files: Vec::new(),
             stamps: Vec::new(),
+            dirs: Vec::new(),
             bytes: 0,
             skipped: Vec::new(),
         })
@@ -191,7 +195,11 @@ impl<'a> Scan<'a> {
 
     fn directory(&mut self, dir: impl AsFd, path: Option<&TreePath>) -> Result<(), Error> {
         let room = ENTRIES_MAX.saturating_sub(self.count());
-        let names = match beneath::names(dir.as_fd(), room) {
+        let listed = fstat(dir.as_fd()).map_err(io::Error::from).and_then(|state| {
+            self.dirs.push((path.cloned(), Stamp::of(&state)));
+            beneath::names(dir.as_fd(), room)
+        });
+        let names = match listed {
             Ok(Some(names)) => names,
             Ok(None) => return Err(Error::TooManyEntries { path: self.dir.to_owned() }),
             Err(error) => {
@@ -202,6 +210,16 @@ impl<'a> Scan<'a> {
         if let (true, Some(path)) = (names.is_empty(), path) {
             self.entries.push(Entry { path: path.clone(), kind: Kind::Dir });
         }
+        self.listed(dir, path, &names)
+    }
+
+    /// Of a directory that has these names.
+    fn listed(
+        &mut self,
+        dir: impl AsFd,
+        path: Option<&TreePath>,
+        names: &[CString],
+    ) -> Result<(), Error> {
         for name in names {
             let name = name.to_bytes();
             let child = match path {

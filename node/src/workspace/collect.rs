@@ -280,7 +280,8 @@ trait Described {
 
 impl Described for Ingested {
     fn described(self, name: &str) -> Taken {
-        let notes = describe_skipped(name, &self.skipped).into_iter().collect();
+        let notes = list_skipped(&self.skipped).map(|list| format!("not kept of {name}: {list}"));
+        let notes = notes.into_iter().collect();
         Taken { root: self.root, tree: self.tree, notes }
     }
 }
@@ -310,7 +311,8 @@ fn is_in_the_way(entry: &Entry, other: &Tree) -> bool {
     inside_a_file || other.list(Some(&entry.path)).is_some()
 }
 
-fn describe_skipped(name: &str, skipped: &[Skipped]) -> Option<String> {
+/// What is missing, and why; nothing where nothing is.
+pub(super) fn list_skipped(skipped: &[Skipped]) -> Option<String> {
     let mut named: Vec<String> = skipped
         .iter()
         .take(NAMED_MAX)
@@ -322,7 +324,7 @@ fn describe_skipped(name: &str, skipped: &[Skipped]) -> Option<String> {
     if skipped.len() > NAMED_MAX {
         named.push(format!("{} more", skipped.len() - NAMED_MAX));
     }
-    (!named.is_empty()).then(|| format!("not kept of {name}: {}", named.join(", ")))
+    (!named.is_empty()).then(|| named.join(", "))
 }
 
 fn joined(notes: Vec<String>) -> Option<String> {

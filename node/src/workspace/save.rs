@@ -5,7 +5,10 @@ use std::{collections::BTreeSet, fs, io};
 use p2pit_protocol::BlobId;
 use serde::{Deserialize, Serialize};
 
-use super::{KEEP, Workspace, collect::FilesError};
+use super::{
+    KEEP, Workspace,
+    collect::{FilesError, list_skipped},
+};
 use crate::{
     home::write_atomic,
     transfer::{
@@ -32,11 +35,15 @@ pub struct Save {
 /// What came of a try.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Saving {
-    New(Save),
+    /// With what no copy can have, in words.
+    New(Save, Option<String>),
     /// It is as it was the last time, or there has never been anything in it.
     Unchanged,
-    /// A file of it changes all the time.
+    /// This in it changes all the time.
     Changing(String),
+    /// This in it cannot be read, for this reason. It may be the next time: a copy without it
+    /// would take the place of one that has it.
+    Unreadable(String),
 }
 
 impl Workspace {
@@ -66,7 +73,11 @@ impl Workspace {
         }
         let taken = match ingest_live(store, &dir, &self.ingest_options(&dir)?, seen)? {
             Live::Taken(taken) => taken,
-            Live::Changing(path) => return Ok(Saving::Changing(path.to_string())),
+            Live::Changing(path) => return Ok(Saving::Changing(path.display().to_string())),
+            Live::Unreadable(skipped) => {
+                let what = list_skipped(&[skipped]).unwrap_or_default();
+                return Ok(Saving::Unreadable(what));
+            }
         };
         let before = self.saved();
         let is_same = before.is_some_and(|before| before.tree == taken.root);
@@ -89,6 +100,6 @@ impl Workspace {
         let bytes = serde_json::to_vec(&save).map_err(io::Error::other).map_err(io)?;
         write_atomic(&self.dir.join(SAVED), &bytes)
             .map_err(|source| FilesError::Io { path: SAVED.to_owned(), source })?;
-        Ok(Saving::New(save))
+        Ok(Saving::New(save, list_skipped(&taken.skipped)))
     }
 }

@@ -87,11 +87,11 @@ fn what_a_rank_keeps_is_taken_while_it_runs_and_the_next_attempt_begins_with_it(
     assert_eq!(rank.read("keep/base"), "b");
     let mut seen = Seen::default();
     let mut save = |at_ms| rank.workspace.save(&node.store, &mut seen, at_ms).unwrap();
-    let Saving::New(first) = save(1_000) else { panic!("what it began with is news") };
+    let Saving::New(first, None) = save(1_000) else { panic!("what it began with is news") };
     assert_eq!((first.seq, first.at_ms), (1, 1_000));
     assert_eq!(save(2_000), Saving::Unchanged);
     rank.write("keep/checkpoint", "step 1");
-    let Saving::New(second) = save(3_000) else { panic!("it changed") };
+    let Saving::New(second, None) = save(3_000) else { panic!("it changed") };
     assert_eq!((second.seq, rank.workspace.saved()), (2, Some(second)));
 
     // A daemon that starts again remembers nothing but what is on its disk.
@@ -124,10 +124,10 @@ fn a_rank_that_never_kept_anything_has_no_save() {
     assert_eq!(rank.workspace.save(&node.store, &mut seen, 1).unwrap(), Saving::Unchanged);
     assert_eq!(rank.workspace.saved(), None);
     rank.write("keep/x", "1");
-    assert!(matches!(rank.workspace.save(&node.store, &mut seen, 2), Ok(Saving::New(_))));
+    assert!(matches!(rank.workspace.save(&node.store, &mut seen, 2), Ok(Saving::New(..))));
     // That it was removed is a change like any other.
     fs::remove_file(rank.at("keep/x")).unwrap();
-    assert!(matches!(rank.workspace.save(&node.store, &mut seen, 3), Ok(Saving::New(_))));
+    assert!(matches!(rank.workspace.save(&node.store, &mut seen, 3), Ok(Saving::New(..))));
 }
 
 #[test]

@@ -101,6 +101,13 @@ impl Peer {
         self.finish(now);
     }
 
+    /// Whether records of jobs that ended long ago are kept all the same, since the wall clock may
+    /// be wrong about how long ago that is. A record that is forgotten does not come back. Not
+    /// kept where this is never said.
+    pub fn keep_old_records(&mut self, keeps: bool) {
+        self.soft.keeps_old = keeps;
+    }
+
     fn tell_of_copies(&mut self, job: JobId, everybody: bool) {
         if self.shy_until_ms.is_some() || self.store_refused {
             return;
@@ -653,6 +660,21 @@ mod tests {
             prepares.contains(&(&first, true)) && prepares.contains(&(&second, true)),
             "{reads:?}"
         );
+    }
+
+    #[test]
+    fn a_clock_that_may_be_wrong_costs_no_record() {
+        let done = value(&replica(), State::Done, Some(end()));
+        let job = done.job;
+        let mut first = keeper(1, &done);
+        first.keep_old_records(true);
+        let month = crate::record::KEEP_MS + 1;
+        let set = Now { wall_ms: at(5_000).wall_ms + month, ..at(24 * 3_600_000) };
+        first.handle_timeout(set);
+        assert!(first.registers.get(job).is_some());
+        first.keep_old_records(false);
+        first.handle_timeout(Now { boot_ms: set.boot_ms + 24 * 3_600_000, ..set });
+        assert!(first.registers.get(job).is_none(), "it is as old as it seems");
     }
 
     #[test]

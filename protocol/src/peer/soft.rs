@@ -63,6 +63,8 @@ pub(super) struct SoftState {
     /// See [`Peer::set_full`].
     full: bool,
     next_reconcile_ms: u64,
+    /// See [`Peer::keep_old_records`].
+    pub(super) keeps_old: bool,
     control: Vec<core::net::SocketAddr>,
     data: Vec<core::net::SocketAddr>,
     reach: Reach,
@@ -96,6 +98,7 @@ impl SoftState {
             away: Capacity::default(),
             full: false,
             next_reconcile_ms: 0,
+            keeps_old: false,
             control: Vec::new(),
             data: Vec::new(),
             reach: Reach::Unknown,
@@ -414,6 +417,9 @@ impl Peer {
             if let Some((_, id)) = self.soft.heads.remove(&job) {
                 self.soft.items.remove(&id);
             }
+        }
+        if self.soft.keeps_old {
+            return;
         }
         let old = |kept: &Kept| {
             let last = kept.value.body.history.last();

@@ -8,6 +8,7 @@
 //! A directory is here or in its place, by one rename. All calls block.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, DirBuilder, File, FileTimes},
     io,
     os::unix::fs::DirBuilderExt as _,
@@ -22,6 +23,9 @@ use super::{
     usage,
 };
 use crate::{home::Home, workspace::remove_tree};
+
+/// What was put here from further in the future was put here under a clock that was wrong.
+const FUTURE_MAX: Duration = Duration::from_secs(300);
 
 /// The two directories that have one for each job.
 pub(super) const KINDS: [&str; 2] = ["jobs", "copies"];
@@ -65,16 +69,42 @@ impl Bin {
 
     /// The jobs that were removed and can be had back.
     pub(super) fn removed(&self) -> io::Result<Vec<JobId>> {
-        let mut jobs = Vec::new();
-        for kind in KINDS {
-            for name in names_in(&self.dir(kind))? {
-                let job = name.strip_suffix(".removed").and_then(|job| job.parse::<JobId>().ok());
-                jobs.extend(job);
-            }
-        }
+        let mut jobs: Vec<JobId> =
+            self.away(Dropped::Removed)?.into_iter().map(|(job, _)| job).collect();
         jobs.sort_unstable();
         jobs.dedup();
         Ok(jobs)
+    }
+
+    /// The jobs that were too old and can be had back, and whether they were put here at a time
+    /// that is still to come: then the clock was wrong, and so may be how old they seemed.
+    pub(super) fn expired(&self) -> io::Result<BTreeMap<JobId, bool>> {
+        let mut jobs = BTreeMap::new();
+        for (job, path) in self.away(Dropped::Expired)? {
+            let soon = SystemTime::now() + FUTURE_MAX;
+            let is_early = match fs::symlink_metadata(&path) {
+                Ok(metadata) => metadata.modified()? > soon,
+                // Purged meanwhile.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(e),
+            };
+            *jobs.entry(job).or_default() |= is_early;
+        }
+        Ok(jobs)
+    }
+
+    fn away(&self, why: Dropped) -> io::Result<Vec<(JobId, PathBuf)>> {
+        let mut away = Vec::new();
+        for kind in KINDS {
+            let dir = self.dir(kind);
+            for name in names_in(&dir)? {
+                let Some((job, end)) = name.rsplit_once('.') else { continue };
+                if end == ending(why) {
+                    away.extend(job.parse().ok().map(|job| (job, dir.join(&name))));
+                }
+            }
+        }
+        Ok(away)
     }
 
     /// Moves what there is of a job here; whether that was anything.
@@ -97,11 +127,13 @@ impl Bin {
         Ok(moved)
     }
 
-    /// Puts what was removed of a job back into its place; whether that was anything.
+    /// Puts what is here of a job back into its place; whether that was anything.
     pub(super) fn take_back(&self, job: JobId) -> io::Result<bool> {
         let mut moved = false;
-        for kind in KINDS {
-            let from = self.dir(kind).join(format!("{job}.{}", ending(Dropped::Removed)));
+        // What was removed last is the newer one.
+        let all = [Dropped::Removed, Dropped::Expired];
+        for (kind, why) in KINDS.iter().flat_map(|kind| all.map(|why| (kind, why))) {
+            let from = self.dir(kind).join(format!("{job}.{}", ending(why)));
             let to = self.place(kind, job);
             if !to.exists() {
                 moved |= rename(&from, &to)?;
@@ -207,7 +239,7 @@ mod tests {
         assert!(!bin.put(one, Dropped::Removed).unwrap());
         assert_eq!((bin.jobs().unwrap(), bin.removed().unwrap()), (vec![], vec![one]));
         assert!(bin.take_back(one).unwrap() && !bin.take_back(one).unwrap());
-        assert!(!bin.take_back(two).unwrap(), "what expired stays away");
+        assert_eq!(bin.expired().unwrap(), [(two, false)].into());
         assert_eq!(fs::read_to_string(bin.place("copies", one).join("1-0/log")).unwrap(), "said");
         // Removed again: its time begins again, too.
         bin.put(one, Dropped::Removed).unwrap();
@@ -219,6 +251,26 @@ mod tests {
         assert_eq!(left.len(), 2, "what expired is gone: {left:?}");
         assert!(bin.purge(Duration::ZERO, true).unwrap().is_empty());
         assert!(bin.removed().unwrap().is_empty() && !bin.take_back(one).unwrap());
+    }
+
+    #[test]
+    fn what_expired_comes_back_and_is_known_as_put_here_by_a_wrong_clock() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::open_or_create(&dir.path().join("home")).unwrap();
+        let bin = Bin::of(&home);
+        let job = JobId([1; 32]);
+        for kind in KINDS {
+            fs::create_dir_all(bin.place(kind, job).join("1-0")).unwrap();
+        }
+        assert!(bin.put(job, Dropped::Expired).unwrap());
+        assert_eq!(bin.expired().unwrap(), [(job, false)].into());
+        let put = File::open(bin.dir("jobs").join(format!("{job}.expired"))).unwrap();
+        let later = SystemTime::now() + 2 * FUTURE_MAX;
+        put.set_times(FileTimes::new().set_modified(later)).unwrap();
+        assert_eq!(bin.expired().unwrap(), [(job, true)].into());
+        assert!(bin.take_back(job).unwrap());
+        assert!(KINDS.iter().all(|kind| bin.place(kind, job).join("1-0").is_dir()));
+        assert!(bin.expired().unwrap().is_empty() && !bin.take_back(job).unwrap());
     }
 
     #[test]

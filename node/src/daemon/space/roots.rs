@@ -234,7 +234,7 @@ pub(super) fn short(job: JobId) -> String {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(in crate::daemon) mod tests {
     use std::{collections::BTreeSet, sync::Arc};
 
     use p2pit_protocol::{
@@ -291,7 +291,7 @@ pub(super) mod tests {
     }
 
     /// A job whose one rank left a tree of each kind, and that began with a saved one.
-    pub(in crate::daemon::space) fn kept(state: State) -> Kept {
+    pub(in crate::daemon) fn kept(state: State) -> Kept {
         let spec = spec();
         let mut value = Value::birth(&spec);
         let end = RankEnd {

@@ -1,7 +1,5 @@
 use std::thread;
 
-use p2pit_protocol::Now;
-
 use super::*;
 
 #[test]
@@ -31,28 +29,17 @@ fn who_needs_room_waits_for_a_sweep_and_is_not_kept_where_the_last_found_none() 
 }
 
 #[test]
-fn the_times_of_files_are_not_trusted_for_an_hour_after_the_clock_was_set_forward() {
-    let mut steady = Steady { last: Now { boot_ms: 0, wall_ms: 1_000_000 }, not_before: None };
-    // Slow, set back, asleep with the wall clock going on as the boot clock does.
-    for (boot_ms, wall_ms) in
-        [(10_000, 1_010_000), (20_000, 900_000), (8_020_000, 8_900_000), (8_030_000, 8_999_999)]
-    {
-        steady.observe(Now { boot_ms, wall_ms });
-        assert!(steady.is_trusted(), "{boot_ms}");
-    }
-    steady.observe(Now { boot_ms: 8_040_000, wall_ms: 99_000_000 });
-    assert!(!steady.is_trusted());
-    steady.observe(Now { boot_ms: 8_050_000, wall_ms: 99_010_000 });
-    assert!(!steady.is_trusted());
-}
-
-#[test]
 fn what_keeps_sweeps_from_being_made_is_told_with_the_next_step() {
     let job = JobId([1; 32]);
-    let said = unknown(Some(job), "the list is damaged");
+    let said = unknown("the list is damaged", &next_step(roots::Kind::Input(job)));
     let next = format!("`p2pit rm {}`", short(job));
     assert!(said.contains("no unused file is deleted") && said.contains(&next), "{said}");
-    assert!(!unknown(None, "x").contains("p2pit rm"));
+    // What others have whole is not given up for this one.
+    for kind in [roots::Kind::Copy(job), roots::Kind::Left(job), roots::Kind::Result(job)] {
+        let said = unknown("the list is damaged", &next_step(kind));
+        assert!(said.contains("it is brought again") && said.contains("only if"), "{said}");
+    }
+    assert!(!unknown("x", &next_step(roots::Kind::Pushed)).contains("p2pit rm"));
 }
 
 #[test]
@@ -74,6 +61,9 @@ fn directories_go_by_what_the_record_says_and_come_back_by_it() {
         assert_eq!(late, Fate::Go(Dropped::Expired));
     }
     assert_eq!(fate(State::Done, false, true, 15_000), Fate::Go(Dropped::Expired));
+    // How long they are kept is not known as long as the clock is not trusted.
+    let kept = roots::tests::kept(State::Done);
+    assert_eq!(fate_of(&kept, millis(Duration::MAX), u64::MAX - 1), Fate::Stay);
     // An end that came to nothing must not cost what is left.
     assert_eq!(fate(State::Done, false, false, 15_000), Fate::Unsure);
 }

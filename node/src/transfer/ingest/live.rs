@@ -1,10 +1,16 @@
 //! Taking in a directory that a process goes on writing to.
 //!
 //! Each round looks at everything, and reads the files that are not as they were when they
-//! were read. A round that finds nothing to read has the directory as it was at one moment:
-//! no file changed between the round that read it and the look that ended this one. Until
-//! then rounds follow with growing pauses; after the last nothing is taken, since a
+//! were read. A round that finds nothing to read, and the same directories as the round before,
+//! has all as it was at one moment, right before it: no file changed between the round that
+//! read it and the look that ended this one, and no name came, went or moved since the last.
+//! Until then rounds follow with growing pauses; after the last nothing is taken, since a
 //! checkpoint in part is worse than the one before it.
+//!
+//! For the same reason nothing is left out that may be read the next time: what went while it
+//! was looked at, and what an error of the moment kept from being read (too many open files, a
+//! bad block), has another round follow. What never can be in a tree is left out, and what the
+//! job itself does not let anybody read, where that was so in two rounds.
 //!
 //! A file that is only appended to, such as a log, would keep that from ever ending. So does
 //! a checkpoint while it is being written, and that must not be taken in part. They are told
@@ -14,8 +20,9 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{Read as _, Seek as _},
-    path::Path,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    io::{ErrorKind, Read as _, Seek as _},
+    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -27,7 +34,10 @@ use super::{
     Entry, Error, IngestOptions, Ingested, Kind, Reading, Scan, SkipReason, Skipped, Tree,
     TreePath, beneath, unreadable, workers,
 };
-use crate::transfer::{store::BlobStore, verified};
+use crate::transfer::{
+    store::{self, BlobStore},
+    verified,
+};
 
 /// Before each round, in ms. What a round has read is looked at again at once, and only what
 /// changed all the same gets time to settle.
@@ -41,9 +51,12 @@ const GROWN_FOR: Duration = Duration::from_secs(30);
 /// What a directory is now, or why it cannot be had.
 #[derive(Debug)]
 pub enum Live {
+    /// With what is left out of it for good.
     Taken(Ingested),
-    /// This file changed in every round.
-    Changing(TreePath),
+    /// This changed in every round.
+    Changing(PathBuf),
+    /// This could not be read in any round.
+    Unreadable(Skipped),
 }
 
 /// The files of a directory as they were read, so that those that did not change since are
@@ -51,13 +64,77 @@ pub enum Live {
 #[derive(Debug)]
 pub struct Seen {
     files: BTreeMap<TreePath, SeenFile>,
+    /// What the last round found.
+    listing: Option<Listing>,
     /// [`GROWN_FOR`], but in tests.
     grown_for: Duration,
 }
 
 impl Default for Seen {
     fn default() -> Self {
-        Self { files: BTreeMap::new(), grown_for: GROWN_FOR }
+        Self { files: BTreeMap::new(), listing: None, grown_for: GROWN_FOR }
+    }
+}
+
+/// The names in all directories, in short.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Listing {
+    hash: u64,
+    /// A directory that was written to just before it was listed, so that its times say little.
+    fresh: Option<PathBuf>,
+}
+
+impl Listing {
+    fn of(scan: &Scan<'_>, now_ms: u64) -> Self {
+        let mut hasher = DefaultHasher::new();
+        scan.dirs.hash(&mut hasher);
+        scan.files.hash(&mut hasher);
+        for entry in &scan.entries {
+            entry.path.hash(&mut hasher);
+        }
+        for skipped in &scan.skipped {
+            skipped.path.hash(&mut hasher);
+        }
+        let fresh = scan.dirs.iter().find(|(_, stamp)| !stamp.is_sure_at(now_ms));
+        let path =
+            |path: &Option<TreePath>| path.as_ref().map_or(".".into(), TreePath::to_path_buf);
+        Self { hash: hasher.finish(), fresh: fresh.map(|(dir, _)| path(dir)) }
+    }
+
+    /// Whether nothing came or went between the two looks.
+    fn is_same_since(&self, before: Option<&Self>) -> bool {
+        before.is_some_and(|before| before.fresh.is_none() && before.hash == self.hash)
+    }
+}
+
+/// What of the directory is left out, and may have to be looked at again.
+#[derive(Debug, Default)]
+struct Omitted {
+    /// Of what could not be read for want of a permission: in which round that was seen last.
+    denied: BTreeMap<PathBuf, usize>,
+}
+
+impl Omitted {
+    /// Whether this is out for good, as far as `round` shows.
+    fn is_for_good(&mut self, path: &Path, reason: &SkipReason, round: usize) -> bool {
+        match reason {
+            SkipReason::Special(_)
+            | SkipReason::ForeignOwner(_)
+            | SkipReason::OtherFileSystem
+            | SkipReason::Path(_) => true,
+            SkipReason::Unreadable(error) if error.kind() == ErrorKind::PermissionDenied => {
+                self.denied.insert(path.to_owned(), round).is_some_and(|seen| seen + 1 == round)
+            }
+            SkipReason::NotFound | SkipReason::Unreadable(_) => false,
+        }
+    }
+}
+
+/// What comes of [`Omitted`] in the last round.
+fn hindrance(path: PathBuf, reason: SkipReason) -> Live {
+    match reason {
+        SkipReason::Unreadable(_) => Live::Unreadable(Skipped { path, reason }),
+        _ => Live::Changing(path),
     }
 }
 
@@ -82,7 +159,7 @@ enum Trust {
 }
 
 /// What shows that a file has been written to or replaced.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Stamp {
     device: u64,
     inode: u64,
@@ -148,17 +225,41 @@ pub fn ingest_live(
     options: &IngestOptions,
     seen: &mut Seen,
 ) -> Result<Live, Error> {
+    let look = || {
+        let mut scan = Scan::new(dir, options)?;
+        scan.whole()?;
+        Ok(scan)
+    };
+    ingest_looking(store, dir, options, seen, look)
+}
+
+/// As [`ingest_live`], where `look` finds what there is.
+fn ingest_looking<'a>(
+    store: &BlobStore,
+    dir: &Path,
+    options: &IngestOptions,
+    seen: &mut Seen,
+    mut look: impl FnMut() -> Result<Scan<'a>, Error>,
+) -> Result<Live, Error> {
     for file in seen.files.values_mut().filter(|file| file.trust == Trust::Beginning) {
         // There may be more of it now.
         file.trust = Trust::Growing;
     }
     let mut passed_over = BTreeMap::new();
-    let mut changing = None;
-    for pause_ms in PAUSES_MS {
+    let mut omitted = Omitted::default();
+    let mut hindered = Live::Changing(".".into());
+    for (round, pause_ms) in PAUSES_MS.into_iter().enumerate() {
         thread::sleep(Duration::from_millis(pause_ms));
-        let mut scan = Scan::new(dir, options)?;
-        scan.whole()?;
+        let looked_ms = wall_ms();
+        let scan = look()?;
+        let listing = Listing::of(&scan, looked_ms);
+        let is_same = listing.is_same_since(seen.listing.as_ref());
+        let fresh = listing.fresh.clone();
+        seen.listing = Some(listing);
         let Scan { entries, skipped, files, stamps, bytes, .. } = scan;
+        let (skipped, again): (Vec<Skipped>, Vec<Skipped>) =
+            skipped.into_iter().partition(|it| omitted.is_for_good(&it.path, &it.reason, round));
+        let mut again = again.into_iter().next().map(|it| hindrance(it.path, it.reason));
         let there: BTreeMap<&TreePath, &Stamp> = files.iter().zip(&stamps).collect();
         seen.files.retain(|path, _| there.contains_key(path));
         passed_over.retain(|path, _| there.contains_key(path));
@@ -169,10 +270,10 @@ pub fn ingest_live(
             })
             .map(|(path, _)| (*path).clone())
             .collect();
-        let Some(first) = unread.first() else {
+        if unread.is_empty() && again.is_none() && is_same {
             return taken(store, dir, seen, entries, skipped, passed_over).map(Live::Taken);
-        };
-        changing = Some(first.clone());
+        }
+        let changing = unread.first().map(|path| Live::Changing(path.to_path_buf()));
         let known = &*seen;
         let read = workers::in_parts(
             unread.len(),
@@ -188,15 +289,20 @@ pub fn ingest_live(
                 Read::Seen(file) => drop(seen.files.insert(path, file)),
                 Read::StillGrowing => {}
                 Read::Changed => drop(seen.files.remove(&path)),
-                Read::Skipped(reason) => drop(passed_over.insert(path, reason)),
+                Read::Skipped(reason) => {
+                    seen.files.remove(&path);
+                    if omitted.is_for_good(path.as_path(), &reason, round) {
+                        passed_over.insert(path, reason);
+                    } else if again.is_none() {
+                        again = Some(hindrance(path.to_path_buf(), reason));
+                    }
+                }
             }
         }
+        let moving = || Live::Changing(fresh.unwrap_or(".".into()));
+        hindered = again.or(changing).unwrap_or_else(moving);
     }
-    // Only a path that was read gets here: a round without one has returned.
-    changing.map(Live::Changing).ok_or_else(|| Error::Io {
-        path: dir.to_owned(),
-        source: std::io::Error::other("no round of reading"),
-    })
+    Ok(hindered)
 }
 
 fn taken(
@@ -239,10 +345,14 @@ fn read_live(reading: &mut Reading<'_>, path: &TreePath, known: &Seen) -> Result
     }
     let full = reading.dir.join(path.as_path());
     let io = |source| Error::Io { path: full.clone(), source };
-    let (blob, size) = reading
-        .store
-        .put_open_file(&file, &full)
-        .map_err(|source| Error::Store { path: full.clone(), source })?;
+    let (blob, size) = match reading.store.put_open_file(&file, &full) {
+        Ok(put) => put,
+        // Cut off while it was read.
+        Err(store::Error::Io { source, .. }) if source.kind() == ErrorKind::UnexpectedEof => {
+            return Ok(Read::Changed);
+        }
+        Err(source) => return Err(Error::Store { path: full, source }),
+    };
     let before = Stamp { size, ..Stamp::of(&state) };
     let after = Stamp::of(&fstat(&file).map_err(|errno| io(errno.into()))?);
     let at = Instant::now();
@@ -292,6 +402,8 @@ mod tests {
             atomic::{AtomicBool, AtomicU64, Ordering},
         },
     };
+
+    use rustix::io::Errno;
 
     use super::*;
     use crate::transfer::tree::MANIFEST_BYTES_MAX;
@@ -417,8 +529,18 @@ mod tests {
             fs::write(&path, vec![u8::try_from(turn % 251).unwrap(); 4 << 20]).unwrap();
         });
         match fixture.take() {
-            Live::Changing(path) => assert_eq!(path.to_string(), "busy"),
-            Live::Taken(taken) => panic!("{:?}", taken.tree),
+            Live::Changing(path) => assert_eq!(path, Path::new("busy")),
+            // Where the machine has no time for who writes, it is whole for long enough.
+            Live::Taken(_) => {
+                let Kind::File { blob, size, .. } =
+                    &fixture.seen.files.values().next().unwrap().kind
+                else {
+                    panic!("no file")
+                };
+                let content = fixture.store.read(blob, 4 << 20).unwrap();
+                assert!(*size == 4 << 20 && content.iter().all(|it| *it == content[0]), "{size}");
+            }
+            Live::Unreadable(skipped) => panic!("{skipped:?}"),
         }
     }
 
@@ -446,5 +568,124 @@ mod tests {
             }
         }
         assert!(seen > 0, "there is time enough between two turns");
+    }
+
+    impl Fixture {
+        /// Takes the directory, where `look` finds what is there in each round.
+        fn looking<'a>(&mut self, look: impl FnMut() -> Result<Scan<'a>, Error>) -> Live {
+            let options = IngestOptions::default();
+            let (store, keep) = (&self.store, &self.keep);
+            ingest_looking(store, keep, &options, &mut self.seen, look).unwrap()
+        }
+    }
+
+    fn names_of(live: &Live) -> Vec<String> {
+        let Live::Taken(taken) = live else { panic!("{live:?}") };
+        taken.tree.entries().iter().map(|entry| entry.path.to_string()).collect()
+    }
+
+    #[test]
+    fn a_checkpoint_that_moves_while_it_is_looked_for_is_not_missed() {
+        let mut fixture = Fixture::new();
+        let (keep, options) = (fixture.keep.clone(), IngestOptions::default());
+        for name in ["ckpt-99", "ckpt.tmp"] {
+            fs::write(keep.join(name), name).unwrap();
+        }
+        let mut moves = true;
+        let taken = fixture.looking(|| {
+            let mut scan = Scan::new(&keep, &options)?;
+            let root = scan.descent.root().try_clone_to_owned().unwrap();
+            let names = beneath::names(&root, 10).unwrap().unwrap();
+            if std::mem::take(&mut moves) {
+                // The names are known, and nothing else yet.
+                fs::rename(keep.join("ckpt.tmp"), keep.join("ckpt-100")).unwrap();
+                fs::remove_file(keep.join("ckpt-99")).unwrap();
+            }
+            scan.listed(&root, None, &names)?;
+            Ok(scan)
+        });
+        assert_eq!(names_of(&taken), ["ckpt-100"]);
+    }
+
+    #[test]
+    fn what_moves_past_a_look_is_not_missed() {
+        let mut fixture = Fixture::new();
+        let (keep, options) = (fixture.keep.clone(), IngestOptions::default());
+        for name in ["a", "b"] {
+            fs::create_dir(keep.join(name)).unwrap();
+            fs::write(keep.join(name).join("stays"), "x").unwrap();
+        }
+        fs::write(keep.join("b/ckpt"), "x").unwrap();
+        // Long ago.
+        thread::sleep(Duration::from_millis(2 * SURE_AFTER_MS));
+        let mut turn = 0;
+        let taken = fixture.looking(|| {
+            turn += 1;
+            let mut scan = Scan::new(&keep, &options)?;
+            let dir = |name: &str| {
+                let (dir, path) = (File::open(keep.join(name)), TreePath::from_bytes(name));
+                (dir.unwrap(), path.unwrap())
+            };
+            for name in ["a", "b"] {
+                let (dir, path) = dir(name);
+                scan.directory(&dir, Some(&path))?;
+                if turn == 1 && name == "a" {
+                    // In neither, for who looks into one after the other.
+                    fs::rename(keep.join("b/ckpt"), keep.join("a/ckpt")).unwrap();
+                }
+            }
+            Ok(scan)
+        });
+        assert_eq!(names_of(&taken), ["a/ckpt", "a/stays", "b/stays"]);
+    }
+
+    #[test]
+    fn what_cannot_be_read_for_a_moment_is_no_reason_to_leave_it_out() {
+        let mut fixture = Fixture::new();
+        let (keep, options) = (fixture.keep.clone(), IngestOptions::default());
+        fs::write(keep.join("plain"), "x").unwrap();
+        fs::create_dir(keep.join("sub")).unwrap();
+        fs::write(keep.join("sub/ckpt"), "x").unwrap();
+        // In so many rounds the directory cannot be opened.
+        let mut taken = |rounds: usize, errno: Errno| {
+            let mut left = rounds;
+            fixture.looking(|| {
+                let mut scan = Scan::new(&keep, &options)?;
+                scan.whole()?;
+                if left > 0 {
+                    left -= 1;
+                    let sub = scan.files.iter().position(|it| it.as_bytes() == b"sub/ckpt");
+                    let sub = sub.unwrap();
+                    scan.files.remove(sub);
+                    scan.stamps.remove(sub);
+                    scan.skip(Path::new("sub"), unreadable(errno.into()));
+                }
+                Ok(scan)
+            })
+        };
+        for errno in [Errno::MFILE, Errno::IO] {
+            assert_eq!(names_of(&taken(3, errno)), ["plain", "sub/ckpt"]);
+            let Live::Unreadable(skipped) = taken(PAUSES_MS.len(), errno) else {
+                panic!("a copy without it")
+            };
+            assert_eq!(skipped.path, Path::new("sub"));
+        }
+        assert_eq!(names_of(&taken(1, Errno::ACCESS)), ["plain", "sub/ckpt"]);
+        // The job does not want it to be read.
+        let live = taken(PAUSES_MS.len(), Errno::ACCESS);
+        assert_eq!(names_of(&live), ["plain"]);
+        let Live::Taken(taken) = live else { panic!() };
+        assert_eq!(taken.skipped.len(), 1);
+    }
+
+    #[test]
+    fn what_no_tree_can_hold_is_left_out_at_once() {
+        let mut fixture = Fixture::new();
+        fs::write(fixture.keep.join("plain"), "x").unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(fixture.keep.join("s")).unwrap();
+        let live = fixture.take();
+        assert_eq!(names_of(&live), ["plain"]);
+        let Live::Taken(taken) = live else { panic!() };
+        assert!(matches!(taken.skipped[..], [Skipped { reason: SkipReason::Special(_), .. }]));
     }
 }

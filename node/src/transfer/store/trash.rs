@@ -16,7 +16,7 @@
 //! and at most its outboard elsewhere, which is made again.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fmt,
     fs::{self, File, FileTimes, Metadata},
     io,
@@ -535,6 +535,23 @@ impl BlobStore {
     /// Whether it was here, went bad, and was not brought again.
     pub fn is_damaged(&self, id: &BlobId) -> bool {
         self.inner.root.join(DAMAGED).join(id.to_string()).exists()
+    }
+
+    /// The blobs that went bad here and were not brought again.
+    pub fn damaged(&self) -> Result<BTreeSet<BlobId>, Error> {
+        let dir = self.inner.root.join(DAMAGED);
+        let entries = match fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+            Err(e) => return Err(Error::io("read", &dir)(e)),
+        };
+        let mut damaged = BTreeSet::new();
+        for entry in entries {
+            let path = entry.map_err(Error::io("read", &dir))?.path();
+            // A crash may have left the mark of one that is here again.
+            damaged.extend(blob_at(&path).filter(|id| !self.path_of(id).exists()));
+        }
+        Ok(damaged)
     }
 
     fn trash_path(&self, id: &BlobId) -> PathBuf {
