@@ -29,7 +29,7 @@ use self::{
     standing::{Standing, StandingCall},
 };
 use crate::{
-    BlobId, BootId, HoldId, JobId, Now, PeerId, UserId,
+    BlobId, BootId, HoldId, JobId, Now, PeerId, StoreId, UserId,
     inventory::{Capacity, GpuUuid},
     job::{Attempt, Ending, Rank, RankAssignment, RankEnd, RankState, VerifiedSpec},
     message::{
@@ -37,7 +37,7 @@ use crate::{
         Offer, PinRefusal, REST_MS_MAX, RankReport, Report, Start, Wanted, blinded,
     },
     peer::{Event, Outbox, Slot},
-    record::Value,
+    record::{Keeper, Value},
     request::{Grant, fit, fit_many},
     sabotage::{Rule, Sabotage},
     timer::Timers,
@@ -92,6 +92,7 @@ enum Timer {
 #[derive(Debug, Clone)]
 pub(crate) struct Bidder {
     me: PeerId,
+    store: StoreId,
     boot: BootId,
     sabotage: Sabotage,
     terms: Terms,
@@ -141,9 +142,15 @@ struct Assigned {
 
 impl Bidder {
     /// `hold_prefix` must differ at every boot: holds are never numbered twice.
-    pub(crate) fn new(me: PeerId, boot: BootId, hold_prefix: [u8; 8], sabotage: Sabotage) -> Self {
+    pub(crate) fn new(
+        (me, store): Keeper,
+        boot: BootId,
+        hold_prefix: [u8; 8],
+        sabotage: Sabotage,
+    ) -> Self {
         Self {
             me,
+            store,
             boot,
             sabotage,
             terms: Terms::default(),
@@ -1273,7 +1280,8 @@ impl Bidder {
 
     fn report(&self, id: WorkId, to: PeerId, report: RankReport, out: &mut Outbox) {
         let WorkId { job, attempt, rank } = id;
-        let report = Report { job, attempt, rank, node: self.me, report };
+        let (node, store) = (self.me, self.store);
+        let report = Report { job, attempt, rank, node, store, report };
         out.send(self.me, to, Message::Report(Box::new(report)));
     }
 

@@ -286,7 +286,7 @@ impl Peer {
                 config.sabotage,
             ),
             stewards: Stewards::new(me, config.boot, config.sabotage),
-            bidder: Bidder::new(me, config.boot, hold_prefix, config.sabotage),
+            bidder: Bidder::new((me, config.store), config.boot, hold_prefix, config.sabotage),
             copies: Copies::new((me, config.store), config.sabotage),
             sabotage: config.sabotage,
             soft,

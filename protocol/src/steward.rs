@@ -459,7 +459,7 @@ impl Stewards {
     }
 
     pub(crate) fn handle_report(&mut self, from: PeerId, report: Report, cx: &mut Context<'_>) {
-        let Report { job, attempt, rank, node, report } = report;
+        let Report { job, attempt, rank, node, store, report } = report;
         let is_end = matches!(report, RankReport::Ended(_));
         let done = |out: &mut Outbox, me| {
             if is_end {
@@ -516,8 +516,6 @@ impl Stewards {
             drive.observed.failed.insert(from);
         }
         if is_end {
-            let scene = Scene { board: cx.board, roster: cx.roster, now: cx.now };
-            let store = cx.copies.store_of(from, scene);
             drive.observed.stores.entry(rank).or_insert(store);
         }
         let ready = matches!(report, RankReport::Prepared { .. });
@@ -1233,7 +1231,7 @@ fn apply_reports(body: &mut Body, observed: &Observed) {
         {
             rank.state = RankState::Ended;
             rank.end = Some(end.clone());
-            rank.store = observed.stores.get(&id).copied().flatten();
+            rank.store = observed.stores.get(&id).copied();
         }
     }
     let texts = ENDS_BYTES_MAX / body.ranks.len().max(1);

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ClockReading;
 use crate::{
-    HoldId, JobId, PeerId,
+    HoldId, JobId, PeerId, StoreId,
     identity::SignedBytes,
     inventory::GpuUuid,
     job::{Attempt, Rank, RankEnd, RankState},
@@ -212,6 +212,8 @@ pub struct Report {
     pub rank: Rank,
     /// The node that says so. It is checked against the sender.
     pub node: PeerId,
+    /// Its store, in which is what the rank leaves.
+    pub store: StoreId,
     /// How it stands.
     pub report: RankReport,
 }

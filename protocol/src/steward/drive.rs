@@ -75,7 +75,7 @@ pub(super) struct Observed {
     pub(super) cleaning: BTreeSet<Rank>,
     pub(super) ends: BTreeMap<Rank, RankEnd>,
     /// Which store the node of each rank had when it said how the rank ended.
-    pub(super) stores: BTreeMap<Rank, Option<StoreId>>,
+    pub(super) stores: BTreeMap<Rank, StoreId>,
     /// Nodes that could not prepare or start a rank.
     pub(super) failed: BTreeSet<PeerId>,
     /// When each node last said something, on the boot clock.

@@ -759,7 +759,8 @@ fn sum() -> Sum {
 }
 
 fn report(report: RankReport) -> Report {
-    Report { job: job(), attempt: Attempt(2), rank: Rank(1), node: node(4), report }
+    let (node, store) = (node(4), StoreId([0x54; 16]));
+    Report { job: job(), attempt: Attempt(2), rank: Rank(1), node, store, report }
 }
 
 /// What the messages above leave out of the types inside.
