@@ -187,7 +187,7 @@ async fn bring(shared: &Arc<Shared>, job: JobId, tree: BlobId) -> anyhow::Result
     let dir = shared.job_dir(job);
     let is_wanted = || std::future::ready(dir.is_dir());
     shared
-        .bring_tree(&request, keepers, tree, is_wanted)
+        .bring_tree(&request, (keepers, false), tree, |_| {}, is_wanted)
         .await
         .map_err(|reason| anyhow::Error::from(reason).context(short(job)))?;
     let store = shared.store.clone();
