@@ -208,7 +208,7 @@ fn what_went_bad_on_a_holder_or_where_the_job_ran_is_brought_again() {
         // Nobody else has it just now.
         other.shut_down();
         wait_until("that it is bad is found out", SOON, || {
-            node.p2pit(&["cp", &id, "keep/model", "-"]);
+            drop(node.p2pit(&["cp", &id, "keep/model", "-"]));
             (!model.exists()).then_some(())
         });
         other.restart();
@@ -218,7 +218,10 @@ fn what_went_bad_on_a_holder_or_where_the_job_ran_is_brought_again() {
 
 /// A blob of a node for which `is_it`.
 fn blob_of(node: &Node, is_it: impl Fn(&Path) -> bool) -> Option<PathBuf> {
-    let entries = |dir: &Path| fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let entries = |dir: &Path| {
+        let entries = fs::read_dir(dir).expect("directories of blobs stay");
+        entries.map(|entry| entry.expect("it can be listed").path())
+    };
     let dirs = entries(&node.home().join("blobs"));
     let dirs = dirs.filter(|dir| dir.file_name().is_some_and(|name| name.len() == 2));
     dirs.flat_map(|dir| entries(&dir).collect::<Vec<_>>())
