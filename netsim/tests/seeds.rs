@@ -246,6 +246,28 @@ fn seeds_stress_64596932_and_64597222_who_refused_keeps_what_a_majority_keeps() 
     }
 }
 
+/// All three times that a keeper said that it lacks a record were lost.
+#[test]
+fn seeds_stress_64599417_and_64603002_a_lacking_record_is_asked_for_until_it_comes() {
+    for seed in [64_599_417, 64_603_002] {
+        expect_fine(&Options::stress(seed));
+    }
+}
+
+/// A steward did not know the store of the node that left something, so that nobody could tell
+/// later that it was lost.
+#[test]
+fn seed_stress_64600893_an_end_comes_with_its_store() {
+    expect_fine(&Options::stress(64_600_893));
+}
+
+/// A node that lost its disk, and whose clock had been ahead before, was not believed to have
+/// another store.
+#[test]
+fn seed_stress_64612564_what_a_node_says_after_it_lost_its_disk_is_the_later() {
+    expect_fine(&Options::stress(64_612_564));
+}
+
 fn expect_fine(options: &Options) {
     let report = run(options.clone(), false).unwrap();
     assert_eq!(report.ending, Ending::Fine, "{}\n{options}", report.ending);

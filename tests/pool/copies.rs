@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use super::transfers::{start_with, switch_off};
+use super::transfers::{files_below, start_with, switch_off};
 use p2pit_tests::{Node, Pool, SOON, end_all, lines_of, wait_until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -227,6 +227,31 @@ fn blob_of(node: &Node, is_it: impl Fn(&Path) -> bool) -> Option<PathBuf> {
     dirs.flat_map(|dir| entries(&dir).collect::<Vec<_>>())
         .filter(|path| path.extension().is_none())
         .find(|path| is_it(path))
+}
+
+#[test]
+fn a_copy_that_takes_longer_than_the_next_takes_to_be_made_is_brought_to_its_end() {
+    let pool = pool_with_worker();
+    for n in 1..=3 {
+        start_with(pool.node(n), "download: 2MiB/s");
+    }
+    // Three pieces, which take 17 s: the last is asked for when the first is there.
+    let script =
+        "while head -c 35000000 /dev/urandom > new && mv new ../keep/big; do sleep 2; done";
+    let args = ["Large", "[v100]", "--keep-every", "1s", "-d", script];
+    let id = submit_kept_by_others(&pool, 4, &args);
+    let save_of = |node: &Node, below: &str| {
+        let lists = files_below(&node.home().join(below));
+        let list = lists.into_iter().find(|path| path.ends_with("save.json"))?;
+        let save: Value = serde_json::from_slice(&fs::read(list).ok()?).ok()?;
+        save["seq"].as_u64()
+    };
+    let copied = wait_until("a keeper has a copy", Duration::from_secs(180), || {
+        (1..=3).find_map(|n| save_of(pool.node(n), "copies"))
+    });
+    let newest = save_of(pool.node(4), "jobs").expect("it was taken");
+    assert!(newest >= copied + 4, "{newest} was taken while {copied} came: it proves nothing");
+    pool.node(1).p2pit(&["stop", &id]).ended(0);
 }
 
 #[test]

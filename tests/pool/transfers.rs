@@ -269,7 +269,7 @@ fn allocated(dir: &Path) -> u64 {
     files_below(dir).iter().filter_map(|it| fs::metadata(it).ok()).map(|it| it.blocks() * 512).sum()
 }
 
-fn files_below(dir: &Path) -> Vec<PathBuf> {
+pub(super) fn files_below(dir: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for entry in fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok) {
         match entry.file_type() {

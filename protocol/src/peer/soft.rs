@@ -50,6 +50,8 @@ pub(super) struct SoftState {
     boot: BootId,
     boot_count: u64,
     seq: u64,
+    /// The latest that is known of when this node issued an advert while it had another store.
+    other_store_ms: u64,
     /// Something but use changed since the last advert.
     pub(super) changed: bool,
     /// Adverts have not been held against the roster since it changed.
@@ -90,6 +92,7 @@ impl SoftState {
             boot,
             boot_count,
             seq: 0,
+            other_store_ms: 0,
             changed: true,
             members_changed: false,
             advertised: None,
@@ -230,6 +233,12 @@ impl Peer {
         if node == self.me {
             if let Some(advert) = item.verified_advert() {
                 self.check_own_advert(advert.store, advert.boot_count, advert.boot);
+                if advert.store != self.store && advert.issued_at_ms > self.soft.other_store_ms {
+                    // From before it lost its disk, perhaps by a clock that was ahead: what is said
+                    // from now on is to count as the later.
+                    self.soft.other_store_ms = advert.issued_at_ms;
+                    self.soft.changed = true;
+                }
             }
             return false;
         }
@@ -450,13 +459,17 @@ impl Peer {
         self.soft.last_advert_ms = Some(now.boot_ms);
         self.soft.changed = false;
         self.soft.seq += 1;
+        let after_ms = self.soft.other_store_ms.saturating_add(1);
+        // Who is further ahead is believed by nobody.
+        let ahead = after_ms > now.wall_ms.saturating_add(CLOCK_TOLERANCE_MS);
+        let issued_at_ms = if ahead { now.wall_ms } else { now.wall_ms.max(after_ms) };
         let book = self.bidder.book();
         let advert = Advert {
             node: self.me,
             boot: self.soft.boot,
             boot_count: self.soft.boot_count,
             seq: self.soft.seq,
-            issued_at_ms: now.wall_ms,
+            issued_at_ms,
             store: self.store,
             client: self.client,
             owner_only: self.bidder.terms().owner_only.as_ref().map(|(_, reason)| reason.clone()),
