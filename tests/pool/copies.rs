@@ -32,10 +32,23 @@ fn pool_with_worker() -> Pool {
 /// Submits from the first node, with the first three as keepers.
 fn submit_kept_by_others(pool: &Pool, worker: usize, args: &[&str]) -> String {
     switch_off(pool, worker);
+    wait_for_each_other(pool, 3);
     let id = pool.node(1).submit(args);
     assert_eq!(names(&pool.node(1).job(&id)["keepers"]), ["n1", "n2", "n3"]);
     pool.node(worker).restart();
     id
+}
+
+/// Until the first nodes of a pool reach each other: else others are chosen as keepers.
+fn wait_for_each_other(pool: &Pool, first: usize) {
+    for node in &pool.nodes()[..first] {
+        wait_until(&format!("{} reaches the others", node.name()), SOON, || {
+            let seen = node.nodes();
+            let online = |other: &Node| seen[other.name()]["reach"] == "online";
+            let mut others = pool.nodes()[..first].iter().filter(|it| it.name() != node.name());
+            others.all(online).then_some(())
+        });
+    }
 }
 
 /// As if the machine had burnt down.
@@ -148,6 +161,7 @@ fn a_training_goes_on_from_its_copied_checkpoint_when_its_node_never_returns() {
                   mv new step; echo step $n; done";
     let script = script.replace("$((GOAL))", "100000");
     let args = ["Trains", "[v100]", "--retries", "1", "--keep-every", "1s", "-d", &script];
+    wait_for_each_other(&pool, 3);
     let id = first.submit(&args);
     assert_eq!(names(&first.job(&id)["keepers"]), ["n1", "n2", "n3"]);
     pool.node(4).restart();
@@ -233,6 +247,7 @@ fn blob_of(node: &Node, is_it: impl Fn(&Path) -> bool) -> Option<PathBuf> {
 fn a_copy_that_takes_longer_than_the_next_takes_to_be_made_is_brought_to_its_end() {
     let pool = pool_with_worker();
     for n in 1..=3 {
+        pool.node(n).shut_down();
         start_with(pool.node(n), "download: 2MiB/s");
     }
     // Three pieces, which take 17 s: the last is asked for when the first is there.
