@@ -108,6 +108,7 @@ impl BlobStore {
         self.touch_open(temp.as_file()).map_err(Error::io("set the time of", temp.path()))?;
         // A sweep must not take this for what it saw under that name before.
         let _shared = self.share();
+        let _one = self.place();
         let before = room_at(path);
         match temp.persist(path) {
             Ok(_) => Ok(()),

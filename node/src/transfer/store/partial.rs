@@ -212,6 +212,7 @@ impl BlobStore {
         }
         // See `settle`.
         let _shared = self.share();
+        let one = self.place();
         let before = room_of_both(&path);
         let from = partial.path.with_extension(OUTBOARD);
         let pairs = [(from, path.with_extension(OUTBOARD)), (partial.path.clone(), path)];
@@ -222,6 +223,7 @@ impl BlobStore {
         let path = self.path_of(&partial.id);
         self.inner.room.partial_changed(-partial.counted.load(Ordering::Relaxed));
         self.inner.room.live_changed(room_of_both(&path) - before);
+        drop(one);
         self.unmark_damaged(&partial.id)?;
         Ok(true)
     }

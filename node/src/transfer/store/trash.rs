@@ -53,6 +53,8 @@ pub(super) struct Upkeep {
     relied: Duration,
     /// Shared by who relies on a blob; a sweep that moves one away has it alone.
     gate: RwLock<()>,
+    /// Of those who share it, one at a time puts a file where one may be: else both count it.
+    placing: Mutex<()>,
     uses: Arc<Mutex<BTreeMap<u64, SystemTime>>>,
     /// Saves looking there for every blob that is not here.
     has_trash: AtomicBool,
@@ -80,6 +82,7 @@ impl Upkeep {
             clock: Box::new(clock),
             relied: RELIED,
             gate: RwLock::default(),
+            placing: Mutex::default(),
             uses: Arc::default(),
             has_trash: AtomicBool::new(false),
             named_again: AtomicU64::new(0),
@@ -269,6 +272,12 @@ impl BlobStore {
         self.inner.upkeep.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Keeps others from placing files in the store while this lives: for as long as a rename
+    /// takes.
+    pub(super) fn place(&self) -> MutexGuard<'_, ()> {
+        lock(&self.inner.upkeep.placing)
+    }
+
     /// Out of the trash, under the gate.
     fn bring_back(&self, id: &BlobId, path: &Path) -> io::Result<Option<Metadata>> {
         let from = self.trash_path(id);
@@ -284,12 +293,13 @@ impl BlobStore {
             (from.clone(), path.to_owned()),
             (from.with_extension(OUTBOARD), path.with_extension(OUTBOARD)),
         ];
+        let _one = self.place();
         for (from, to) in pairs {
-            let room = room_at(&from);
+            let (room, before) = (room_at(&from), room_at(&to));
             match fs::rename(&from, &to) {
                 Ok(()) => {
                     self.inner.room.trash_changed(-room);
-                    self.inner.room.live_changed(room);
+                    self.inner.room.live_changed(room - before);
                 }
                 // Purged meanwhile; or it has no outboard.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
@@ -388,11 +398,12 @@ impl BlobStore {
             (path.with_extension(OUTBOARD), to.with_extension(OUTBOARD)),
         ];
         for (from, to) in pairs {
-            let room = room_at(&from);
+            // It may have come once more while it was there.
+            let (room, before) = (room_at(&from), room_at(&to));
             match fs::rename(&from, &to) {
                 Ok(()) => {
                     self.inner.room.live_changed(-room);
-                    self.inner.room.trash_changed(room);
+                    self.inner.room.trash_changed(room - before);
                     moved += room;
                 }
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}

@@ -91,6 +91,17 @@ const LATER: Duration = Duration::from_secs(RELIED.as_secs() + 600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
 #[test]
+fn what_comes_once_more_while_it_is_in_the_trash_is_counted_once_there() {
+    let it = Fixture::new();
+    for _ in 0..3 {
+        it.store.put_bytes(&numbers(2 * GROUP_BYTES as usize)).unwrap();
+        it.time.pass(LATER);
+        assert_eq!(it.store.sweep(&it.reach(&[])).unwrap().trashed, 1);
+        it.assert_counted();
+    }
+}
+
+#[test]
 fn what_nothing_names_goes_to_the_trash_and_comes_back_when_it_is_asked_for() {
     let it = Fixture::new();
     let large = numbers(2 * GROUP_BYTES as usize);
