@@ -236,7 +236,7 @@ fn a_hundred_thousand_files_are_submitted_run_and_kept() {
 
 #[test]
 fn a_file_of_holes_travels_and_comes_back_as_holes() {
-    const BYTES: u64 = 20 << 30;
+    const BYTES: u64 = 8 << 30;
     let mut pool = Pool::of(&["sim:1xv100"]);
     let client = pool.add_client("laptop");
     let dir = pool.job_dir("sparse", &[]);
