@@ -24,7 +24,7 @@
 mod clock;
 mod control;
 mod guard;
-mod log;
+pub(crate) mod log;
 mod ownership;
 mod privileges;
 mod program;

@@ -238,7 +238,8 @@ pub fn append_to_log(path: &Path, label: &str, text: &str) -> io::Result<()> {
     log.state.trouble.map_or(Ok(()), |trouble| Err(io::Error::other(trouble)))
 }
 
-fn open_to_append(path: &Path) -> io::Result<(File, u64)> {
+/// A log to write on at its end, and how long it is.
+pub(crate) fn open_to_append(path: &Path) -> io::Result<(File, u64)> {
     let file = File::options()
         .append(true)
         .create(true)

@@ -129,6 +129,16 @@ pub fn ingest(store: &BlobStore, dir: &Path, options: &IngestOptions) -> Result<
         entries.extend(found);
         skipped.extend(missed);
     }
+    store_tree(store, dir, entries, skipped)
+}
+
+/// Stores the list of what was taken from `dir`, whose blobs are in the store.
+fn store_tree(
+    store: &BlobStore,
+    dir: &Path,
+    entries: Vec<Entry>,
+    skipped: Vec<Skipped>,
+) -> Result<Ingested, Error> {
     let unencodable = |source| Error::Tree { path: dir.to_owned(), source };
     let tree = Tree::new(entries).map_err(unencodable)?;
     let manifest = tree.encode().map_err(unencodable)?;

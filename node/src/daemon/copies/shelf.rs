@@ -16,7 +16,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, DirBuilder, File},
     io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
@@ -34,6 +34,7 @@ use crate::{
         lock,
         work::{SPEC_FILE, rank_dirs, read_spec},
     },
+    executor::log::open_to_append,
     home::write_atomic,
     workspace::LOG_NAME,
 };
@@ -209,13 +210,7 @@ pub(crate) struct LogCopy {
 
 impl LogCopy {
     fn open(path: &Path) -> io::Result<Self> {
-        let file = File::options()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(path)?;
-        let bytes = file.metadata()?.len();
+        let (file, bytes) = open_to_append(path)?;
         // What an earlier daemon wrote last may not be on the disk.
         Ok(Self { file, bytes, is_synced: false })
     }

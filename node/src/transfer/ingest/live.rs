@@ -31,8 +31,8 @@ use p2pit_protocol::BlobId;
 use rustix::fs::{Stat, fstat};
 
 use super::{
-    Entry, Error, IngestOptions, Ingested, Kind, Reading, Scan, SkipReason, Skipped, Tree,
-    TreePath, beneath, unreadable, workers,
+    Entry, Error, IngestOptions, Ingested, Kind, Reading, Scan, SkipReason, Skipped, TreePath,
+    beneath, store_tree, unreadable, workers,
 };
 use crate::transfer::{
     store::{self, BlobStore},
@@ -318,13 +318,7 @@ fn taken(
     skipped.extend(
         passed_over.into_iter().map(|(path, reason)| Skipped { path: path.to_path_buf(), reason }),
     );
-    let unencodable = |source| Error::Tree { path: dir.to_owned(), source };
-    let tree = Tree::new(entries).map_err(unencodable)?;
-    let manifest = tree.encode().map_err(unencodable)?;
-    let root = store
-        .put_bytes(&manifest)
-        .map_err(|source| Error::Store { path: dir.to_owned(), source })?;
-    Ok(Ingested { root, tree, skipped })
+    store_tree(store, dir, entries, skipped)
 }
 
 fn read_live(reading: &mut Reading<'_>, path: &TreePath, known: &Seen) -> Result<Read, Error> {
@@ -406,7 +400,7 @@ mod tests {
     use rustix::io::Errno;
 
     use super::*;
-    use crate::transfer::tree::MANIFEST_BYTES_MAX;
+    use crate::transfer::tree::{MANIFEST_BYTES_MAX, Tree};
 
     struct Fixture {
         _dir: tempfile::TempDir,
